@@ -1,0 +1,1 @@
+"""The frozen base language model: decoder, loaders, named models."""

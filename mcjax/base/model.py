@@ -1,0 +1,309 @@
+"""The frozen decoder: plain functions over a parameter pytree.
+
+A Llama-family decoder that takes embeddings, explicit positions and explicit
+key/value segments, so that a working context can hold gists beside tokens and
+keep its keys in any physical order. Attention between a query at position p
+and a key at position q is allowed when q <= p and the key is visible; nothing
+depends on where a key is stored.
+
+Keys are cached before rotation (RoFormer, arXiv:2104.09864): a span that moves
+to another position costs no forward pass.
+
+Parameters (L layers stacked in front, scanned):
+
+  embed [V, D]                 final_norm [D]        unembed [D, V] if not tied
+  layers/attn_norm [L, D]      layers/mlp_norm [L, D]
+  layers/wq [L, D, N, H]       layers/wk, wv [L, D, K, H]   layers/wo [L, N, H, D]
+  layers/w_gate, w_up [L, D, F]                      layers/w_down [L, F, D]
+  layers/bq [L, N, H], bk, bv [L, K, H]              if config.qkv_bias
+  layers/bo [L, D]                                   if config.o_bias
+  layers/q_norm, k_norm [L, H]                       if config.qk_norm
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_NEGATIVE = -1e30  # masked score: finite, so an all-masked row stays finite
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3.1 frequency scaling (`rope_type: llama3`)."""
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Sizes and switches of a Llama-family decoder; hashable, a jit static."""
+
+  family: str
+  vocab_size: int
+  d_model: int
+  n_layers: int
+  n_heads: int
+  n_kv_heads: int
+  head_dim: int
+  d_ff: int
+  max_positions: int
+  rope_theta: float
+  rms_norm_eps: float
+  tie_embeddings: bool
+  qkv_bias: bool = False
+  o_bias: bool = False
+  qk_norm: bool = False
+  rope_scaling: RopeScaling | None = None
+  nope_layers: tuple[int, ...] = ()  # layers without RoPE (SmolLM3)
+
+  @property
+  def flops_per_token(self) -> int:
+    """Multiply-adds x 2 of one token's forward, attention scores excluded."""
+    attention = self.d_model * self.head_dim * (
+      2 * self.n_heads + 2 * self.n_kv_heads
+    )
+    layer = attention + 3 * self.d_model * self.d_ff
+    return 2 * (self.n_layers * layer + self.d_model * self.vocab_size)
+
+
+class Segment(NamedTuple):
+  """Cached keys and values that queries may attend to.
+
+  Attributes:
+    keys: [L, K, S, H], un-rotated unless `rotated`.
+    values: [L, K, S, H].
+    positions: [S] int32 position of each key.
+    visible: [S] bool; False hides the key from every query.
+    rotated: whether keys already carry their rotation (a Python bool).
+  """
+
+  keys: jax.Array
+  values: jax.Array
+  positions: jax.Array
+  visible: jax.Array
+  rotated: bool = False
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """Root-mean-square norm over the last axis, computed in float32."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+  scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+  return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_tables(
+  config: DecoderConfig, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines [S, H/2] in float32 for integer positions [S]."""
+  half = config.head_dim // 2
+  exponents = jnp.arange(half, dtype=jnp.float32) / half
+  freqs = jnp.exp(-math.log(config.rope_theta) * exponents)
+  s = config.rope_scaling
+  if s is not None:
+    wavelength = 2 * math.pi / freqs
+    low = s.original_max_positions / s.low_freq_factor
+    high = s.original_max_positions / s.high_freq_factor
+    smooth = (s.original_max_positions / wavelength - s.low_freq_factor) / (
+      s.high_freq_factor - s.low_freq_factor
+    )
+    mixed = (1 - smooth) * freqs / s.factor + smooth * freqs
+    freqs = jnp.where(
+      wavelength > low,
+      freqs / s.factor,
+      jnp.where(wavelength < high, freqs, mixed),
+    )
+  angles = positions.astype(jnp.float32)[:, None] * freqs[None, :]
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates x [..., S, H] by tables [S, H/2]; half-split convention."""
+  lead = (1,) * (x.ndim - 2)
+  cos = cos.reshape(lead + cos.shape)
+  sin = sin.reshape(lead + sin.shape)
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate(
+    [a * cos - b * sin, b * cos + a * sin], axis=-1
+  ).astype(x.dtype)
+
+
+def rotate_keys(
+  config: DecoderConfig, keys: jax.Array, positions: jax.Array
+) -> jax.Array:
+  """Rotates a cache [L, K, S, H] to `positions` [S], once for many queries."""
+  cos, sin = rope_tables(config, positions)
+  rotated = rotate(keys, cos, sin)
+  if not config.nope_layers:
+    return rotated
+  return jnp.where(_rope_on(config)[:, None, None, None], rotated, keys)
+
+
+def _rope_on(config: DecoderConfig) -> jax.Array:
+  return jnp.array(
+    [i not in config.nope_layers for i in range(config.n_layers)], bool
+  )
+
+
+def embed(params, token_ids: jax.Array) -> jax.Array:
+  """Token embeddings [..., D] of ids [...]."""
+  return jnp.take(params["embed"], token_ids, axis=0, mode="clip")
+
+
+def unembed(params, hidden: jax.Array) -> jax.Array:
+  """Logits [..., V] in float32 from final hidden states [..., D]."""
+  if "unembed" in params:
+    return jnp.einsum(
+      "...d,dv->...v",
+      hidden,
+      params["unembed"],
+      preferred_element_type=jnp.float32,
+    )
+  return jnp.einsum(
+    "...d,vd->...v",
+    hidden,
+    params["embed"],
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _attend(config, query, segments, tables, q_positions, rope_on):
+  """Softmax attention of query [T, N, H] over all segments; returns [T, N, H].
+
+  `segments` are (keys [K, S, H], values [K, S, H], positions, visible,
+  rotated) for this layer; `tables` the matching rope tables (None if rotated).
+  """
+  t, n, h = query.shape
+  k_heads = config.n_kv_heads
+  q = query.reshape(t, k_heads, n // k_heads, h)
+  scores = []
+  for (keys, _, positions, visible, _), table in zip(segments, tables):
+    if table is not None:
+      turned = rotate(keys, *table)
+      keys = turned if rope_on is None else jnp.where(rope_on, turned, keys)
+    s = jnp.einsum(
+      "tkgh,ksh->kgts", q, keys, preferred_element_type=jnp.float32
+    )
+    allowed = (positions[None, :] <= q_positions[:, None]) & visible[None, :]
+    scores.append(jnp.where(allowed[None, None], s / math.sqrt(h), _NEGATIVE))
+  weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+  out, offset = None, 0
+  for keys, values, *_ in segments:
+    size = keys.shape[1]
+    w = weights[..., offset : offset + size].astype(values.dtype)
+    part = jnp.einsum("kgts,ksh->tkgh", w, values)
+    out = part if out is None else out + part
+    offset += size
+  return out.reshape(t, n, h)
+
+
+def _layer(config, layer, rope_on, x, positions, own_table, segments, tables,
+           own_visible):
+  """One decoder layer on x [T, D]; returns x and its new keys and values."""
+  y = rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
+  q = jnp.einsum("td,dnh->tnh", y, layer["wq"])
+  k = jnp.einsum("td,dkh->tkh", y, layer["wk"])
+  v = jnp.einsum("td,dkh->tkh", y, layer["wv"])
+  if config.qkv_bias:
+    q, k, v = q + layer["bq"][None], k + layer["bk"][None], v + layer["bv"][None]
+  if config.qk_norm:
+    q = rms_norm(q, layer["q_norm"], config.rms_norm_eps)
+    k = rms_norm(k, layer["k_norm"], config.rms_norm_eps)
+  k, v = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
+  turned = rotate(q.transpose(1, 0, 2), *own_table).transpose(1, 0, 2)
+  q = turned if rope_on is None else jnp.where(rope_on, turned, q)
+  own = (k, v, positions, own_visible, False)
+  mixed = _attend(
+    config, q, [*segments, own], [*tables, own_table], positions, rope_on
+  )
+  out = jnp.einsum("tnh,nhd->td", mixed, layer["wo"])
+  if config.o_bias:
+    out = out + layer["bo"][None]
+  x = x + out
+  y = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
+  gated = jax.nn.silu(y @ layer["w_gate"]) * (y @ layer["w_up"])
+  return x + gated @ layer["w_down"], k, v
+
+
+def forward(
+  params,
+  config: DecoderConfig,
+  x: jax.Array,
+  positions: jax.Array,
+  segments: tuple[Segment, ...] = (),
+  visible: jax.Array | None = None,
+  remat: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Runs the decoder on T entries that also attend to cached segments.
+
+  Args:
+    params: parameter pytree, see the module docstring.
+    config: static configuration.
+    x: [T, D] input embeddings (tokens or gists) in the parameters' dtype.
+    positions: [T] int32; equal or smaller positions are attended to.
+    segments: cached keys and values.
+    visible: [T] bool, False hides the new entry from every query (padding,
+      masked gists); all visible by default.
+    remat: recompute each layer in the backward pass (gradient checkpointing).
+
+  Returns:
+    hidden [T, D] after the final norm, and the new entries' un-rotated keys
+    and values, each [L, K, T, H].
+  """
+  if visible is None:
+    visible = jnp.ones(x.shape[:1], bool)
+  own_table = rope_tables(config, positions)
+  tables = [
+    None if s.rotated else rope_tables(config, s.positions) for s in segments
+  ]
+  rope_on = _rope_on(config) if config.nope_layers else None
+
+  def step(x, scanned):
+    layer, on, caches = scanned
+    current = [
+      (k, v, s.positions, s.visible, s.rotated)
+      for (k, v), s in zip(caches, segments)
+    ]
+    x, k, v = _layer(
+      config, layer, on, x, positions, own_table, current, tables, visible
+    )
+    return x, (k, v)
+
+  if remat:
+    step = jax.checkpoint(step)
+  caches = [(s.keys, s.values) for s in segments]
+  x, (keys, values) = jax.lax.scan(step, x, (params["layers"], rope_on, caches))
+  hidden = rms_norm(x, params["final_norm"], config.rms_norm_eps)
+  return hidden, keys, values
+
+
+def token_nll(params, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+  """Negative log likelihood [T] in nats of targets [T] given hidden [T, D]."""
+  logits = unembed(params, hidden)
+  picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+  return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def logits(params, config: DecoderConfig, token_ids: jax.Array) -> jax.Array:
+  """Plain causal logits [T, V] for ids [T]: the parity reference."""
+  positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
+  hidden, _, _ = forward(params, config, embed(params, token_ids), positions)
+  return unembed(params, hidden)
+
+
+def sample(
+  logits: jax.Array, temperature: jax.Array, key: jax.Array
+) -> jax.Array:
+  """Token id from logits [V]: greedy at temperature 0, else categorical."""
+  noise = jax.random.gumbel(key, logits.shape, logits.dtype)
+  return jnp.argmax(logits + temperature * noise).astype(jnp.int32)

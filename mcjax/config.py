@@ -1,0 +1,128 @@
+"""The loop's configuration: one frozen, validated dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mcjax.types import BRANCHING, McjaxError
+
+POLICIES = ("similarity", "lensnet", "recency", "random", "oracle")
+KV_MODES = ("splice", "exact")
+GIST_ATTENTION = ("auto", "visible", "masked")
+MIN_WINDOW = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Constants of the loop (design brief, section 3).
+
+  Attributes:
+    window: W_max, slots of the working context; one slot per entry.
+    policy: who scores the entries: similarity (tree search by token
+      statistics), lensnet (learned), recency, random, oracle
+      (counterfactual; needs the continuation, so only in `score`).
+    kv: splice runs the LM on swapped-in entries only; exact rebuilds the
+      whole window's cache after every edit (the reference).
+    refocus_every: tokens between refocus steps, a multiple of 32.
+    max_edits: N_diff, edits per refocus step.
+    cooldown: refocus steps during which an entry made by one action is
+      barred from the opposite one.
+    threshold: tau; scores within +-tau cause no voluntary edit.
+    settle_steps: refocus steps at most after a prompt was ingested.
+    search_nodes: tree nodes a policy may touch per refocus step.
+    gist_attention: whether the LM attends to gists; auto shows them once the
+      GistNet is trained and masks them before, as an untrained gist hurts.
+    gist_stride: positions one gist advances (1 compact ... 32 true span);
+      reduced automatically so that the window fits the base's range.
+    sink_tokens: first tokens of the history pinned at L0 (StreamingLLM).
+    recent_tokens: newest tokens at L0 at cold start.
+    gists_per_level: nodes kept at each level at cold start, nearest first.
+    protect_tokens: newest tokens that are never collapsed.
+    refresh_every: refocus steps between full rebuilds of the cache in splice
+      mode; 0 never.
+    delta_nll_every: refocus steps between probes of the change in NLL of the
+      newest tokens, recorded in telemetry; 0 never (a probe costs 64
+      token-forwards).
+    chat: auto wraps prompts in the base's chat template where it has one;
+      plain never does.
+    temperature: 0 is greedy.
+    seed: of sampling and of the random policy.
+    check_invariants: verify every invariant after every edit (slow).
+    telemetry_path: JSONL file of step records; none by default.
+  """
+
+  window: int = 2048
+  policy: str = "similarity"
+  kv: str = "splice"
+  refocus_every: int = 32
+  max_edits: int = 4
+  cooldown: int = 2
+  threshold: float = 0.2
+  settle_steps: int = 8
+  search_nodes: int = 256
+  gist_attention: str = "auto"
+  gist_stride: int = 1
+  sink_tokens: int = 32
+  recent_tokens: int = 256
+  gists_per_level: int = 64
+  protect_tokens: int = 64
+  refresh_every: int = 0
+  delta_nll_every: int = 0
+  chat: str = "auto"
+  temperature: float = 0.0
+  seed: int = 0
+  check_invariants: bool = False
+  telemetry_path: str | None = None
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      self._check_type(field.name, field.default)
+    self._one_of("policy", POLICIES)
+    self._one_of("kv", KV_MODES)
+    self._one_of("gist_attention", GIST_ATTENTION)
+    self._one_of("chat", ("auto", "plain"))
+    for name in ("window", "refocus_every", "sink_tokens", "recent_tokens",
+                 "protect_tokens"):
+      self._require(
+        name, getattr(self, name) % BRANCHING == 0, f"a multiple of {BRANCHING}"
+      )
+    self._require("window", self.window >= MIN_WINDOW, f">= {MIN_WINDOW}")
+    for name, low in (
+      ("refocus_every", BRANCHING), ("max_edits", 1), ("cooldown", 0),
+      ("settle_steps", 0), ("search_nodes", BRANCHING), ("gist_stride", 1),
+      ("sink_tokens", 0), ("recent_tokens", BRANCHING), ("gists_per_level", 0),
+      ("protect_tokens", BRANCHING), ("refresh_every", 0),
+      ("delta_nll_every", 0), ("seed", 0),
+    ):
+      self._require(name, getattr(self, name) >= low, f">= {low}")
+    self._require("gist_stride", self.gist_stride <= BRANCHING, "<= 32")
+    self._require("threshold", 0.0 <= self.threshold < 1.0, "in [0, 1)")
+    self._require("temperature", self.temperature >= 0.0, ">= 0")
+    for name in ("sink_tokens", "protect_tokens"):
+      self._require(
+        name, getattr(self, name) <= self.window // 4, "<= window / 4"
+      )
+
+  def _require(self, name: str, ok: bool, rule: str) -> None:
+    if not ok:
+      raise McjaxError(f"config.{name} must be {rule}, got {getattr(self, name)}")
+
+  def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
+    self._require(name, getattr(self, name) in choices,
+                  "one of " + ", ".join(choices))
+
+  def _check_type(self, name: str, default) -> None:
+    value = getattr(self, name)
+    if default is None:
+      ok = value is None or isinstance(value, str)
+      self._require(name, ok, "a path or None")
+    elif isinstance(default, bool):
+      self._require(name, isinstance(value, bool), "True or False")
+    elif isinstance(default, float):
+      ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+      self._require(name, ok, "a number")
+    elif isinstance(default, int):
+      ok = isinstance(value, int) and not isinstance(value, bool)
+      self._require(name, ok, "a whole number")
+    else:
+      self._require(name, isinstance(value, str), "a string")

@@ -1,0 +1,239 @@
+"""Slot KV cache: each working-context slot owns its keys and values.
+
+Order lives in a position array, not in the layout, so a refocus writes only
+the slots that change (`splice`) and leaves every other key and value as it
+is. Keys are stored un-rotated: a shift of positions costs no forward pass.
+Every function is jitted over fixed shapes; lengths travel as arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mcjax.base import model
+from mcjax.types import BRANCHING
+
+STOP_IDS = 8  # fixed width of the stop-token list, padded with -1
+
+
+class KVSlots(NamedTuple):
+  """Device state of the working context.
+
+  Attributes:
+    inputs: [S, D] input embedding (token or gist) held by each slot.
+    keys: [L, K, S, H] un-rotated keys.
+    values: [L, K, S, H].
+  """
+
+  inputs: jax.Array
+  keys: jax.Array
+  values: jax.Array
+
+
+class Decoded(NamedTuple):
+  """Result of `decode_block`.
+
+  Attributes:
+    tokens: [32] int32, valid up to `count`.
+    count: int32 number of tokens generated.
+    stopped: bool, the last token is a stop token.
+    logits: [V] float32 for the token after the last one.
+  """
+
+  tokens: jax.Array
+  count: jax.Array
+  stopped: jax.Array
+  logits: jax.Array
+
+
+def init(config: model.DecoderConfig, slots: int, dtype) -> KVSlots:
+  """Zeroed state for `slots` slots."""
+  shape = (config.n_layers, config.n_kv_heads, slots, config.head_dim)
+  return KVSlots(
+    inputs=jnp.zeros((slots, config.d_model), dtype),
+    keys=jnp.zeros(shape, dtype),
+    values=jnp.zeros(shape, dtype),
+  )
+
+
+@jax.jit
+def embed(params, token_ids: jax.Array) -> jax.Array:
+  """Token embeddings [n, D] of ids [n]."""
+  return model.embed(params, token_ids)
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def load_tokens(params, inputs: jax.Array, slots: jax.Array,
+                token_ids: jax.Array) -> jax.Array:
+  """Puts token embeddings into inputs [S, D] at slots [T]; S drops padding."""
+  return inputs.at[slots].set(model.embed(params, token_ids), mode="drop")
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def load_gists(inputs: jax.Array, slots: jax.Array,
+               gists: jax.Array) -> jax.Array:
+  """Puts gists [T, D] into inputs [S, D] at slots [T]; S drops padding."""
+  return inputs.at[slots].set(gists.astype(inputs.dtype), mode="drop")
+
+
+def _run(params, config, state, slots, positions, visible):
+  """LM over the entries in `slots` against all other visible slots."""
+  total = state.inputs.shape[0]
+  present = slots < total
+  rewritten = jnp.zeros(total, bool).at[slots].set(True, mode="drop")
+  x = jnp.take(state.inputs, slots, axis=0, mode="clip")
+  own_positions = jnp.take(positions, slots, mode="clip")
+  own_visible = jnp.take(visible, slots, mode="clip") & present
+  context = model.Segment(
+    state.keys, state.values, positions, visible & ~rewritten
+  )
+  return model.forward(
+    params, config, x, own_positions, (context,), own_visible
+  )
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnums=2)
+def splice(params, config: model.DecoderConfig, state: KVSlots,
+           slots: jax.Array, positions: jax.Array,
+           visible: jax.Array) -> tuple[KVSlots, jax.Array]:
+  """Computes keys and values of the entries in `slots` and stores them.
+
+  Args:
+    params: the frozen base's parameters.
+    config: static.
+    state: donated.
+    slots: [T] int32 slots whose inputs are new; S marks padding.
+    positions: [S] int32 position of every slot.
+    visible: [S] bool, slots the LM may attend to (`slots` included).
+
+  Returns:
+    The new state and hidden states [T, D] of the entries.
+  """
+  hidden, keys, values = _run(params, config, state, slots, positions, visible)
+  return state._replace(
+    keys=state.keys.at[:, :, slots].set(keys, mode="drop"),
+    values=state.values.at[:, :, slots].set(values, mode="drop"),
+  ), hidden
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def peek(params, config: model.DecoderConfig, state: KVSlots,
+         slots: jax.Array, positions: jax.Array,
+         visible: jax.Array) -> jax.Array:
+  """As `splice`, but stores nothing: hidden states [T, D] only."""
+  return _run(params, config, state, slots, positions, visible)[0]
+
+
+@jax.jit
+def next_logits(params, hidden: jax.Array, row: jax.Array) -> jax.Array:
+  """Logits [V] float32 from row `row` of hidden [T, D]."""
+  return model.unembed(params, hidden[row])
+
+
+@jax.jit
+def nll(params, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+  """NLL [T] in nats: targets[t] given hidden[t] (the entry before it)."""
+  return model.token_nll(params, hidden, targets)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnums=2)
+def decode_block(
+  params,
+  config: model.DecoderConfig,
+  state: KVSlots,
+  slots: jax.Array,
+  positions: jax.Array,
+  visible: jax.Array,
+  first_position: jax.Array,
+  logits: jax.Array,
+  limit: jax.Array,
+  stop_ids: jax.Array,
+  temperature: jax.Array,
+  key: jax.Array,
+) -> tuple[KVSlots, Decoded]:
+  """Decodes up to `limit` <= 32 tokens in one device loop, no host sync.
+
+  The window's keys are rotated once for the whole block; the block's own keys
+  live in a small buffer and enter their slots when the loop ends.
+
+  Args:
+    params: the frozen base's parameters.
+    config: static.
+    state: donated.
+    slots: [32] int32 free slots for the new tokens.
+    positions: [S] int32.
+    visible: [S] bool.
+    first_position: int32 position of the first new token.
+    logits: [V] float32 for the first new token.
+    limit: int32 tokens wanted.
+    stop_ids: [8] int32, -1 pads; decoding ends after one of them.
+    temperature: float32, 0 is greedy.
+    key: PRNG key.
+
+  Returns:
+    The new state and a `Decoded`.
+  """
+  size = slots.shape[0]
+  window = model.Segment(
+    model.rotate_keys(config, state.keys, positions),
+    state.values, positions, visible, rotated=True,
+  )
+  shape = (config.n_layers, config.n_kv_heads, size, config.head_dim)
+  offsets = jnp.arange(size, dtype=jnp.int32)
+
+  def unfinished(carry):
+    i, stopped, *_ = carry
+    return (i < limit) & ~stopped
+
+  def step(carry):
+    i, _, tokens, keys, values, inputs, logits = carry
+    token = model.sample(logits, temperature, jax.random.fold_in(key, i))
+    block = model.Segment(
+      keys, values, first_position + offsets, offsets < i
+    )
+    x = model.embed(params, token[None])
+    hidden, k, v = model.forward(
+      params, config, x, (first_position + i)[None], (window, block)
+    )
+    at = (0, 0, i, 0)
+    return (
+      i + 1,
+      jnp.any(token == stop_ids),
+      tokens.at[i].set(token),
+      jax.lax.dynamic_update_slice(keys, k, at),
+      jax.lax.dynamic_update_slice(values, v, at),
+      jax.lax.dynamic_update_slice(inputs, x, (i, 0)),
+      model.unembed(params, hidden[0]),
+    )
+
+  dtype = state.keys.dtype
+  count, stopped, tokens, keys, values, inputs, logits = jax.lax.while_loop(
+    unfinished,
+    step,
+    (
+      jnp.int32(0),
+      jnp.bool_(False),
+      jnp.zeros(size, jnp.int32),
+      jnp.zeros(shape, dtype),
+      jnp.zeros(shape, dtype),
+      jnp.zeros((size, state.inputs.shape[1]), dtype),
+      logits,
+    ),
+  )
+  used = jnp.where(offsets < count, slots, state.inputs.shape[0])
+  state = KVSlots(
+    state.inputs.at[used].set(inputs, mode="drop"),
+    state.keys.at[:, :, used].set(keys, mode="drop"),
+    state.values.at[:, :, used].set(values, mode="drop"),
+  )
+  return state, Decoded(tokens, count, stopped, logits)
+
+
+def splice_sizes(max_edits: int) -> tuple[int, ...]:
+  """Padded sizes of `splice`: e expands, the rest collapses, one last token."""
+  sizes = [e * BRANCHING + max_edits + 1 for e in range(max_edits + 1)]
+  return tuple(-(-size // 8) * 8 for size in sizes)

@@ -1,0 +1,171 @@
+"""Focus policies: who scores the entries of the working context.
+
+Every policy maps a `FocusView` to one signed score per entry: positive asks
+for finer detail, negative for coarser. The hand-written ones are the controls
+for, and the fallback of, the learned LensNet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+
+from mcjax import keys as lexical
+from mcjax.search import TreeSearch
+from mcjax.tree import MegaContextTree
+from mcjax.types import BRANCHING
+from mcjax.working_context import EXPAND, Entries
+
+_FADE = 64.0  # tokens over which a query token loses half its weight
+
+
+@dataclasses.dataclass
+class FocusView:
+  """What a policy may look at; nothing here grows with the history.
+
+  Attributes:
+    entries: the window's entries.
+    tree: the history.
+    query_ids: [Q] int32 newest tokens that say what matters now.
+    query_weights: [Q] float32 their weights.
+    query_start: first token of the history that belongs to the query; spans
+      from here on are no answer to it.
+    step: refocus step.
+    pressure: the next block and the next edits do not fit the free slots.
+    context_lm: the LM's window, for policies that look at embeddings or at
+      counterfactual losses.
+    continuation: [H] int32 true next tokens, known in `score` only.
+  """
+
+  entries: Entries
+  tree: MegaContextTree
+  query_ids: np.ndarray
+  query_weights: np.ndarray
+  query_start: int
+  step: int
+  pressure: bool
+  context_lm: object = None
+  continuation: np.ndarray | None = None
+
+
+class Policy(Protocol):
+  """Scores entries; `touched` and `bytes_read` count the last call's work."""
+
+  touched: int
+  bytes_read: int
+
+  def score(self, view: FocusView) -> np.ndarray:
+    """Signed score in [-1, 1] per entry, [E] float32."""
+
+
+def age_scores(view: FocusView) -> np.ndarray:
+  """Scores in (-0.2, 0]: older entries first when slots must be freed."""
+  start = view.entries.start()
+  cursor = max(int(start[-1]) + 1, 1) if len(start) else 1
+  age = 1.0 - (start + view.entries.width() / 2) / cursor
+  return (-0.19 * np.clip(age, 0.0, 1.0)).astype(np.float32)
+
+
+class Recency:
+  """Newest in detail: never expands; the oldest collapse when room is short."""
+
+  touched = 0
+  bytes_read = 0
+
+  def score(self, view: FocusView) -> np.ndarray:
+    scores = age_scores(view)
+    return scores - np.float32(0.3) if view.pressure else scores
+
+
+class Random:
+  """Uniform scores: the control that any policy must beat."""
+
+  touched = 0
+  bytes_read = 0
+
+  def __init__(self, seed: int):
+    self._rng = np.random.default_rng(seed)
+
+  def score(self, view: FocusView) -> np.ndarray:
+    return self._rng.uniform(-1, 1, len(view.entries)).astype(np.float32)
+
+
+class Similarity:
+  """Tree search by token statistics: rare tokens shared with the query.
+
+  A best-first search over the tree's lexical keys finds candidate blocks
+  anywhere in the history within `max_nodes` nodes per step (it continues
+  where it stopped while the query stays the same); the candidates' true
+  tokens rank them. Entries above a found block ask to be expanded; found
+  spans no longer asked for ask to be collapsed.
+  """
+
+  def __init__(self, max_nodes: int, spans: int = 4):
+    self._max_nodes = max_nodes
+    self._spans = spans
+    self._query: tuple | None = None
+    self._search: TreeSearch | None = None
+    self._weights = np.zeros(0, np.float32)
+    self.touched = 0
+    self.bytes_read = 0
+
+  def score(self, view: FocusView) -> np.ndarray:
+    scores = age_scores(view)
+    e = view.entries
+    if view.pressure:
+      scores -= np.where(e.level == 0, 0.1, 0.0).astype(np.float32)
+    stale = (e.level == 0) & (e.action == EXPAND)
+    scores[stale] = np.minimum(scores[stale], -0.4)
+    starts = e.start()
+    for block, strength in self.targets(view):
+      token = block * BRANCHING
+      at = int(np.searchsorted(starts, token, side="right")) - 1
+      stop = at + BRANCHING if e.level[at] == 0 else at + 1
+      scores[at:stop] = np.maximum(scores[at:stop], strength)
+    return scores
+
+  def targets(self, view: FocusView) -> list[tuple[int, float]]:
+    """(L1 block, strength in (0.2, 1]) of the spans the query asks for."""
+    self._prepare(view)
+    if self._search is None:
+      return []
+    before = self._search.touched, self._search.bytes_read
+    self._search.run(self._max_nodes)
+    self.touched = self._search.touched - before[0]
+    self.bytes_read = self._search.bytes_read - before[1]
+    last = view.query_start // BRANCHING
+    blocks = [b for b, _ in self._search.best(4 * self._spans) if b < last]
+    ranked = lexical.rank_blocks(
+      view.tree, blocks, view.query_ids, self._weights
+    )
+    found: dict[int, float] = {}
+    for block, coverage in ranked[: self._spans]:
+      strength = min(1.0, 0.25 + float(coverage))
+      for near, factor in ((block, 1.0), (block + 1, 0.9), (block - 1, 0.8)):
+        if 0 <= near < last and factor * strength > 0.2:
+          found[near] = max(found.get(near, 0.0), factor * strength)
+    return sorted(found.items(), key=lambda item: -item[1])
+
+  def _prepare(self, view: FocusView) -> None:
+    query = (view.query_ids.tobytes(), view.tree.num_nodes(1))
+    if query == self._query:
+      return
+    self._query = query
+    self.touched = self.bytes_read = 0
+    self._weights = lexical.query_weights(
+      view.tree, view.query_ids, view.query_weights
+    )
+    if not np.any(self._weights > 0) or view.query_start < BRANCHING:
+      self._search = None
+      return
+    self._search = TreeSearch(
+      view.tree, lexical.scorer(view.query_ids, self._weights)
+    )
+
+
+def fading_weights(count: int) -> np.ndarray:
+  """Weights of the newest `count` tokens, halved every 64 tokens of age."""
+  age = np.arange(count - 1, -1, -1)
+  return (0.5 ** (age / _FADE)).astype(np.float32)

@@ -1,0 +1,90 @@
+"""Shipped weights (one folder a base model) and their safetensors format.
+
+A file holds a flat dictionary of float32 tensors; its metadata names the
+format, the version, the configuration and the facts of the model card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mcjax.types import McjaxError
+
+FORMAT_VERSION = 1
+
+
+def flatten(params) -> dict[str, np.ndarray]:
+  """{"a.b": float32 array} of a nested dictionary of arrays."""
+  flat = jax.tree_util.tree_flatten_with_path(params)[0]
+  return {".".join(k.key for k in path): np.asarray(leaf, np.float32)
+          for path, leaf in flat}
+
+
+def fingerprint(params, config: dict) -> str:
+  """Hex digest of weights and configuration."""
+  digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+  for name, value in sorted(flatten(params).items()):
+    digest.update(name.encode())
+    digest.update(np.ascontiguousarray(value).tobytes())
+  return digest.hexdigest()[:16]
+
+
+def save_weights(path, kind: str, params, config: dict, card: dict) -> None:
+  """Writes a weights file of `kind` ("gistnet", …) in one atomic step."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  metadata = {
+    "format": f"mcjax-{kind}",
+    "version": str(FORMAT_VERSION),
+    "config": json.dumps(config, sort_keys=True),
+    "card": json.dumps(card, sort_keys=True),
+  }
+  partial = path.with_name(path.name + ".partial")
+  save_file(flatten(params), partial, metadata=metadata)
+  partial.replace(path)
+
+
+def read_weights(path, kind: str) -> tuple[dict, dict, dict]:
+  """Reads (params, config, card) that `save_weights` wrote.
+
+  Raises:
+    McjaxError: no such file, not weights of `kind`, or of another version.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise McjaxError(f"no {kind} weights at {path}")
+  try:
+    with safe_open(path, framework="numpy") as file:
+      metadata = file.metadata() or {}
+      flat = {name: file.get_tensor(name) for name in file.keys()}
+  except (SafetensorError, OSError) as error:
+    raise McjaxError(f"{path} is not a safetensors file: {error}") from error
+  if metadata.get("format") != f"mcjax-{kind}":
+    raise McjaxError(f"{path} holds no {kind} weights")
+  if metadata.get("version") != str(FORMAT_VERSION):
+    raise McjaxError(f"{path} has format version {metadata.get('version')}; "
+                     f"this release reads {FORMAT_VERSION}")
+  params: dict = {}
+  for name, value in flat.items():
+    *parents, leaf = name.split(".")
+    node = params
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[leaf] = jnp.asarray(value)
+  return params, json.loads(metadata["config"]), json.loads(metadata["card"])
+
+
+def shipped(base_name: str, kind: str) -> pathlib.Path | None:
+  """Path of the weights of `kind` shipped for a base of this name, if any."""
+  root = pathlib.Path(str(importlib.resources.files("mcjax")))
+  path = root / "pretrained" / base_name / f"{kind}.safetensors"
+  return path if path.is_file() else None

@@ -1,0 +1,267 @@
+"""TensorStore arrays and one atomic commit record under a single url.
+
+A store is a folder of a key-value store (a path, `file://`, `memory://`,
+`gs://` or `s3://`). It holds zarr3 arrays of rows, sharded so that a small
+append rewrites at most one shard per array, and one JSON record. The record is
+replaced in a single atomic write after every array write has finished, and it
+says how many rows count: a reader, or a process that comes back after a crash,
+sees all of an append or nothing of it. Rows beyond the committed length are
+invisible and are overwritten by the next append.
+
+Arrays are declared 2**46 rows long and never resized, so an append touches no
+array metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+from typing import NamedTuple
+import zlib
+
+import numpy as np
+import tensorstore as ts
+
+from mcjax.types import McjaxError
+
+MAX_ROWS = 2**46
+RECORD_KEY = "mcjax_tree.json"
+CACHE_BYTES = 64 << 20  # decoded chunks kept in RAM, per process
+_REMOTE = re.compile(r"^(memory|gs|s3)://")
+_URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
+
+
+@functools.cache
+def shared_context() -> ts.Context:
+  """The process's one TensorStore context; `memory://` lives inside it."""
+  return ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+
+
+@contextlib.contextmanager
+def io_errors(what: str, url: str) -> Iterator[None]:
+  """Turns a storage failure into a one-line `McjaxError`."""
+  try:
+    yield
+  except McjaxError:
+    raise
+  except (ValueError, OSError, RuntimeError, IndexError) as error:
+    reason = str(error).splitlines()[0] if str(error) else repr(error)
+    reason = re.sub(r"\s*\[(source locations|tensorstore_spec)=.*", "", reason)
+    raise McjaxError(f"could not {what} {url}: {reason[:300]}") from error
+
+
+class ArraySpec(NamedTuple):
+  """How one array is laid out.
+
+  Attributes:
+    dtype: zarr3 data type name.
+    width: elements per row; 0 makes the rows scalars.
+    chunk: rows per compressed chunk, the smallest read.
+    shard: rows per file, the smallest write; a multiple of `chunk`.
+    compress: zstd level 1 after the bytes codec.
+    dense: every row up to the length is written; a missing one is an error.
+  """
+
+  dtype: str
+  width: int
+  chunk: int
+  shard: int
+  compress: bool = True
+  dense: bool = True
+
+  @property
+  def numpy_dtype(self) -> np.dtype:
+    return np.dtype(ts.dtype(self.dtype).numpy_dtype)
+
+  @property
+  def row_shape(self) -> tuple[int, ...]:
+    return (self.width,) if self.width else ()
+
+
+class Store:
+  """A folder of rows arrays and one record."""
+
+  def __init__(self, url: str | os.PathLike[str]):
+    """Args: url: a path or a kvstore url. Raises: McjaxError."""
+    text = os.fspath(url)
+    if text.startswith("file://"):
+      text = text[len("file://") :]
+    elif _URL.match(text) and not _REMOTE.match(text):
+      raise McjaxError(
+        f"cannot store a tree at {text}: use a path, file://, memory://, gs://"
+        " or s3://"
+      )
+    self.folder: pathlib.Path | None = None
+    if _REMOTE.match(text):
+      self.url = text.rstrip("/") + "/"
+      location = self.url
+    else:
+      if not text:
+        raise McjaxError("cannot store a tree at an empty path")
+      self.folder = pathlib.Path(os.path.abspath(text))
+      self.url = str(self.folder)
+      location = {"driver": "file", "path": self.url + "/"}
+    with io_errors("reach", self.url):
+      self._kv = ts.KvStore.open(location, context=shared_context()).result()
+
+  # The record.
+
+  def read_record(self) -> tuple[bytes | None, bytes]:
+    """The raw record (None where there is none) and its generation."""
+    with io_errors("read", self.url):
+      found = self._kv.read(RECORD_KEY).result()
+    value = bytes(found.value) if found.state == "value" else None
+    return value, found.stamp.generation
+
+  def write_record(self, value: bytes, generation: bytes) -> bytes:
+    """Replaces the record atomically.
+
+    Args:
+      value: the new record.
+      generation: what the last read or write of the record returned.
+
+    Returns:
+      The new generation.
+
+    Raises:
+      McjaxError: the record is no longer that generation, or I/O failed.
+    """
+    with io_errors("write", self.url):
+      stamp = self._kv.write(RECORD_KEY, value, if_equal=generation).result()
+    if not stamp.generation:
+      raise McjaxError(
+        f"another process wrote {self.url} meanwhile: close this tree and open"
+        " it again"
+      )
+    return stamp.generation
+
+  # Arrays and keys.
+
+  def array(self, path: str, spec: ArraySpec, create: bool) -> ts.TensorStore:
+    """Opens one array, creating it if asked to. Raises: McjaxError."""
+    inner = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    if spec.dtype in ("uint8", "int8"):
+      inner = [{"name": "bytes"}]
+    if spec.compress:
+      inner.append({"name": "zstd", "configuration": {"level": 1}})
+    inner.append({"name": "crc32c"})
+    row = list(spec.row_shape)
+    index = [
+      {"name": "bytes", "configuration": {"endian": "little"}},
+      {"name": "crc32c"},
+    ]
+    sharding = {
+      "chunk_shape": [spec.chunk, *row],
+      "codecs": inner,
+      "index_codecs": index,
+    }
+    grid = {"chunk_shape": [spec.shard, *row]}
+    metadata = {
+      "shape": [MAX_ROWS, *row],
+      "data_type": spec.dtype,
+      "chunk_grid": {"name": "regular", "configuration": grid},
+      "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+    with io_errors("open an array of", self.url):
+      return ts.open(
+        {
+          "driver": "zarr3",
+          "kvstore": (self._kv / (path + "/")).spec().to_json(),
+          "metadata": metadata,
+          "recheck_cached_data": "open",
+          "recheck_cached_metadata": "open",
+          "fill_missing_data_reads": not spec.dense,
+          "store_data_equal_to_fill_value": spec.dense,
+        },
+        open=True,
+        create=create,
+        context=shared_context(),
+      ).result()
+
+  def has_array(self, path: str) -> bool:
+    """Whether an array was ever made there."""
+    with io_errors("read", self.url):
+      return self._kv.read(path + "/zarr.json").result().state == "value"
+
+  def is_empty(self) -> bool:
+    """Whether nothing at all lies under the url."""
+    if self.folder is not None:
+      with io_errors("read", self.url):
+        if not self.folder.exists():
+          return True
+        return not any(self.folder.iterdir())
+    return not self._keys()
+
+  def _keys(self) -> list[str]:
+    with io_errors("list", self.url):
+      return [key.decode() for key in self._kv.list().result()]
+
+  def sizes(self) -> dict[str, int]:
+    """Bytes stored under each key; off the local disk this reads them all."""
+    if self.folder is not None:
+      found = (p for p in self.folder.rglob("*") if p.is_file())
+      return {
+        p.relative_to(self.folder).as_posix(): p.stat().st_size for p in found
+      }
+    with io_errors("read", self.url):
+      return {
+        key: len(self._kv.read(key).result().value) for key in self._keys()
+      }
+
+  def delete(self, prefix: str) -> None:
+    """Deletes every key that starts with `prefix` (a folder path with /)."""
+    with io_errors("delete from", self.url):
+      self._kv.delete_range(ts.KvStore.KeyRange.prefix(prefix)).result()
+    if self.folder is not None and prefix.endswith("/"):
+      shutil.rmtree(self.folder / prefix, ignore_errors=True)
+
+  @contextlib.contextmanager
+  def removed_on_error(self) -> Iterator[None]:
+    """Leaves an empty url as it was if the body fails."""
+    created = None
+    if self.folder is not None:
+      missing = [
+        p for p in (self.folder, *self.folder.parents) if not p.exists()
+      ]
+      created = missing[-1] if missing else None
+    try:
+      yield
+    except BaseException:
+      with contextlib.suppress(McjaxError):
+        self._kv.delete_range(ts.KvStore.KeyRange()).result()
+      if created is not None:
+        shutil.rmtree(created, ignore_errors=True)
+      elif self.folder is not None and self.folder.is_dir():
+        for child in self.folder.iterdir():
+          shutil.rmtree(child, ignore_errors=True)
+      raise
+
+
+def encode_record(fields: dict[str, object]) -> bytes:
+  """JSON with a checksum of everything else in it."""
+  body = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+  return json.dumps(
+    {**fields, "crc32": zlib.crc32(body.encode())}, sort_keys=True, indent=1
+  ).encode()
+
+
+def decode_record(raw: bytes, url: str) -> dict[str, object]:
+  """Inverse of `encode_record`. Raises: McjaxError if it is damaged."""
+  try:
+    fields = json.loads(raw)
+    checksum = fields.pop("crc32")
+    body = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    if zlib.crc32(body.encode()) != checksum:
+      raise ValueError("checksum mismatch")
+  except (ValueError, KeyError, AttributeError, TypeError) as error:
+    raise McjaxError(
+      f"the commit record of {url} is damaged ({error}): restore"
+      f" {RECORD_KEY} from a backup"
+    ) from error
+  return fields

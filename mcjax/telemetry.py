@@ -1,0 +1,110 @@
+"""Telemetry: counters and one record per refocus step, optionally as JSONL."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import resource
+import sys
+import time
+from typing import IO, Iterator
+
+import jax
+
+from mcjax.types import McjaxError
+
+_KEPT = 256
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_compiles = 0
+
+
+def _on_event(event: str, duration: float, **_) -> None:
+  global _compiles
+  if event == _COMPILE_EVENT:
+    _compiles += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_on_event)
+
+
+def compile_count() -> int:
+  """XLA compilations in this process so far."""
+  return _compiles
+
+
+class Telemetry:
+  """Counters since the start and the newest records.
+
+  Attributes:
+    counters: summed over the session: refocus_steps, edits, expands,
+      collapses, lm_tokens (base token-forwards, all causes),
+      splice_tokens (those after a refocus), decoded_tokens, gist_blocks,
+      nodes_touched, bytes_read.
+    seconds: wall-clock seconds per phase (gist, lens, allocate, fetch,
+      splice, decode).
+    records: the newest 256 step records, dictionaries.
+  """
+
+  def __init__(self, path: str | None = None):
+    self.counters: collections.Counter[str] = collections.Counter()
+    self.seconds: collections.defaultdict[str, float] = (
+      collections.defaultdict(float)
+    )
+    self.records: collections.deque[dict] = collections.deque(maxlen=_KEPT)
+    self._file: IO[str] | None = None
+    if path is not None:
+      try:
+        self._file = open(path, "a", encoding="utf-8")
+      except OSError as error:
+        raise McjaxError(
+          f"config.telemetry_path {path}: {error.strerror}"
+        ) from None
+
+  @contextlib.contextmanager
+  def phase(self, name: str) -> Iterator[None]:
+    """Adds the time spent inside to `seconds[name]`."""
+    start = time.perf_counter()
+    try:
+      yield
+    finally:
+      self.seconds[name] += time.perf_counter() - start
+
+  def count(self, name: str, amount: int = 1) -> None:
+    """Adds to a counter."""
+    self.counters[name] += amount
+
+  def record(self, kind: str, **values) -> None:
+    """Keeps one record and appends it to the JSONL file."""
+    entry = {"kind": kind, "time": time.time(), **values}
+    self.records.append(entry)
+    if self._file is not None:
+      self._file.write(json.dumps(entry) + "\n")
+      self._file.flush()
+
+  @property
+  def swap_rate(self) -> float:
+    """Edits applied per refocus step."""
+    steps = self.counters["refocus_steps"]
+    return self.counters["edits"] / steps if steps else 0.0
+
+  def summary(self) -> dict:
+    """Counters, seconds per phase, swap rate and peak memory in MiB."""
+    return {
+      "counters": dict(self.counters),
+      "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
+      "swap_rate": self.swap_rate,
+      "peak_memory_mib": peak_memory_mib(),
+    }
+
+  def close(self) -> None:
+    """Closes the JSONL file."""
+    if self._file is not None:
+      self._file.close()
+      self._file = None
+
+
+def peak_memory_mib() -> float:
+  """Peak resident memory of this process so far, MiB."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,1 @@
+"""Training: text stores, losses, and the trainers of GistNet and LensNet."""

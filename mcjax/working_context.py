@@ -1,0 +1,310 @@
+"""WorkingContext: which spans the frozen LM sees, at which level, in which slot.
+
+Host-side bookkeeping in NumPy. Entries tile the timeline [0, cursor) in order;
+each owns one slot of the device cache. Edits swap 32 siblings and their parent
+atomically. Nothing here touches the LM, the tree's contents or the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from mcjax.types import BRANCHING, Entry, McjaxError, span_width
+
+EXPAND, COLLAPSE = 1, -1
+_NEVER = -(1 << 30)
+
+
+@dataclasses.dataclass
+class Entries:
+  """Parallel arrays over the E entries, in timeline order.
+
+  Attributes:
+    level: [E] int32.
+    index: [E] int64 node index at that level (the token's own at L0).
+    slot: [E] int32 slot in the device cache.
+    ready: [E] bool, the slot's keys and values are computed.
+    action: [E] int8 edit that made the entry (EXPAND, COLLAPSE or 0).
+    born: [E] int64 refocus step of that edit.
+  """
+
+  level: np.ndarray
+  index: np.ndarray
+  slot: np.ndarray
+  ready: np.ndarray
+  action: np.ndarray
+  born: np.ndarray
+
+  @classmethod
+  def make(cls, level, index, slot, ready=False, action=0, born=_NEVER):
+    index = np.asarray(index, np.int64)
+    full = np.full
+    return cls(
+      full(index.shape, level, np.int32) if np.isscalar(level)
+      else np.asarray(level, np.int32),
+      index,
+      np.asarray(slot, np.int32),
+      full(index.shape, ready, bool),
+      full(index.shape, action, np.int8),
+      full(index.shape, born, np.int64),
+    )
+
+  def __len__(self) -> int:
+    return len(self.index)
+
+  def width(self) -> np.ndarray:
+    """Tokens each entry covers, [E] int64."""
+    return np.int64(BRANCHING) ** self.level.astype(np.int64)
+
+  def start(self) -> np.ndarray:
+    """First token of each entry, [E] int64."""
+    return self.index * self.width()
+
+  def replaced(self, start: int, stop: int, new: Entries) -> Entries:
+    """A copy in which entries [start, stop) are `new`."""
+    return Entries(*(
+      np.concatenate([old[:start], fresh, old[stop:]])
+      for old, fresh in zip(self.arrays(), new.arrays())
+    ))
+
+  def arrays(self) -> tuple[np.ndarray, ...]:
+    return (self.level, self.index, self.slot, self.ready, self.action,
+            self.born)
+
+
+def cover(start: int, stop: int, max_level: int) -> list[tuple[int, int]]:
+  """Coarsest aligned (level, index) nodes that tile [start, stop).
+
+  At most 31 nodes per level and side; `max_level` bounds the level.
+  """
+  nodes = []
+  while start < stop:
+    level = 0
+    while (
+      level < max_level
+      and start % span_width(level + 1) == 0
+      and start + span_width(level + 1) <= stop
+    ):
+      level += 1
+    nodes.append((level, start // span_width(level)))
+    start += span_width(level)
+  return nodes
+
+
+def cold_start(
+  cursor: int, top_level: int, *, sink: int, recent: int, per_level: int
+) -> list[tuple[int, int]]:
+  """Tiling of [0, cursor) before anything is known about what matters.
+
+  The first `sink` tokens and at least the newest `recent` tokens are at L0;
+  before those come about `per_level` nodes of L1, then of L2, and so on,
+  aligned, the coarsest level taking the rest.
+
+  Returns:
+    (level, index) of every entry in timeline order.
+  """
+  sink = min(sink, cursor)
+  pieces: list[list[tuple[int, int]]] = []
+  stop = cursor
+  for level in range(top_level + 1):
+    width, parent = span_width(level), span_width(level + 1)
+    wanted = recent if level == 0 else per_level * width
+    start = max(sink, (stop - wanted) // parent * parent)
+    if level == top_level:
+      start = sink
+    if start > sink or level == top_level:
+      pieces.append(cover(start, stop, level))
+      stop = start
+    else:
+      pieces.append(cover(sink, stop, level))
+      stop = sink
+    if stop <= sink:
+      break
+  nodes = [(0, i) for i in range(sink)]
+  for piece in reversed(pieces):
+    nodes.extend(piece)
+  return nodes
+
+
+class WorkingContext:
+  """Fixed number of slots holding a contiguous, aligned, mixed-level tiling."""
+
+  def __init__(self, window: int):
+    self.window = window
+    self.entries = Entries.make(0, [], [])
+    self._free = list(range(window - 1, -1, -1))
+
+  @property
+  def cost(self) -> int:
+    """Slots in use."""
+    return len(self.entries)
+
+  @property
+  def free(self) -> int:
+    return len(self._free)
+
+  @property
+  def cursor(self) -> int:
+    """Token just behind the last entry."""
+    if not len(self.entries):
+      return 0
+    e = self.entries
+    return int((e.index[-1] + 1) * span_width(int(e.level[-1])))
+
+  def focus(self) -> list[Entry]:
+    """The tiling of [0, cursor), runs of L0 tokens kept apart."""
+    e = self.entries
+    starts, widths = e.start(), e.width()
+    return [
+      Entry(int(level), int(a), int(a + w))
+      for level, a, w in zip(e.level, starts, widths)
+    ]
+
+  def take_slots(self, count: int) -> np.ndarray:
+    """Reserves `count` free slots.
+
+    Raises:
+      McjaxError: fewer than `count` are free.
+    """
+    if count > self.free:
+      raise McjaxError(
+        f"window of {self.window} is full: {count} slots wanted, "
+        f"{self.free} free"
+      )
+    return np.array([self._free.pop() for _ in range(count)], np.int32)
+
+  def give_slots(self, slots: np.ndarray) -> None:
+    """Returns slots to the free list."""
+    self._free.extend(int(s) for s in slots)
+
+  def append_tokens(self, slots: np.ndarray, ready: bool = False) -> None:
+    """Adds the next len(slots) tokens of the timeline at L0."""
+    first = self.cursor
+    new = Entries.make(
+      0, np.arange(first, first + len(slots)), slots, ready=ready
+    )
+    end = len(self.entries)
+    self.entries = self.entries.replaced(end, end, new)
+
+  def expand(self, at: int, step: int) -> Entries:
+    """Replaces entry `at` by its 32 children; returns the children."""
+    e = self.entries
+    level, index = int(e.level[at]), int(e.index[at])
+    if level == 0:
+      raise McjaxError("an L0 entry cannot be expanded")
+    slots = np.concatenate([e.slot[at : at + 1],
+                            self.take_slots(BRANCHING - 1)])
+    children = Entries.make(
+      level - 1, index * BRANCHING + np.arange(BRANCHING), slots,
+      action=EXPAND, born=step,
+    )
+    self.entries = e.replaced(at, at + 1, children)
+    return children
+
+  def collapse(self, at: int, step: int) -> Entries:
+    """Replaces the 32 siblings from entry `at` on by their parent.
+
+    Raises:
+      McjaxError: entry `at` is not the first of 32 siblings that are all
+        present at its level.
+    """
+    e = self.entries
+    if not self.sibling_groups()[at]:
+      raise McjaxError(
+        f"entry {at} does not start 32 siblings of one level"
+      )
+    freed = e.slot[at : at + BRANCHING]
+    parent = Entries.make(
+      e.level[at : at + 1] + 1, e.index[at : at + 1] // BRANCHING, freed[:1],
+      action=COLLAPSE, born=step,
+    )
+    self.give_slots(freed[1:])
+    self.entries = e.replaced(at, at + BRANCHING, parent)
+    return parent
+
+  def sibling_groups(self) -> np.ndarray:
+    """[E] bool: the entry starts 32 siblings all present at its level."""
+    e = self.entries
+    count = len(e)
+    groups = np.zeros(count, bool)
+    if count < BRANCHING:
+      return groups
+    last = np.arange(count - BRANCHING + 1)
+    far = last + BRANCHING - 1
+    groups[: len(last)] = (
+      (e.index[last] % BRANCHING == 0)
+      & (e.level[far] == e.level[last])
+      & (e.index[far] == e.index[last] + BRANCHING - 1)
+    )
+    return groups
+
+  def retile(self, nodes: list[tuple[int, int]]) -> None:
+    """Replaces the whole tiling, keeping slots of entries that stay."""
+    e = self.entries
+    old = {
+      (int(l), int(i)): k for k, (l, i) in enumerate(zip(e.level, e.index))
+    }
+    kept = [old.get(node, -1) for node in nodes]
+    gone = np.ones(len(e), bool)
+    gone[[k for k in kept if k >= 0]] = False
+    self.give_slots(e.slot[gone])
+    fresh = self.take_slots(sum(k < 0 for k in kept))
+    level = np.array([n[0] for n in nodes], np.int32)
+    index = np.array([n[1] for n in nodes], np.int64)
+    new = Entries.make(level, index, np.zeros(len(nodes), np.int32))
+    kept_array = np.array(kept, np.int64)
+    stay = kept_array >= 0
+    for fresh_field, old_field in zip(new.arrays(), e.arrays()):
+      fresh_field[stay] = old_field[kept_array[stay]]
+    new.slot[~stay] = fresh
+    self.entries = new
+
+  def mark_unready(self) -> None:
+    """Forgets all computed keys and values (exact mode, refresh)."""
+    self.entries.ready[:] = False
+
+  def positions(self, gist_stride: int, max_positions: int) -> np.ndarray:
+    """Window-relative position of every entry, [E] int32.
+
+    A token advances the position by 1, a gist by the stride, reduced so that
+    the window and the next block fit `max_positions`; an entry sits at the
+    centre of its stride.
+    """
+    stride = self.effective_stride(gist_stride, max_positions)
+    steps = np.where(self.entries.level > 0, stride, 1)
+    ends = np.cumsum(steps)
+    return (ends - steps + steps // 2).astype(np.int32)
+
+  def effective_stride(self, gist_stride: int, max_positions: int) -> int:
+    """The largest stride <= gist_stride that keeps the window in range."""
+    gists = int(np.count_nonzero(self.entries.level))
+    if not gists:
+      return gist_stride
+    room = max_positions - BRANCHING - (len(self.entries) - gists)
+    return max(1, min(gist_stride, room // gists))
+
+  def next_position(self, gist_stride: int, max_positions: int) -> int:
+    """Position of the token that would be appended next."""
+    stride = self.effective_stride(gist_stride, max_positions)
+    gists = int(np.count_nonzero(self.entries.level))
+    return len(self.entries) - gists + gists * stride
+
+  def slot_arrays(
+    self, gist_stride: int, max_positions: int, show_gists: bool
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Positions [S] int32 and visibility [S] bool in slot order."""
+    e = self.entries
+    positions = np.zeros(self.window, np.int32)
+    visible = np.zeros(self.window, bool)
+    positions[e.slot] = self.positions(gist_stride, max_positions)
+    visible[e.slot] = show_gists | (e.level == 0)
+    return positions, visible
+
+  def copy(self) -> WorkingContext:
+    """An independent copy of the bookkeeping."""
+    twin = WorkingContext(self.window)
+    twin.entries = Entries(*(a.copy() for a in self.entries.arrays()))
+    twin._free = list(self._free)
+    return twin
