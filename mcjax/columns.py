@@ -97,16 +97,16 @@ def flush_columns(columns: list[Column], url: str, *, everything: bool) -> None:
   their flushed length and will be overwritten.
   """
   with io_errors("write to", url):
-    pending = [column.start_flush(everything) for column in columns]
-    error: Exception | None = None
-    for future in pending:
-      try:
+    pending: list[ts.Future] = []
+    try:
+      for column in columns:
+        future = column.start_flush(everything)
         if future is not None:
-          future.result()
-      except (ValueError, OSError, RuntimeError) as failure:
-        error = failure
-    if error is not None:
-      raise error
+          pending.append(future)
+    finally:
+      failures = [failure for f in pending if (failure := f.exception())]
+    if failures:
+      raise failures[0]
   for column in columns:
     column.finish_flush(everything)
 

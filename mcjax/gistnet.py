@@ -6,8 +6,11 @@ again (32→1). Every attention is bidirectional. The slot has a few parts of th
 network's narrow width, which together make up the base's wide vector.
 
 The output starts as the last-token control, the last child's own vector:
-  gist = scale * last child + residual,   residual zero at initialisation,
-with a learnable scale that nothing clamps (design 2.6, 2.7).
+  gist = scale * last child + copies + residual
+with a learnable scale that nothing clamps (design 2.6, 2.7). The copies are
+full-width mixtures of the children themselves, picked by attention heads, so
+that salient tokens reach the base in vectors it knows; the residual is what
+the slot writes. Both are zero at initialisation.
 
 `GistNet` is a Flax Linen module used as a pure function of its parameters;
 `GistEncoder` binds it to a base model for the runtime.
@@ -28,6 +31,7 @@ from mcjax.base import model
 from mcjax.types import BRANCHING, McjaxError
 
 BATCH_SIZES = (1, 16, 256)  # padded batches, so that nothing recompiles
+_COPY_UNIT = 8.0  # gains move as fast as the residual under one learning rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,7 @@ class GistNetConfig:
     mlp_width: hidden width of the children's feed-forward.
     slot_parts: vectors of `width` that form the slot.
     slot_mlp_width: hidden width of the slot's feed-forward.
+    copy_heads: heads that mix whole children into the gist; 0 leaves it out.
     slots_per_gist: vectors per gist (m); the runtime uses 1.
     levels: level embeddings, or weight sets if `per_level`; higher levels
       share the last.
@@ -56,8 +61,9 @@ class GistNetConfig:
   d_model: int
   width: int = 192
   heads: int = 6
-  mlp_width: int = 240
+  mlp_width: int = 216
   slot_parts: int = 4
+  copy_heads: int = 8
   slot_mlp_width: int = 384
   slots_per_gist: int = 1
   levels: int = 4
@@ -69,7 +75,7 @@ class GistNetConfig:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      lowest = 0 if field.name == "input_layer" else 1
+      lowest = 0 if field.name in ("input_layer", "copy_heads") else 1
       if field.type == "int" and value < lowest:
         raise McjaxError(f"GistNetConfig.{field.name} must be ≥ {lowest}, "
                          f"got {value}")
@@ -169,10 +175,24 @@ class GistNet(nn.Module):
     control = children[:, BRANCHING // m - 1 :: BRANCHING // m]
     gists = (control * scale[None, :, None]
              + residual.reshape(n, m, c.d_model) * np.float32(c.input_rms))
+    if c.copy_heads:
+      gists = gists + self._copies(x, children)
     if c.clamp_norm:
       gists = model.rms_norm(
         gists, jnp.full((c.d_model,), c.input_rms, jnp.float32), 1e-6)
     return gists
+
+  def _copies(self, x: jax.Array, children: jax.Array) -> jax.Array:
+    """Mixtures [n, m, D] of children [n, 32, D] by their states x."""
+    c = self.config
+    m, heads = c.slots_per_gist, c.copy_heads
+    picks = _dense(self, "copy_picks", _norm(self, "norm_copy", x), m * heads)
+    picks = picks.reshape(x.shape[:2] + (m, heads))
+    gain = self.param(
+      "copy_gain", nn.initializers.zeros, (m, heads, c.d_model), jnp.float32)
+    mixed = jnp.einsum(
+      "nsmh,nsd->nmhd", jax.nn.softmax(picks, axis=1), children)
+    return jnp.einsum("nmhd,mhd->nmd", mixed, gain * np.float32(_COPY_UNIT))
 
 
 def init_params(config: GistNetConfig, seed: int = 0):
@@ -218,7 +238,7 @@ def default_config(base_params, base_config: model.DecoderConfig,
   """The default sizes for a base, in the unit of its embeddings."""
   d = base_config.d_model
   heads = max(1, round(d / 96))
-  sizes = dict(d_model=d, heads=heads, width=32 * heads, mlp_width=40 * heads,
+  sizes = dict(d_model=d, heads=heads, width=32 * heads, mlp_width=36 * heads,
                slot_mlp_width=64 * heads)
   sample = jnp.asarray(base_params["embed"][:4096]).astype(jnp.float32)
   rms = float(jnp.sqrt(jnp.mean(jnp.square(sample))))
@@ -232,14 +252,16 @@ def flops_per_token(config: GistNetConfig,
   With `base_config`, the base's layers under `input_layer` are counted in.
   """
   w, c, p = config.width, BRANCHING, config.slot_parts
+  copies = config.copy_heads * config.slots_per_gist
   children = c * (config.d_model * w        # w_in
                   + 4 * w * w + 2 * c * w   # self-attention
                   + 2 * w * config.mlp_width
-                  + 6 * w * w)              # down_1, down_2: k, v; up: q, o
+                  + 6 * w * w               # down_1, down_2: k, v; up: q, o
+                  + copies * (w + config.d_model))
   slot = p * (2 * (2 * w * w + 2 * w * config.slot_mlp_width)  # q, o, mlp
               + 2 * w * w                                      # up: k, v
               + 6 * c * w)                                     # scores, mixes
-  out = p * w * config.slots_per_gist * config.d_model
+  out = (p * w * config.slots_per_gist + copies) * config.d_model
   total = 2 * (children + slot + out) // c
   if base_config is not None and config.input_layer:
     head = 2 * base_config.d_model * base_config.vocab_size

@@ -18,6 +18,7 @@ from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING
 from mcjax.working_context import EXPAND, Entries
 
+_RIVAL = 0.6  # share of the best span's coverage that a span must reach
 _FADE = 64.0  # tokens over which a query token loses half its weight
 
 
@@ -61,11 +62,16 @@ class Policy(Protocol):
 
 
 def age_scores(view: FocusView) -> np.ndarray:
-  """Scores in (-0.2, 0]: older entries first when slots must be freed."""
+  """Scores in (-0.2, 0], older entries lower; all 0.2 lower under pressure.
+
+  So nothing collapses while slots are plenty, and the oldest entries pay for
+  new detail once they are not.
+  """
   start = view.entries.start()
   cursor = max(int(start[-1]) + 1, 1) if len(start) else 1
   age = 1.0 - (start + view.entries.width() / 2) / cursor
-  return (-0.19 * np.clip(age, 0.0, 1.0)).astype(np.float32)
+  scores = -0.19 * np.clip(age, 0.0, 1.0) - (0.21 if view.pressure else 0.0)
+  return scores.astype(np.float32)
 
 
 class Recency:
@@ -75,8 +81,7 @@ class Recency:
   bytes_read = 0
 
   def score(self, view: FocusView) -> np.ndarray:
-    scores = age_scores(view)
-    return scores - np.float32(0.3) if view.pressure else scores
+    return age_scores(view)
 
 
 class Random:
@@ -114,10 +119,8 @@ class Similarity:
   def score(self, view: FocusView) -> np.ndarray:
     scores = age_scores(view)
     e = view.entries
-    if view.pressure:
-      scores -= np.where(e.level == 0, 0.1, 0.0).astype(np.float32)
     stale = (e.level == 0) & (e.action == EXPAND)
-    scores[stale] = np.minimum(scores[stale], -0.4)
+    scores[stale] = np.minimum(scores[stale], -0.5)
     starts = e.start()
     for block, strength in self.targets(view):
       token = block * BRANCHING
@@ -142,6 +145,8 @@ class Similarity:
     )
     found: dict[int, float] = {}
     for block, coverage in ranked[: self._spans]:
+      if coverage < _RIVAL * ranked[0][1]:
+        break
       strength = min(1.0, 0.25 + float(coverage))
       for near, factor in ((block, 1.0), (block + 1, 0.9), (block - 1, 0.8)):
         if 0 <= near < last and factor * strength > 0.2:

@@ -417,7 +417,7 @@ class MegaContext:
   def _cold_start(self, recent: int) -> None:
     """Retiles the whole history by distance only, within the budget."""
     config, window = self.config, self._context.window
-    room = config.window - 2 * BRANCHING
+    room = config.window * 5 // 8
     per_level = config.gists_per_level
     recent = min(recent, config.window // 2)
     while True:
@@ -425,15 +425,17 @@ class MegaContext:
         self.tree.cursor, self.tree.top_level, sink=config.sink_tokens,
         recent=recent, per_level=per_level,
       )
-      if len(nodes) <= room:
+      if len(nodes) <= max(room, recent + 2 * BRANCHING):
         break
       if per_level == 0 and recent <= BRANCHING:
-        raise McjaxError(
-          f"config.window {config.window} is too small for a history of "
-          f"{self.tree.cursor} tokens"
-        )
+        break
       per_level //= 2
       recent = max(BRANCHING, recent // 2) if per_level == 0 else recent
+    if len(nodes) > config.window - BRANCHING:
+      raise McjaxError(
+        f"config.window {config.window} is too small for a history of "
+        f"{self.tree.cursor} tokens"
+      )
     window.retile(nodes)
 
   # --- small parts --------------------------------------------------------

@@ -11,15 +11,18 @@ from mcjax import keys as lexical
 from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING, span_width
 
+_LEVEL_DISCOUNT = 0.7  # 1, 0.9, 0.8 and 0.6 found fewer within 256 nodes
+
 
 class TreeSearch:
   """Finds the L1 blocks with the best keys, from the roots downwards.
 
   The roots are the maximal complete nodes, at most 31 per level. A node's
-  bound is the smallest score on the path to it, so it bounds every descendant;
-  the node with the highest bound is expanded next, its 32 children read as
-  one chunk. A block's score is the bound of its own node. Work per `run` is
-  bounded and does not depend on the length of the history.
+  bound is the smallest score on the path to it, so it bounds every descendant.
+  The next node to expand is the one with the highest bound, discounted per
+  level since a coarse bound is loose; its 32 children are read as one chunk. A
+  block's score is the bound of its own node. Work per `run` is bounded and does
+  not depend on the length of the history.
 
   Attributes:
     touched: nodes scored so far.
@@ -52,9 +55,13 @@ class TreeSearch:
       self._blocks = max(0, min(self._blocks, stop_block))
     self.touched = 0
     self.bytes_read = 0
-    # Heap of (-bound, -newest block, level of the children, first, last + 1).
-    self._frontier: list[tuple[float, int, int, int, int]] = []
+    # Chunks of siblings not yet read, as heaps: by what to read next, and by
+    # bound, where those read meanwhile are skipped.
+    self._frontier: list[tuple[float, int, int, int, int, float]] = []
+    self._bounds: list[tuple[float, int, int]] = []
+    self._read: set[tuple[int, int]] = set()
     self._found: list[tuple[float, int]] = []  # (score, block)
+    self._top: list[tuple[float, int]] = []  # the k best of them, a heap
     done = 0
     for level in range(tree.top_level, 0, -1):
       first, last = done // span_width(level - 1), self._nodes(level)
@@ -67,7 +74,10 @@ class TreeSearch:
 
   def _push(self, bound: float, level: int, first: int, last: int) -> None:
     newest = last * span_width(level - 1) - 1
-    heapq.heappush(self._frontier, (-bound, -newest, level, first, last))
+    urgency = bound * _LEVEL_DISCOUNT**level if bound > 0 else bound
+    chunk = (-urgency, -newest, level, first, last, bound)
+    heapq.heappush(self._frontier, chunk)
+    heapq.heappush(self._bounds, (-bound, -newest, level))
 
   def run(self, max_nodes: int) -> None:
     """Scores up to `max_nodes` more nodes, whole chunks of siblings.
@@ -78,11 +88,12 @@ class TreeSearch:
     if max_nodes < BRANCHING:
       raise ValueError(f"max_nodes {max_nodes} is less than {BRANCHING}")
     while self._frontier and not self.certified:
-      _, _, level, first, last = self._frontier[0]
+      _, newest, level, first, last, bound = self._frontier[0]
       max_nodes -= last - first
       if max_nodes < 0:
         return
-      bound = -heapq.heappop(self._frontier)[0]
+      heapq.heappop(self._frontier)
+      self._read.add((newest, level))
       self._expand(bound, level, first, last)
 
   def _expand(self, bound: float, level: int, first: int, last: int) -> None:
@@ -95,6 +106,10 @@ class TreeSearch:
         continue
       if level == 1:
         self._found.append((score, index))
+        if len(self._top) < self._k:
+          heapq.heappush(self._top, (score, index))
+        else:
+          heapq.heappushpop(self._top, (score, index))
       else:
         start = index * BRANCHING
         self._push(score, level - 1, start, start + BRANCHING)
@@ -102,13 +117,14 @@ class TreeSearch:
   @property
   def certified(self) -> bool:
     """Whether `best(k)` is exactly that of all blocks."""
-    if not self._frontier:
+    while self._bounds and self._bounds[0][1:] in self._read:
+      heapq.heappop(self._bounds)
+    if not self._bounds:
       return True
-    best = self.best(self._k)
-    if len(best) < self._k:
+    if len(self._top) < self._k:
       return False
-    block, score = best[-1]
-    return (-score, -block) <= self._frontier[0][:2]
+    score, block = self._top[0]
+    return (-score, -block) <= self._bounds[0][:2]
 
   def best(self, k: int) -> list[tuple[int, float]]:
     """Up to k (block, score) found so far; best first, ties newer first."""

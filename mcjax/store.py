@@ -217,13 +217,13 @@ class Store:
   def delete(self, prefix: str) -> None:
     """Deletes every key that starts with `prefix` (a folder path with /)."""
     with io_errors("delete from", self.url):
-      self._kv.delete_range(ts.KvStore.KeyRange.prefix(prefix)).result()
+      (self._kv / prefix).delete_range(ts.KvStore.KeyRange()).result()
     if self.folder is not None and prefix.endswith("/"):
       shutil.rmtree(self.folder / prefix, ignore_errors=True)
 
   @contextlib.contextmanager
   def removed_on_error(self) -> Iterator[None]:
-    """Leaves an empty url as it was if the body fails."""
+    """Leaves an empty url as it was if the body fails to write the record."""
     created = None
     if self.folder is not None:
       missing = [
@@ -233,13 +233,18 @@ class Store:
     try:
       yield
     except BaseException:
+      ours = False
       with contextlib.suppress(McjaxError):
+        ours = self.read_record()[0] is None  # else another one was faster
+      if not ours:
+        raise
+      with contextlib.suppress(ValueError, OSError):
         self._kv.delete_range(ts.KvStore.KeyRange()).result()
       if created is not None:
         shutil.rmtree(created, ignore_errors=True)
       elif self.folder is not None and self.folder.is_dir():
-        for child in self.folder.iterdir():
-          shutil.rmtree(child, ignore_errors=True)
+        for child in self.folder.iterdir():  # a lock that is not listed
+          child.unlink(missing_ok=True)
       raise
 
 

@@ -12,39 +12,20 @@ from collections.abc import Iterator
 import contextlib
 import json
 import os
-from typing import Protocol
 
 import numpy as np
 
-from mcjax import keys as lexical
 from mcjax import tree_format
-from mcjax.columns import AccessCounts, Column, TokenFrequency, flush_columns
+from mcjax.columns import AccessCounts, TokenFrequency
+from mcjax.levels import SLICE_TOKENS, Encoder, Levels
 from mcjax.store import Store, decode_record, encode_record
 from mcjax.types import BRANCHING, McjaxError, span_width
 
-SLICE_TOKENS = 2 * span_width(3)  # tokens per encoder batch of a long append
-
-
-class Encoder(Protocol):
-  """What the tree needs of a GistNet."""
-
-  fingerprint: str
-  d_model: int
-
-  def encode_tokens(self, token_ids: np.ndarray) -> np.ndarray:
-    """int32 [n, 32] -> float32 [n, D]."""
-
-  def encode_gists(self, gists: np.ndarray, level: int) -> np.ndarray:
-    """float32 [n, 32, D] of `level - 1` -> float32 [n, D] of `level`."""
+__all__ = ["Encoder", "MegaContextTree"]
 
 
 class MegaContextTree:
-  """An append-only history; one writer at a time, not thread-safe.
-
-  Attributes:
-    reads: rows read so far, per kind: "tokens", "gists", "keys" and "access"
-      through the methods below, "ingest" by `append` itself.
-  """
+  """An append-only history; one writer at a time, not thread-safe."""
 
   def __init__(
     self,
@@ -56,27 +37,16 @@ class MegaContextTree:
     """Use `create` or `open`."""
     self._store, self._generation = store, generation
     self._record, self._encoder = record, encoder
-    self._cursor = record["cursor"]
     self._closed = False
     self._transient = 0
-    self.reads = dict.fromkeys(("tokens", "gists", "keys", "access"), 0)
-    self.reads["ingest"] = 0
-    spec = tree_format.tokens_spec(record["vocab_size"])
-    self._tokens = Column(store, "tokens", spec, self._cursor)
-    self._columns: dict[tuple[str, int], Column] = {}
-    for level in range(1, self.top_level + 1):
-      for kind in ("gists", "keys") if level > 1 else ("gists",):
-        length = self.num_nodes(level)
-        column = self._make_column(kind, level, record, length)
-        self._columns[kind, level] = column
-        column.read(length - 1, length)  # a lost or cut file shows here
+    self._reads = dict.fromkeys(("tokens", "gists", "keys", "access"), 0)
+    self._levels = Levels(store, record)
     self._access = AccessCounts(store)
-    slot, counted = record["frequency"]["slot"], record["frequency"]["blocks"]
-    self._frequency = TokenFrequency(store, self.vocab_size, slot, counted)
-    recent = self._tokens.read(
-      counted * BRANCHING, self.num_nodes(1) * BRANCHING
+    self._frequency = TokenFrequency(
+      store, record["vocab_size"], **record["frequency"]
     )
-    self._frequency.add(recent.reshape(-1, BRANCHING))
+    recent = self._levels.blocks(self._frequency.blocks, self.num_nodes(1))
+    self._frequency.add(recent)
 
   @classmethod
   def create(
@@ -162,7 +132,7 @@ class MegaContextTree:
   @property
   def cursor(self) -> int:
     """Tokens in the history, uncommitted and transient ones included."""
-    return self._cursor
+    return self._levels.cursor
 
   @property
   def committed(self) -> int:
@@ -184,13 +154,13 @@ class MegaContextTree:
 
   def num_nodes(self, level: int) -> int:
     """Complete nodes of a level; tokens at level 0."""
-    return self._cursor // span_width(level)
+    return self.cursor // span_width(level)
 
   @property
   def top_level(self) -> int:
     """The highest level with a complete node; 0 if there is none."""
     level = 0
-    while self._cursor >= span_width(level + 1):
+    while self.cursor >= span_width(level + 1):
       level += 1
     return level
 
@@ -229,76 +199,17 @@ class MegaContextTree:
     try:
       at = 0
       while at < len(ids):
-        room = SLICE_TOKENS - self._cursor % SLICE_TOKENS
-        self._append_slice(ids[at : at + room])
+        room = SLICE_TOKENS - self.cursor % SLICE_TOKENS
+        first = self.num_nodes(1)
+        self._levels.grow(ids[at : at + room], self._encoder)
+        self._frequency.add(self._levels.blocks(first, self.num_nodes(1)))
+        if self._levels.has_full_shard:
+          self._check_not_changed()
+          self._levels.flush(everything=False)
         at += room
     except BaseException:
       self._restore(state)
       raise
-
-  def _append_slice(self, ids: np.ndarray) -> None:
-    old = self._cursor
-    self._tokens.append(ids)
-    self._cursor += len(ids)
-    level = 1
-    while self.num_nodes(level) > old // span_width(level):
-      self._add_nodes(level, old // span_width(level), self.num_nodes(level))
-      level += 1
-    if self._tokens.length - self._tokens.flushed >= self._tokens.spec.shard:
-      self._flush(everything=False)
-
-  def _add_nodes(self, level: int, start: int, stop: int) -> None:
-    if level == 1:
-      blocks = self._tokens.read(start * BRANCHING, stop * BRANCHING)
-      blocks = blocks.astype(np.int32).reshape(-1, BRANCHING)
-      self._frequency.add(blocks)
-    gists = self._encode(self._encoder, level, start, stop, self._column)
-    self._column("gists", level).append(gists)
-    if level > 1:
-      self._column("keys", level).append(self._make_keys(level, start, stop))
-
-  def _encode(self, encoder, level, start, stop, column) -> np.ndarray:
-    """Stored rows of nodes [start, stop), from the level below."""
-    low, high = start * BRANCHING, stop * BRANCHING
-    self.reads["ingest"] += high - low
-    n, width = stop - start, encoder.d_model
-    if level == 1:
-      blocks = self._tokens.read(low, high).astype(np.int32)
-      gists = encoder.encode_tokens(blocks.reshape(n, BRANCHING))
-    else:
-      rows = column("gists", level - 1).read(low, high)
-      children = tree_format.unpack_gists(rows).reshape(n, BRANCHING, width)
-      gists = encoder.encode_gists(children, level)
-    gists = np.asarray(gists, np.float32)
-    if gists.shape != (n, width):
-      raise ValueError(f"gists of shape {gists.shape}, not {(n, width)}")
-    if not np.isfinite(gists).all():
-      raise McjaxError(
-        f"the GistNet {encoder.fingerprint} made a gist of level {level} that"
-        " is not finite"
-      )
-    return tree_format.pack_gists(gists, self._record["gist_dtype"])
-
-  def _make_keys(self, level: int, start: int, stop: int) -> np.ndarray:
-    if lexical.key_dim(level) == lexical.key_dim(level - 1):
-      low, high = start * BRANCHING, stop * BRANCHING
-      self.reads["ingest"] += high - low
-      rows = self._column("keys", level - 1).read(low, high)
-      return lexical.union(rows.reshape(stop - start, BRANCHING, -1))
-    self.reads["ingest"] += (stop - start) * span_width(level)
-    return self._sketch(level, start, stop)
-
-  def _sketch(self, level: int, start: int, stop: int) -> np.ndarray:
-    """Keys from the tokens below and the few before them."""
-    width = span_width(level)
-    low = max(0, start * width - lexical.LOOKBACK)
-    ids = self._tokens.read(low, stop * width).astype(np.int64)
-    padding = lexical.LOOKBACK - (start * width - low)
-    ids = np.concatenate([np.full(padding, -1), ids])
-    spans = np.lib.stride_tricks.sliding_window_view(
-      ids, lexical.LOOKBACK + width
-    )[::width]
-    return lexical.sketch(spans, level)
 
   def commit(self, extra: dict | None = None) -> None:
     """Makes every append so far durable, atomically.
@@ -313,8 +224,9 @@ class MegaContextTree:
     self._check_open()
     if self._transient:
       raise McjaxError("a transient append cannot be committed")
-    self._flush(everything=True)
-    record = dict(self._record, cursor=self._cursor)
+    self._check_not_changed()
+    self._levels.flush(everything=True)
+    record = dict(self._record, cursor=self.cursor)
     if extra is not None:
       try:
         record["extra"] = json.loads(json.dumps(extra))
@@ -331,14 +243,12 @@ class MegaContextTree:
     )
     self._record = record
 
-  def _flush(self, everything: bool) -> None:
+  def _check_not_changed(self) -> None:
     if self._store.read_record()[1] != self._generation:
       raise McjaxError(
         f"another process wrote {self.url} meanwhile: close this tree and open"
         " it again"
       )
-    columns = [self._tokens, *self._columns.values()]
-    flush_columns(columns, self.url, everything=everything)
 
   @contextlib.contextmanager
   def transient(self) -> Iterator[None]:
@@ -352,38 +262,28 @@ class MegaContextTree:
       self._restore(state)
 
   def _snapshot(self) -> tuple:
-    columns = {key: c.snapshot() for key, c in self._columns.items()}
-    return (
-      self._cursor,
-      self._tokens.snapshot(),
-      columns,
-      self._frequency.snapshot(),
-      self._access.snapshot(),
-    )
+    parts = (self._levels, self._frequency, self._access)
+    return tuple(part.snapshot() for part in parts)
 
   def _restore(self, state: tuple) -> None:
-    self._cursor, tokens, columns, frequency, access = state
-    self._frequency.restore(frequency)
-    self._tokens.restore(tokens)
-    self._columns = {key: self._columns[key] for key in columns}
-    for key, column in self._columns.items():
-      column.restore(columns[key])
-    self._access.restore(access)
+    parts = (self._levels, self._frequency, self._access)
+    for part, part_state in zip(parts, state, strict=True):
+      part.restore(part_state)
 
   # Reading.
 
   def tokens(self, start: int, stop: int) -> np.ndarray:
     """Token ids [start, stop), int32 (uint32 ids keep their low 31 bits)."""
     self._check_open()
-    self.reads["tokens"] += max(0, stop - start)
-    return self._tokens.read(start, stop).astype(np.int32)
+    self._reads["tokens"] += max(0, stop - start)
+    return self._levels.tokens.read(start, stop).astype(np.int32)
 
   def gists(self, level: int, start: int, stop: int) -> np.ndarray:
     """Gists of nodes [start, stop) of a level >= 1, float32 [n, D]."""
     self._check_nodes(level, start, stop)
-    self.reads["gists"] += stop - start
+    self._reads["gists"] += stop - start
     return tree_format.unpack_gists(
-      self._column("gists", level).read(start, stop)
+      self._levels.column("gists", level).read(start, stop)
     )
 
   def keys(self, level: int, start: int, stop: int) -> np.ndarray:
@@ -392,10 +292,15 @@ class MegaContextTree:
     Those of level 1 are not stored: they are made from the tokens.
     """
     self._check_nodes(level, start, stop)
-    self.reads["keys"] += stop - start
+    self._reads["keys"] += stop - start
     if level == 1:
-      return self._sketch(1, start, stop)
-    return self._column("keys", level).read(start, stop)
+      return self._levels.sketch(1, start, stop)
+    return self._levels.column("keys", level).read(start, stop)
+
+  @property
+  def reads(self) -> dict[str, int]:
+    """Rows read so far: per kind by the methods here, "ingest" by `append`."""
+    return {**self._reads, "ingest": self._levels.ingested}
 
   def block_frequency(self, token_ids: np.ndarray) -> np.ndarray:
     """How many complete blocks hold each token: int64 [n]."""
@@ -409,14 +314,14 @@ class MegaContextTree:
     width = np.int64(BRANCHING) ** level.astype(np.int64)
     if np.any(level < 0) or np.any(index < 0):
       raise IndexError("negative level or index")
-    if np.any(index >= self._cursor // width):
+    if np.any(index >= self.cursor // width):
       raise IndexError("access to a node that is not complete")
     self._access.add(level, index)
 
   def access_counts(self, level: int, start: int, stop: int) -> np.ndarray:
     """Access counts of nodes [start, stop) of a level >= 0: uint32 [n]."""
     self._check_nodes(level, start, stop, lowest=0)
-    self.reads["access"] += stop - start
+    self._reads["access"] += stop - start
     return self._access.read(level, start, stop)
 
   def nbytes_on_disk(self) -> dict[str, int]:
@@ -426,18 +331,6 @@ class MegaContextTree:
       kind = key.split("/")[0]
       total[kind if kind in total else "other"] += size
     return total
-
-  def _make_column(self, kind, level, record, length) -> Column:
-    width, dtype = record["gistnet"]["d_model"], record["gist_dtype"]
-    spec = tree_format.column_spec(kind, level, width, dtype)
-    folder = f"gists/{record['gist_epoch']}" if kind == "gists" else kind
-    return Column(self._store, f"{folder}/L{level}", spec, length)
-
-  def _column(self, kind: str, level: int) -> Column:
-    if (kind, level) not in self._columns:
-      column = self._make_column(kind, level, self._record, 0)
-      self._columns[kind, level] = column
-    return self._columns[kind, level]
 
   def _check_open(self) -> None:
     if self._closed:
@@ -469,27 +362,18 @@ class MegaContextTree:
         self._store.delete(f"gists/{epoch}/")
     record = dict(self._record, gist_epoch=current + 1)
     record["gistnet"] = tree_format.gistnet_fields(encoder)
-    new: dict[tuple[str, int], Column] = {}
     try:
-      for level in range(1, self.top_level + 1):
-        column = self._make_column("gists", level, record, 0)
-        new["gists", level] = column
-        step = max(1, SLICE_TOKENS // BRANCHING)
-        for start in range(0, self.num_nodes(level), step):
-          stop = min(start + step, self.num_nodes(level))
-          column.append(
-            self._encode(encoder, level, start, stop, lambda *key: new[key])
-          )
-          flush_columns([column], self.url, everything=False)
-        flush_columns([column], self.url, everything=True)
+      self._levels.rebuild(encoder, record)
       self._write_record(record)
     except BaseException:
       with contextlib.suppress(McjaxError):
+        self._check_not_changed()  # else the new gists are in use already
         self._store.delete(f"gists/{current + 1}/")
       raise
-    self._columns.update(new)
+    self._levels.switch()
     self._encoder = encoder
-    self._store.delete(f"gists/{current}/")
+    with contextlib.suppress(McjaxError):  # the next rebuild tries again
+      self._store.delete(f"gists/{current}/")
 
   def close(self) -> None:
     """Keeps the access counts; drops appends that were not committed."""

@@ -323,9 +323,7 @@ def _check_gguf_switches(reader, arch, get, head_dim, max_positions) -> None:
       raise _refuse(f"{arch}.{key}", get(key), "not implemented")
   window = get("attention.sliding_window")
   if window and window < max_positions:
-    raise _refuse(
-      f"{arch}.attention.sliding_window", window, "not implemented"
-    )
+    raise _refuse(f"{arch}.attention.sliding_window", window, "not implemented")
 
 
 def _gguf_rope_scaling(tensors, head_dim, theta) -> RopeScaling | None:

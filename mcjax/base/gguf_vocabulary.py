@@ -98,6 +98,10 @@ def read(reader) -> Vocabulary:
   if not tokens:
     raise McjaxError("the GGUF file has no 'tokenizer.ggml.tokens'")
   kinds = get("ggml.token_type") or [_NORMAL] * len(tokens)
+  if len(kinds) != len(tokens):
+    raise McjaxError(
+      f"the GGUF file has {len(tokens)} tokens but {len(kinds)} token types"
+    )
   if kind == "gpt2":
     name = get("ggml.pre")
     if name not in _RULES:
@@ -109,8 +113,10 @@ def read(reader) -> Vocabulary:
     adds_bos = rules.adds_bos
   elif kind == "llama":
     scores = get("ggml.scores")
-    if not scores:
-      raise McjaxError("the GGUF file has no 'tokenizer.ggml.scores'")
+    if not scores or len(scores) != len(tokens):
+      raise McjaxError(
+        "the GGUF file has no 'tokenizer.ggml.scores' for every token"
+      )
     unknown = tokens[get("ggml.unknown_token_id", 0)]
     prefix = get("ggml.add_space_prefix", True)
     core = _sentence_piece(tokens, kinds, scores, unknown, prefix)
@@ -123,7 +129,7 @@ def read(reader) -> Vocabulary:
     core.add_tokens(
       [
         tokenizers.AddedToken(t, normalized=False, special=special)
-        for t, k in zip(tokens, kinds)
+        for t, k in zip(tokens, kinds, strict=True)
         if k == code or (special and k == _UNKNOWN)
       ]
     )
@@ -133,9 +139,7 @@ def read(reader) -> Vocabulary:
     core=core,
     bos_id=bos,
     adds_bos=bool(get("ggml.add_bos_token", adds_bos)),
-    stop_ids=tuple(
-      i for i in (eos, get("ggml.eot_token_id")) if i is not None
-    ),
+    stop_ids=tuple(i for i in (eos, get("ggml.eot_token_id")) if i is not None),
     template=get("chat_template"),
     names={k: tokens[i] for k, i in names.items() if i is not None},
   )
@@ -178,7 +182,7 @@ def _sentence_piece(
   """
   ids = {t: i for i, t in enumerate(tokens)}
   merges = []
-  for piece, kind, score in zip(tokens, kinds, scores):
+  for piece, kind, score in zip(tokens, kinds, scores, strict=True):
     if kind not in (_NORMAL, _USER_DEFINED):
       continue
     pairs = [
@@ -187,8 +191,9 @@ def _sentence_piece(
       if piece[:i] in ids and piece[i:] in ids
     ]
     pairs.sort(key=lambda p: (ids[p[0]], ids[p[1]]))
-    merges += [(score, len(left), len(right), left, right)
-               for left, right in pairs]
+    merges += [
+      (score, len(left), len(right), left, right) for left, right in pairs
+    ]
   merges.sort(key=lambda m: m[:3], reverse=True)
   core = tokenizers.Tokenizer(
     models.BPE(

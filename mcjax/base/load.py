@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,15 +21,19 @@ import numpy as np
 
 from mcjax.base import hub
 from mcjax.base.config import decoder_config_from_gguf, decoder_config_from_hf
+from mcjax.base.layout import (
+  Leaf,
+  Tensors,
+  aligned_empty,
+  leaves_of,
+  read_params,
+)
 from mcjax.base.model import DecoderConfig
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.types import McjaxError
 
 _DTYPES = ("float32", "bfloat16")
-_SAMPLES = 256  # values of each tensor that enter the fingerprint
 _CHUNK = 1 << 22  # values dequantised at a time
-# Tensors that carry nothing the configuration does not already say.
-_IDLE_TENSORS = re.compile(r"rope_freqs\.weight|.*rotary_emb\.inv_freq")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,35 +54,6 @@ class BaseLM:
   params: dict
   tokenizer: Tokenizer
   fingerprint: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-  """One tensor of a layer: where it is, its shape there, how it is turned."""
-
-  source: str
-  shape: tuple[int, ...]
-  turn: Callable[[np.ndarray], np.ndarray]
-
-
-class _Tensors:
-  """Named tensors of a checkpoint, read on demand in their stored dtype."""
-
-  def __init__(
-    self,
-    shapes: dict[str, tuple[int, ...]],
-    read: Callable[[str], np.ndarray],
-  ):
-    self.shapes, self._read = shapes, read
-
-  def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    if name not in self.shapes:
-      raise McjaxError(f"the checkpoint has no tensor {name!r}")
-    if self.shapes[name] != shape:
-      raise McjaxError(
-        f"tensor {name!r} has shape {self.shapes[name]}, expected {shape}"
-      )
-    return self._read(name)
 
 
 def load_base_lm(
@@ -107,7 +81,9 @@ def load_base_lm(
   try:
     opened = _open_folder(path) if path.is_dir() else _open_gguf(path)
     with opened as (config, tensors, leaves, tokenizer):
-      params, digest = _read_params(config, tensors, leaves, np_dtype(dtype))
+      params, digest = read_params(
+        config, tensors, leaves, np.dtype(jnp.dtype(dtype))
+      )
   except McjaxError as e:
     raise McjaxError(f"{path}: {e}") from e
   if tokenizer.largest_text_id() >= config.vocab_size:
@@ -117,11 +93,6 @@ def load_base_lm(
     )
   digest.update(tokenizer.vocabulary_digest())
   return BaseLM(name, config, params, tokenizer, digest.hexdigest())
-
-
-def np_dtype(dtype: str) -> np.dtype:
-  """The NumPy dtype of "float32" or "bfloat16"."""
-  return np.dtype(jnp.dtype(dtype))
 
 
 def _resolve(source: str) -> pathlib.Path:
@@ -168,17 +139,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return value
 
 
-def _safetensors(
-  path: pathlib.Path, stack: contextlib.ExitStack
-) -> _Tensors:
+def _safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Tensors:
   """Opens model.safetensors, or the shards that its index names."""
   import safetensors
 
   if (path / "model.safetensors").is_file():
     files = ["model.safetensors"]
   elif (path / "model.safetensors.index.json").is_file():
-    index = read_json(path / "model.safetensors.index.json")
-    files = sorted(set(index.get("weight_map", {}).values()))
+    index = read_json(path / "model.safetensors.index.json").get("weight_map")
+    if not isinstance(index, dict) or not index:
+      raise McjaxError("model.safetensors.index.json has no 'weight_map'")
+    files = sorted({os.path.basename(str(name)) for name in index.values()})
   else:
     raise McjaxError("no model.safetensors and no model.safetensors.index.json")
   owner, shapes = {}, {}
@@ -195,10 +166,10 @@ def _safetensors(
         owner[key], shapes[key] = handle, tuple(piece.get_shape())
     except (safetensors.SafetensorError, OSError) as e:
       raise McjaxError(f"{file} is damaged: {e}") from e
-  return _Tensors(shapes, lambda name: owner[name].get_tensor(name))
+  return Tensors(shapes, lambda name: owner[name].get_tensor(name))
 
 
-def _hf_leaves(config: DecoderConfig) -> dict[str, _Leaf]:
+def _hf_leaves(config: DecoderConfig) -> dict[str, Leaf]:
   """Parameter path -> leaf, `{i}` standing for the layer."""
   layer = "model.layers.{i}."
   names = dict(
@@ -224,7 +195,7 @@ def _hf_leaves(config: DecoderConfig) -> dict[str, _Leaf]:
     final_norm="model.norm.weight",
     unembed="lm_head.weight",
   )
-  return _leaves(config, names, permuted=False)
+  return leaves_of(config, names, permuted=False)
 
 
 # --- GGUF --------------------------------------------------------------------
@@ -245,7 +216,7 @@ def _open_gguf(path: pathlib.Path) -> Iterator[tuple]:
   def read(name: str) -> np.ndarray:
     tensor = stored[name]
     rows = tensor.data.reshape(-1, tensor.data.shape[-1])
-    out = np.empty((rows.shape[0], shapes[name][-1]), np.float32)
+    out = aligned_empty((len(rows), shapes[name][-1]), np.float32)
     step = max(1, _CHUNK // out.shape[1])
     try:
       for i in range(0, len(out), step):
@@ -260,10 +231,11 @@ def _open_gguf(path: pathlib.Path) -> Iterator[tuple]:
     return out.reshape(shapes[name])
 
   tokenizer = Tokenizer.from_gguf(reader)
-  yield config, _Tensors(shapes, read), _gguf_leaves(config), tokenizer
+  reader.fields.clear()  # a view per token of the vocabulary
+  yield config, Tensors(shapes, read), _gguf_leaves(config), tokenizer
 
 
-def _gguf_leaves(config: DecoderConfig) -> dict[str, _Leaf]:
+def _gguf_leaves(config: DecoderConfig) -> dict[str, Leaf]:
   names = dict(
     attn_norm="attn_norm.weight",
     mlp_norm="ffn_norm.weight",
@@ -287,118 +259,6 @@ def _gguf_leaves(config: DecoderConfig) -> dict[str, _Leaf]:
     final_norm="output_norm.weight",
     unembed="output.weight",
   )
-  return _leaves(config, names, permuted=config.family in ("llama", "smollm3"))
-
-
-# --- Stacked parameters ------------------------------------------------------
-
-
-def _leaves(
-  config: DecoderConfig, names: dict[str, str], permuted: bool
-) -> dict[str, _Leaf]:
-  """Leaves of a checkpoint that stores linear maps as [out, in].
-
-  Args:
-    config: sizes.
-    names: parameter name of `model.py` -> tensor name there.
-    permuted: q and k rows interleave the two halves of a head, as llama.cpp
-      writes them for its adjacent-pair RoPE.
-  """
-  d, f, h = config.d_model, config.d_ff, config.head_dim
-  n, k, v = config.n_heads, config.n_kv_heads, config.vocab_size
-
-  def halves(x: np.ndarray) -> np.ndarray:
-    """[heads * H, ...] rows from adjacent pairs back to split halves."""
-    if not permuted:
-      return x
-    pairs = x.reshape(-1, h // 2, 2, *x.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(x.shape)
-
-  def heads(x: np.ndarray) -> np.ndarray:
-    return x.reshape(-1, h, d).transpose(2, 0, 1)
-
-  def per_head(x: np.ndarray) -> np.ndarray:
-    return x.reshape(-1, h)
-
-  def same(x: np.ndarray) -> np.ndarray:
-    return x
-
-  turns = dict(
-    attn_norm=((d,), same),
-    mlp_norm=((d,), same),
-    wq=((n * h, d), lambda x: heads(halves(x))),
-    wk=((k * h, d), lambda x: heads(halves(x))),
-    wv=((k * h, d), heads),
-    wo=((d, n * h), lambda x: x.T.reshape(n, h, d)),
-    w_gate=((f, d), np.transpose),
-    w_up=((f, d), np.transpose),
-    w_down=((d, f), np.transpose),
-    embed=((v, d), same),
-    final_norm=((d,), same),
+  return leaves_of(
+    config, names, permuted=config.family in ("llama", "smollm3")
   )
-  if config.qkv_bias:
-    turns.update(
-      bq=((n * h,), lambda x: per_head(halves(x))),
-      bk=((k * h,), lambda x: per_head(halves(x))),
-      bv=((k * h,), per_head),
-    )
-  if config.o_bias:
-    turns.update(bo=((d,), same))
-  if config.qk_norm:
-    turns.update(q_norm=((h,), same), k_norm=((h,), same))
-  if not config.tie_embeddings:
-    turns.update(unembed=((v, d), np.transpose))
-  return {key: _Leaf(names[key], *turn) for key, turn in turns.items()}
-
-
-def _read_params(
-  config: DecoderConfig,
-  tensors: _Tensors,
-  leaves: dict[str, _Leaf],
-  dtype: np.dtype,
-) -> tuple[dict, Any]:
-  """Reads all leaves; returns the parameters and a hash of what was read."""
-  known = set()
-  digest = hashlib.sha256(_config_text(config).encode())
-  params: dict[str, Any] = {"layers": {}}
-  for key, leaf in leaves.items():
-    stacked = "{i}" in leaf.source
-    layers = range(config.n_layers) if stacked else range(1)
-    out = None
-    for i in layers:
-      source = leaf.source.replace("{i}", str(i))
-      known.add(source)
-      value = leaf.turn(tensors.read(source, leaf.shape))
-      digest.update(f"{key} {i} {value.shape}".encode())
-      digest.update(_sample(value))
-      if out is None:
-        out = np.empty((len(layers), *value.shape), dtype)
-      out[i] = value
-    if stacked:
-      params["layers"][key] = jnp.asarray(out)
-    else:
-      params[key] = jnp.asarray(out[0])
-  _check_all_used(tensors.shapes, known, leaves)
-  return params, digest
-
-
-def _config_text(config: DecoderConfig) -> str:
-  return json.dumps(dataclasses.asdict(config), sort_keys=True)
-
-
-def _sample(value: np.ndarray) -> bytes:
-  """Evenly spaced values of a tensor as float32 bytes."""
-  step = max(1, value.size // _SAMPLES)
-  index = np.unravel_index(np.arange(0, value.size, step), value.shape)
-  return value[index].astype("<f4").tobytes()
-
-
-def _check_all_used(
-  names: Iterable[str], known: set[str], leaves: dict[str, _Leaf]
-) -> None:
-  """Refuses tensors (biases, adapters) that the decoder would leave out."""
-  tied = () if "unembed" in leaves else ("lm_head.weight",)
-  for name in names:
-    if name in known or name in tied or _IDLE_TENSORS.fullmatch(name):
-      continue
-    raise McjaxError(f"tensor {name!r} has no place in this decoder")

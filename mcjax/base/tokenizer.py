@@ -154,9 +154,7 @@ class Tokenizer:
     try:
       with self._lock:
         self._core.encode_special_tokens = True
-        encoded = self._core.encode_batch_fast(
-          pieces, add_special_tokens=False
-        )
+        encoded = self._core.encode_batch_fast(pieces, add_special_tokens=False)
     except (UnicodeEncodeError, TypeError) as e:
       raise McjaxError(f"the text is not valid Unicode: {e}") from e
     return np.concatenate([np.asarray(e.ids, np.int32) for e in encoded])
@@ -253,7 +251,9 @@ class Tokenizer:
       if not first:
         text = text.rpartition(_ANSWER)[2].removeprefix(self._answer_tail())
       if text.count(_USER) != 1:
-        raise McjaxError("the chat template does not show the user's words once")
+        raise McjaxError(
+          "the chat template does not show the user's words once"
+        )
       frames.append(text.split(_USER))
     (before, after), (spaced, _) = frames
     return before, after, before == spaced
@@ -270,12 +270,16 @@ class Tokenizer:
     import jinja2
 
     try:
-      return _environment().from_string(self._template).render(
-        messages=messages,
-        add_generation_prompt=add_generation_prompt,
-        tools=None,
-        documents=None,
-        **self._template_tokens,
+      return (
+        _environment()
+        .from_string(self._template)
+        .render(
+          messages=messages,
+          add_generation_prompt=add_generation_prompt,
+          tools=None,
+          documents=None,
+          **self._template_tokens,
+        )
       )
     except jinja2.TemplateError as e:
       raise McjaxError(f"the model's chat template fails: {e}") from e
@@ -301,9 +305,7 @@ def _environment():
 
     def parse(self, parser):
       next(parser.stream)
-      return parser.parse_statements(
-        ("name:endgeneration",), drop_needle=True
-      )
+      return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
   def fail(message: str):
     raise jinja2.TemplateError(message)
@@ -318,8 +320,8 @@ def _environment():
   )
   environment.filters["tojson"] = tojson
   environment.globals["raise_exception"] = fail
-  environment.globals["strftime_now"] = (
-    lambda form: datetime.datetime.now().strftime(form)
+  environment.globals["strftime_now"] = lambda form: (
+    datetime.datetime.now().strftime(form)
   )
   return environment
 

@@ -7,7 +7,6 @@ format, the version, the configuration and the facts of the model card.
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import json
 import pathlib
 
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 from mcjax.types import McjaxError
 
 FORMAT_VERSION = 1
+_ROOT = pathlib.Path(__file__).parent
 
 
 def flatten(params) -> dict[str, np.ndarray]:
@@ -85,6 +85,5 @@ def read_weights(path, kind: str) -> tuple[dict, dict, dict]:
 
 def shipped(base_name: str, kind: str) -> pathlib.Path | None:
   """Path of the weights of `kind` shipped for a base of this name, if any."""
-  root = pathlib.Path(str(importlib.resources.files("mcjax")))
-  path = root / "pretrained" / base_name / f"{kind}.safetensors"
+  path = _ROOT / base_name / f"{kind}.safetensors"
   return path if path.is_file() else None

@@ -62,8 +62,8 @@ class Deduplicator:
 
 
 def validation_document(name: str) -> bool:
-  """Whether a training source's document is kept for choices (one in 25)."""
-  return _stable_hash(name) % 25 == 0
+  """Whether a training source's document is kept for choices (one in 12)."""
+  return _stable_hash(name) % 12 == 0
 
 
 def shuffled(documents: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ window again, seeing its own tokens and the gists of all blocks before it; so
 each token is a sample, at about the cost of one more pass over the window.
 
   kl        teacher's next-token distribution against the student's
-  match     the student's keys and values against the teacher's, every layer
+  attend    attention outputs for the teacher's queries (attention_match.py)
   rebuild   the decoder repeats a block's tokens after reading its gist
   contrast  cosine similarity of a window's gists above a margin
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ import numpy as np
 
 from mcjax import gistnet
 from mcjax.base import model
+from mcjax.training import attention_match
 from mcjax.types import BRANCHING, McjaxError
 
 
@@ -37,13 +39,11 @@ class Objective:
     near: raw tokens between the gists and the scored ones, a multiple of 32.
     sink: keep the window's first block raw, as the runtime's attention sink.
     gist_stride: positions a gist takes; it sits at their centre.
-    kl, match, contrast, rebuild: weights of the terms.
+    kl, attend, contrast, rebuild: weights of the terms.
     nll: weight of plain next-token loss beside the KL.
     margin: cosine similarity that the contrastive term tolerates.
     rebuild_blocks: blocks of every window that are repeated from their gists.
     early: extra weight of a segment's first tokens, halved every 8 tokens.
-    match_layers: match only the first so many layers, and run no others if
-      `kl`, `nll` and `rebuild` are 0; None means all.
     chunk: tokens whose logits exist at one time.
     remat: recompute the decoder's layers in the backward pass.
   """
@@ -55,13 +55,12 @@ class Objective:
   gist_stride: int = 1
   kl: float = 1.0
   nll: float = 0.0
-  match: float = 0.0
+  attend: float = 0.0
   contrast: float = 0.05
   rebuild: float = 0.0
   margin: float = 0.2
   rebuild_blocks: int = 2
   early: float = 0.0
-  match_layers: int | None = None
   chunk: int = 256
   remat: bool = False
 
@@ -88,17 +87,10 @@ class Objective:
     return tuple(range(first, self.window - self.segment + 1, self.segment))
 
   @property
-  def shallow(self) -> bool:
-    """Whether only the decoder's first `match_layers` run."""
-    return self.match_layers is not None and not (
-      self.kl or self.nll or self.rebuild)
-
-
-def first_layers(base_params, base_config: model.DecoderConfig, layers: int):
-  """The decoder cut after `layers` layers: (params, config)."""
-  cut = jax.tree.map(lambda a: a[:layers], base_params["layers"])
-  return (base_params | {"layers": cut},
-          dataclasses.replace(base_config, n_layers=layers))
+  def index(self) -> np.ndarray:
+    """[segments, near + segment] window positions of the segments' tokens."""
+    reach = np.arange(self.near + self.segment)
+    return np.asarray(self.starts)[:, None] - self.near + reach[None]
 
 
 def _chunked(chunk: int, *arrays):
@@ -110,7 +102,7 @@ def _chunked(chunk: int, *arrays):
       (-1, size) + a.shape[1:]) for a in arrays)
 
 
-def _kl_chunk(base_params, nll_weight, teacher, student, targets, weights):
+def _kl_chunk(base_params, kl_weight, nll_weight, teacher, student, targets, weights):
   """Weighted KL, NLL sums of a chunk and the gradient for `student`."""
   wanted = jax.nn.log_softmax(model.unembed(base_params, teacher), axis=-1)
   found = jax.nn.log_softmax(model.unembed(base_params, student), axis=-1)
@@ -119,7 +111,7 @@ def _kl_chunk(base_params, nll_weight, teacher, student, targets, weights):
   picked = jax.nn.one_hot(targets, found.shape[-1], dtype=jnp.float32)
   nll = -jnp.sum(picked * found, axis=-1)
   teacher_nll = -jnp.sum(picked * wanted, axis=-1)
-  slope = (q - p) + nll_weight * (q - picked)
+  slope = kl_weight * (q - p) + nll_weight * (q - picked)
   slope = (slope * weights[:, None]).astype(student.dtype)
   if "unembed" in base_params:
     gradient = jnp.einsum("tv,dv->td", slope, base_params["unembed"])
@@ -129,9 +121,9 @@ def _kl_chunk(base_params, nll_weight, teacher, student, targets, weights):
   return sums, gradient
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def distribution_loss(student, base_params, teacher, targets, weights,
-                      nll_weight: float, chunk: int):
+                      kl_weight: float, nll_weight: float, chunk: int):
   """Weighted sums of KL(teacher ‖ student) and NLL; logits never held whole.
 
   The gradient is computed in the same pass as the value, chunk by chunk, so
@@ -143,49 +135,38 @@ def distribution_loss(student, base_params, teacher, targets, weights,
     teacher: [T, D] the teacher's final hidden states.
     targets: [T] int32 next tokens.
     weights: [T] float32.
-    nll_weight: weight of the NLL in the loss.
+    kl_weight, nll_weight: what the loss sums.
     chunk: positions per chunk.
 
   Returns:
-    (loss [], sums [3]) where loss = KL + nll_weight * NLL, weighted sums, and
-    sums are (KL, student NLL, teacher NLL) in nats.
+    (loss [], sums [3]): loss = kl_weight * KL + nll_weight * NLL, and sums are
+    (KL, student NLL, teacher NLL), in nats.
   """
   return _distribution_forward(student, base_params, teacher, targets, weights,
-                               nll_weight, chunk)[0]
+                               kl_weight, nll_weight, chunk)[0]
 
 
 def _distribution_forward(student, base_params, teacher, targets, weights,
-                          nll_weight, chunk):
+                          kl_weight, nll_weight, chunk):
   def step(total, piece):
-    sums, gradient = _kl_chunk(base_params, np.float32(nll_weight), *piece)
+    sums, gradient = _kl_chunk(base_params, np.float32(kl_weight),
+                               np.float32(nll_weight), *piece)
     return total + sums, gradient
 
   pieces = _chunked(chunk, teacher, student, targets, weights)
   sums, gradients = jax.lax.scan(step, jnp.zeros((3,), jnp.float32), pieces)
   gradient = gradients.reshape((-1, student.shape[-1]))[: student.shape[0]]
-  loss = sums[0] + np.float32(nll_weight) * sums[1]
+  loss = np.float32(kl_weight) * sums[0] + np.float32(nll_weight) * sums[1]
   return (loss, sums), gradient
 
 
-def _distribution_backward(nll_weight, chunk, gradient, cotangents):
-  del nll_weight, chunk
+def _distribution_backward(kl_weight, nll_weight, chunk, gradient, cotangents):
+  del kl_weight, nll_weight, chunk
   slope = cotangents[0].astype(gradient.dtype)
   return gradient * slope, None, None, None, None
 
 
 distribution_loss.defvjp(_distribution_forward, _distribution_backward)
-
-
-def relative_error(found: jax.Array, wanted: jax.Array,
-                   weights: jax.Array) -> jax.Array:
-  """Mean over layers of squared error / variance: [L, K, T, H] pairs → []."""
-  found, wanted = found.astype(jnp.float32), wanted.astype(jnp.float32)
-  w = weights[None, None, :, None]
-  total = jnp.sum(w) + 1e-6
-  centre = jnp.sum(wanted * w, axis=2, keepdims=True) / total
-  error = jnp.sum(jnp.square(found - wanted) * w, axis=(1, 2, 3))
-  spread = jnp.sum(jnp.square(wanted - centre) * w, axis=(1, 2, 3))
-  return jnp.mean(error / (spread + 1e-6))
 
 
 def contrast(gists: jax.Array, margin: float) -> jax.Array:
@@ -219,31 +200,45 @@ def gist_segment(base_params, base_config, gists: jax.Array, stride: int,
   return segment, offset + n * stride
 
 
-def _student(base_params, base_config, o: Objective, ids, gists):
-  """Runs all segments; returns hidden [S, H, D], keys, values [S, L, K, H, h]."""
+class Layout(NamedTuple):
+  """Where every segment's tokens and gists are, for the student.
+
+  Attributes:
+    far: the sink and the gists as keys and values.
+    places: [segments, near + segment] int32 positions of own tokens.
+    visible: [segments, S] entries of `far` that a segment sees.
+  """
+
+  far: model.Segment
+  places: jax.Array
+  visible: jax.Array
+
+
+def layout(base_params, base_config, o: Objective, ids, gists) -> Layout:
+  """Decodes gists [blocks, m, D] and places every segment after its own."""
   m = gists.shape[1]
   sink = model.embed(base_params, ids[:BRANCHING]) if o.sink else None
   flat = gists[1 if o.sink else 0 :].reshape(-1, gists.shape[-1])
   far, _ = gist_segment(
     base_params, base_config, flat, o.gist_stride, sink, o.remat)
   lead = BRANCHING if o.sink else 0
-  starts = np.asarray(o.starts)
-  gone = (starts - o.near - lead) // BRANCHING * m  # gists each segment sees
-  reach = o.near + o.segment
-  index = (starts - o.near)[:, None] + np.arange(reach)[None]
-  places = (lead + gone * o.gist_stride)[:, None] + np.arange(reach)[None]
+  gone = (np.asarray(o.starts) - o.near - lead) // BRANCHING * m
+  own = np.arange(o.near + o.segment)
+  places = (lead + gone * o.gist_stride)[:, None] + own[None]
   visible = np.arange(far.positions.shape[0])[None] < (lead + gone)[:, None]
-  x = model.embed(base_params, ids[index])
+  return Layout(far, jnp.asarray(places, jnp.int32), jnp.asarray(visible))
 
+
+def _student(base_params, base_config, o: Objective, ids, seen: Layout):
+  """Final hidden states [segments * segment, D] of the scored tokens."""
   def one(x, places, visible):
     return model.forward(
-      base_params, base_config, x, places, (far._replace(visible=visible),),
-      remat=o.remat)
+      base_params, base_config, x, places,
+      (seen.far._replace(visible=visible),), remat=o.remat)[0]
 
-  hidden, keys, values = jax.vmap(one)(
-    x, jnp.asarray(places, jnp.int32), jnp.asarray(visible))
-  scored = slice(o.near, None)
-  return hidden[:, scored], keys[:, :, :, scored], values[:, :, :, scored]
+  hidden = jax.vmap(one)(
+    model.embed(base_params, ids[o.index]), seen.places, seen.visible)
+  return hidden[:, o.near :].reshape(-1, hidden.shape[-1])
 
 
 def _rebuild(base_params, base_config, o: Objective, ids, gists, key):
@@ -271,49 +266,47 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
 
   Returns:
     loss [] and a dictionary of [] float32 metrics: the terms, `nll` and
-    `teacher_nll` in nats per token, `norm` (mean gist norm over mean
-    embedding norm) and `scale`.
+    `teacher_nll` in nats per token, and `norm`, the mean norm of a gist over
+    that of a token's embedding.
   """
-  if o.shallow:
-    base_params, base_config = first_layers(
-      base_params, base_config, o.match_layers)
   ids = ids.astype(jnp.int32)
   features = gistnet.token_features(
     base_params, base_config, ids.reshape(-1, BRANCHING),
     gist_config.input_layer)
   gists = gistnet.apply(gist_params, gist_config, features, 1)
 
+  seen = layout(base_params, base_config, o, ids, gists)
   x = model.embed(base_params, ids)
-  teacher, keys, values = jax.lax.stop_gradient(model.forward(
-    base_params, base_config, x, jnp.arange(o.window, dtype=jnp.int32)))
-  hidden, own_keys, own_values = _student(
-    base_params, base_config, o, ids, gists)
+  if o.attend:
+    teacher, rows = jax.lax.stop_gradient(
+      attention_match.trace(base_params, base_config, x))
+  else:
+    teacher, _, _ = jax.lax.stop_gradient(model.forward(
+      base_params, base_config, x, jnp.arange(o.window, dtype=jnp.int32)))
 
-  index = np.asarray(o.starts)[:, None] + np.arange(o.segment)[None]
-  weights = 1.0 + o.early * 2.0 ** (-np.arange(o.segment) / 8)
-  weights = np.broadcast_to(weights / weights.mean(), index.shape).reshape(-1)
-  index = index.reshape(-1)
+  bias = 1.0 + o.early * 2.0 ** (-np.arange(o.segment) / 8)
+  weights = np.tile(bias, (len(o.starts), 1))
   weights = jnp.asarray(weights / weights.sum(), jnp.float32)
   metrics, loss = {}, jnp.float32(0)
-  if not o.shallow:
-    last = index[-1] == o.window - 1  # no next token there; KL needs none
-    targets = ids[np.minimum(index + 1, o.window - 1)]
+  if o.kl or o.nll:
+    index = o.index[:, o.near :].reshape(-1)
+    scored = weights.reshape(-1)
+    if index[-1] == o.window - 1:  # the token after the window is unknown
+      scored = scored.at[-1].set(0.0)
     value, sums = distribution_loss(
-      hidden.reshape(-1, hidden.shape[-1]), base_params, teacher[index],
-      targets, weights.at[-1].set(0.0) if last else weights, o.nll, o.chunk)
-    loss += o.kl * value
+      _student(base_params, base_config, o, ids, seen), base_params,
+      teacher[index], ids[np.minimum(index + 1, o.window - 1)], scored,
+      o.kl, o.nll, o.chunk)
+    loss += value
     metrics |= {"kl": sums[0], "nll": sums[1], "teacher_nll": sums[2]}
-  if o.match:
-    def flat(a):
-      return jnp.moveaxis(a, 0, 2).reshape(
-        a.shape[1], a.shape[2], -1, a.shape[4])
-
-    n = o.match_layers
-    pairs = [(flat(own_keys)[:n], keys[:n][:, :, index]),
-             (flat(own_values)[:n], values[:n][:, :, index])]
-    match = sum(relative_error(a, b, weights) for a, b in pairs) / 2
-    loss += o.match * match
-    metrics["match"] = match
+  if o.attend:
+    mask = (np.arange(o.near + o.segment) >= o.near).astype(np.float32)
+    full = jnp.pad(weights, ((0, 0), (o.near, 0))) * mask[None]
+    attend = attention_match.loss(
+      base_params, base_config, rows, seen.far, jnp.asarray(o.index),
+      seen.places, seen.visible, full)
+    loss += o.attend * attend
+    metrics["attend"] = attend
   spread = contrast(gists.reshape(-1, gists.shape[-1]), o.margin)
   loss += o.contrast * spread
   metrics["contrast"] = spread

@@ -26,7 +26,7 @@ def _take(source: sources.Source, folder: pathlib.Path, characters: float,
   if source.kind == "chat":  # its greetings repeat by nature
     deduplicate = data.Deduplicator()
   kept, total = [], 0
-  longest = max(characters / 8, 60_000)
+  longest = max(characters / 40, 60_000)
   for name, text in documents:
     if total >= characters:
       break

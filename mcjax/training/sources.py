@@ -67,6 +67,7 @@ def _debian(folder: pathlib.Path, packages: tuple[str, ...]):
   for package in packages:
     target = folder / "unpacked" / package
     if not target.exists():
+      target.parent.mkdir(exist_ok=True)
       run_client(["dpkg-deb", "-x", str(next(folder.glob(f"{package}_*.deb"))),
                   str(target)], folder)
     yield target

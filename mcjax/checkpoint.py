@@ -1,0 +1,79 @@
+"""Training checkpoints; the only importer of Orbax.
+
+A checkpoint holds a state pytree and, as JSON, the configuration it belongs
+to. Saving is synchronous at the end of a call to `save(..., wait=True)`, so a
+process that is told to stop leaves a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from mcjax.types import McjaxError
+
+
+class Checkpoints:
+  """The checkpoints of one run, newest kept.
+
+  Args:
+    folder: where they live; created if missing.
+    config: the run's configuration as plain JSON values, saved with each.
+    keep: how many of the newest to keep.
+  """
+
+  def __init__(self, folder, config: dict[str, Any], keep: int = 3):
+    self._config = config
+    self._manager = ocp.CheckpointManager(
+      pathlib.Path(folder).absolute(),
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+
+  def latest_step(self) -> int | None:
+    """Step of the newest whole checkpoint."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state, wait: bool = False) -> None:
+    """Saves `state` as the checkpoint of `step`; a no-op if it exists."""
+    if step != self._manager.latest_step():
+      self._manager.save(step, args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        config=ocp.args.JsonSave(self._config)))
+    if wait:
+      self._manager.wait_until_finished()
+
+  def restore(self, like, must_match: tuple[str, ...] = ()):
+    """The newest state, laid out and sharded as `like`; None if there is none.
+
+    Args:
+      like: pytree of arrays with the wanted shapes, dtypes and shardings.
+      must_match: names of configuration entries that may not have changed.
+
+    Raises:
+      McjaxError: the run in this folder had another configuration or shape.
+    """
+    step = self.latest_step()
+    if step is None:
+      return None
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    config = self._manager.restore(
+      step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+    for name in must_match:
+      if config.get(name) != self._config.get(name):
+        raise McjaxError(f"the checkpoint was written with {name}="
+                         f"{config.get(name)}, this run has "
+                         f"{self._config.get(name)}; use another workdir")
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract)))["state"]
+    except (ValueError, KeyError) as error:
+      raise McjaxError(
+        f"the checkpoint of step {step} does not fit this run: "
+        f"{str(error).splitlines()[0]}") from error
+
+  def close(self) -> None:
+    """Waits for writes and releases the folder."""
+    self._manager.wait_until_finished()
+    self._manager.close()

@@ -1,0 +1,341 @@
+"""Trains GistNet beside a frozen base: one jitted step under a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+
+from mcjax import gistnet, sharding
+from mcjax.checkpoint import Checkpoints
+from mcjax.evaluation import substitution
+from mcjax.training import data
+from mcjax.training.losses import Objective, window_loss
+from mcjax.training.metrics import MetricWriter
+from mcjax.types import McjaxError
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """`steps` optimizer steps with one objective."""
+
+  steps: int
+  objective: Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """A GistNet run; validated, hashable.
+
+  Attributes:
+    phases: the curriculum, run one after another.
+    batch: windows per optimizer step, over all processes.
+    micro_batch: windows that are in memory at one time.
+    learning_rate: peak of the schedule.
+    warmup: steps of linear warm-up.
+    decay_fraction: part of the run, at its end, over which the rate falls by
+      a cosine to `final_rate` of its peak; 1 is plain cosine decay.
+    final_rate: what is left of the rate at the end.
+    weight_decay, clip, b2: of AdamW and the global norm.
+    seed: of data order and initialisation.
+    log_every, evaluate_every, save_every: steps between records.
+    validation_documents: documents a kind in the periodic evaluation.
+    mesh_data, mesh_model: mesh sizes; data -1 takes what is left.
+  """
+
+  phases: tuple[Phase, ...]
+  batch: int = 8
+  micro_batch: int = 1
+  learning_rate: float = 1e-3
+  warmup: int = 20
+  decay_fraction: float = 1.0
+  final_rate: float = 0.05
+  weight_decay: float = 0.01
+  clip: float = 1.0
+  b2: float = 0.98
+  seed: int = 0
+  log_every: int = 5
+  evaluate_every: int = 100
+  save_every: int = 50
+  validation_documents: int = 10
+  mesh_data: int = -1
+  mesh_model: int = 1
+
+  def __post_init__(self):
+    if not self.phases or any(p.steps < 1 for p in self.phases):
+      raise McjaxError("TrainConfig.phases needs phases of at least one step")
+    for name in ("batch", "micro_batch", "log_every", "evaluate_every",
+                 "save_every"):
+      if getattr(self, name) < 1:
+        raise McjaxError(f"TrainConfig.{name} must be ≥ 1, got "
+                         f"{getattr(self, name)}")
+    if self.batch % self.micro_batch:
+      raise McjaxError(f"TrainConfig.micro_batch={self.micro_batch} does not "
+                       f"divide batch={self.batch}")
+    if not 0 < self.decay_fraction <= 1:
+      raise McjaxError("TrainConfig.decay_fraction must be in (0, 1], got "
+                       f"{self.decay_fraction}")
+    if len({p.objective.window for p in self.phases}) > 1:
+      raise McjaxError("all phases must have the same Objective.window")
+
+  @property
+  def steps(self) -> int:
+    """Steps of the whole run."""
+    return sum(p.steps for p in self.phases)
+
+  def objective(self, step: int) -> Objective:
+    """The objective of optimizer step `step`, counted from 0."""
+    for phase in self.phases:
+      if step < phase.steps:
+        return phase.objective
+      step -= phase.steps
+    raise McjaxError("step beyond the last phase")
+
+
+def schedule(config: TrainConfig) -> optax.Schedule:
+  """Linear warm-up, a plateau, a cosine down to `final_rate`."""
+  decay = max(1, round(config.steps * config.decay_fraction) - (
+    config.warmup if config.decay_fraction == 1 else 0))
+  peak = config.learning_rate
+  return optax.join_schedules(
+    [optax.linear_schedule(peak / max(1, config.warmup), peak, config.warmup),
+     optax.constant_schedule(peak),
+     optax.cosine_decay_schedule(peak, decay, config.final_rate)],
+    [config.warmup, max(config.warmup, config.steps - decay)])
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+  """AdamW with global norm clipping; matrices only are decayed."""
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip),
+    optax.adamw(
+      schedule(config), b1=0.9, b2=config.b2,
+      weight_decay=config.weight_decay,
+      mask=lambda p: jax.tree.map(lambda a: np.ndim(a) > 1, p)))
+
+
+def init_state(config: TrainConfig, params) -> dict[str, Any]:
+  """A fresh state: parameters, optimizer state and the step counter."""
+  params = jax.tree.map(lambda a: jnp.array(a, copy=True), params)
+  return {"params": params, "optimizer": optimizer(config).init(params),
+          "step": jnp.zeros((), jnp.int32)}
+
+
+def train_step(state, base_params, ids, *, config: TrainConfig, gist_config,
+               base_config, objective: Objective):
+  """One optimizer step on ids [micro-batches, windows, window].
+
+  A pure function of the state and the ids: the randomness of the objective
+  comes from the seed and the step counter.
+
+  Returns:
+    the next state, and metrics averaged over all windows.
+  """
+  grad = jax.value_and_grad(
+    functools.partial(
+      window_loss, gist_config=gist_config, base_params=base_params,
+      base_config=base_config, o=objective), has_aux=True)
+  root = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+  keys = jax.random.split(root, ids.shape[:2])
+
+  def micro(total, piece):
+    ids, keys = piece
+    (_, metrics), gradient = jax.vmap(
+      lambda i, k: grad(state["params"], ids=i, key=k))(ids, keys)
+    mean = jax.tree.map(lambda a: jnp.mean(a, axis=0), gradient)
+    return jax.tree.map(jnp.add, total, mean), metrics
+
+  zero = jax.tree.map(jnp.zeros_like, state["params"])
+  total, metrics = jax.lax.scan(micro, zero, (ids, keys))
+  gradient = jax.tree.map(lambda a: a / np.float32(ids.shape[0]), total)
+  updates, moments = optimizer(config).update(
+    gradient, state["optimizer"], state["params"])
+  metrics = jax.tree.map(jnp.mean, metrics) | {
+    "gradient_norm": optax.global_norm(gradient),
+    "learning_rate": schedule(config)(state["step"])}
+  return {"params": optax.apply_updates(state["params"], updates),
+          "optimizer": moments, "step": state["step"] + 1}, metrics
+
+
+class StopSignal:
+  """Turns SIGTERM and SIGINT into a flag while its block runs."""
+
+  def __enter__(self):
+    self.raised = False
+    self._before = {
+      s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def _note(self, number, frame):
+    del number, frame
+    self.raised = True
+
+  def __exit__(self, *unused):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+class GistTrainer:
+  """The training loop around `train_step`.
+
+  Args:
+    lm: the frozen base (`load_base_lm`).
+    gist_config: the network's sizes.
+    config: the run.
+    stores: {kind: TokenStore} of the training split.
+    weights: {kind: weight} of the mixture; equal if None.
+    workdir: holds checkpoints, metrics and the best weights.
+    initial: parameters to start from; fresh ones if None.
+  """
+
+  def __init__(self, lm, gist_config: gistnet.GistNetConfig,
+               config: TrainConfig, stores: Mapping[str, data.TokenStore],
+               workdir, weights: Mapping[str, float] | None = None,
+               initial=None):
+    self.config, self.gist_config, self._lm = config, gist_config, lm
+    self.workdir = pathlib.Path(workdir)
+    self.mesh = sharding.make_mesh(config.mesh_data, config.mesh_model)
+    spread = self.mesh.shape[sharding.DATA]
+    if config.micro_batch % spread:
+      raise McjaxError(f"micro_batch={config.micro_batch} does not divide "
+                       f"among data={spread} devices")
+    window = config.phases[0].objective.window
+    self._sampler = data.WindowSampler(stores, window, weights, config.seed)
+    start = gistnet.init_params(gist_config, config.seed)
+    state = init_state(config, start if initial is None else initial)
+    whole = sharding.replicated(self.mesh)
+    self._state_sharding = jax.tree.map(lambda _: whole, state)
+    self.state = jax.device_put(state, self._state_sharding)
+    base_sharding = sharding.BASE_RULES.shardings(lm.params, self.mesh)
+    self._base = jax.device_put(lm.params, base_sharding)
+    self._steps: dict[Objective, Callable] = {}
+    plain = json.loads(json.dumps({
+      "gistnet": dataclasses.asdict(gist_config), "base": lm.fingerprint,
+      "seed": config.seed, "batch": config.batch,
+      "train": dataclasses.asdict(config)}))
+    self._checkpoints = Checkpoints(self.workdir / "checkpoints", plain)
+    restored = self._checkpoints.restore(
+      self.state, must_match=("gistnet", "base", "seed", "batch"))
+    if restored is not None:
+      self.state = restored
+    self._bench: substitution.Bench | None = None
+
+  @property
+  def step(self) -> int:
+    """Optimizer steps done."""
+    return int(self.state["step"])
+
+  def _batch(self, step: int) -> jax.Array:
+    """Ids [micro-batches, micro_batch, window] on the mesh."""
+    c = self.config
+    parts = c.batch // c.micro_batch
+    rows = [self._sampler.batch(step * parts + i, c.micro_batch,
+                                jax.process_index(), jax.process_count())
+            for i in range(parts)]
+    return sharding.global_batch(np.stack(rows), self.mesh, axis=1)
+
+  def _compiled(self, objective: Objective) -> Callable:
+    if objective not in self._steps:
+      whole = sharding.replicated(self.mesh)
+      self._steps[objective] = jax.jit(
+        functools.partial(
+          train_step, config=self.config, gist_config=self.gist_config,
+          base_config=self._lm.config, objective=objective),
+        donate_argnums=0, out_shardings=(self._state_sharding, whole))
+    return self._steps[objective]
+
+  def one_step(self) -> dict[str, float]:
+    """Runs the next optimizer step; returns its metrics."""
+    step = self.step
+    run = self._compiled(self.config.objective(step))
+    self.state, metrics = run(self.state, self._base, self._batch(step))
+    return {k: float(v) for k, v in jax.device_get(metrics).items()}
+
+  def encoder(self) -> gistnet.GistEncoder:
+    """The current weights bound to the base."""
+    return gistnet.GistEncoder(
+      self._lm, jax.device_get(self.state["params"]), self.gist_config, True)
+
+  def evaluate(self, stores: Mapping[str, data.TokenStore]) -> dict:
+    """`substitution.summarise` of 8 blocks before 48 tokens on `stores`."""
+    if self._bench is None:
+      setting = substitution.Setting(
+        sink=self.config.phases[-1].objective.sink,
+        gist_stride=self.config.phases[-1].objective.gist_stride)
+      self._bench = substitution.Bench(self._lm, substitution.pick_excerpts(
+        stores, setting, self.config.validation_documents), setting)
+    losses = self._bench.measure(self.encoder())
+    return substitution.summarise(losses, self._bench.excerpts.kinds)
+
+  def export(self, path, card: Mapping[str, Any]) -> None:
+    """Writes the current weights with the facts of `card`."""
+    objective = self.config.objective(max(0, self.step - 1))
+    gistnet.save_gistnet(
+      path, jax.device_get(self.state["params"]), self.gist_config,
+      {"base": self._lm.name, "base_fingerprint": self._lm.fingerprint,
+       "steps": self.step,
+       "tokens": self.step * self.config.batch * objective.window,
+       "objective": dataclasses.asdict(objective), **card})
+
+  def run(self, validation: Mapping[str, data.TokenStore] | None = None,
+          report: Callable[[str], None] = tqdm.tqdm.write) -> bool:
+    """Trains to the last step, or to a signal, and checkpoints.
+
+    Args:
+      validation: stores for the periodic evaluation; the best weights by it
+        are kept as `best.safetensors`.
+      report: receives one line per evaluation.
+
+    Returns:
+      whether the run is finished (False: stopped by a signal).
+    """
+    c = self.config
+    metrics = MetricWriter(self.workdir, self.step)
+    best_path = self.workdir / "best.json"
+    best = json.loads(best_path.read_text()) if best_path.exists() else {}
+    tokens = c.batch * c.phases[0].objective.window
+    bar = tqdm.tqdm(total=c.steps, initial=self.step, unit="step",
+                    dynamic_ncols=True)
+    with StopSignal() as stop:
+      while self.step < c.steps and not stop.raised:
+        began = time.perf_counter()
+        values = self.one_step()
+        step = self.step
+        rate = tokens / (time.perf_counter() - began)
+        bar.update()
+        bar.set_postfix_str(f"loss {values['loss']:.3f} {rate:.0f} tok/s")
+        if not np.isfinite(values["loss"]):
+          raise McjaxError(f"loss is not finite at step {step}")
+        if step % c.log_every == 0:
+          metrics.write(step, values | {"tokens_per_second": rate})
+        last = step == c.steps or stop.raised
+        if step % c.save_every == 0 or last:
+          self._checkpoints.save(step, self.state, wait=last)
+        if validation and not stop.raised and (
+            step % c.evaluate_every == 0 or step == c.steps):
+          summary = self.evaluate(validation)
+          found = {k: v["value"] for k, v in summary["recovered"].items()}
+          metrics.write(step, {f"recovered/{k}": v for k, v in found.items()})
+          report(f"step {step}: recovered {found['gist']:.3f} (last token "
+                 f"{found['last']:.3f}, mean {found['mean']:.3f}, shuffled "
+                 f"{found['shuffled']:.3f})")
+          if found["gist"] > best.get("recovered", -np.inf):
+            best = {"step": step, "recovered": found["gist"]}
+            self.export(self.workdir / "best.safetensors",
+                        {"validation": summary})
+            best_path.write_text(json.dumps(best))
+    bar.close()
+    metrics.close()
+    self._checkpoints.close()
+    return self.step >= c.steps

@@ -1,0 +1,25 @@
+"""Fixtures of the base LM's tests; puts this folder on the import path."""
+
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+_GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
+
+
+@pytest.fixture(scope="session")
+def goldens():
+  """Arrays written by tools/make_goldens."""
+  with np.load(_GOLDENS / "base_lm.npz") as stored:
+    return dict(stored)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+  from mcjax.base.load import load_base_lm
+
+  return load_base_lm("smollm2-135m")

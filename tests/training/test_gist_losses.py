@@ -1,0 +1,181 @@
+"""The objective: alignment, what it sees, and its gradients."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mcjax import gistnet
+from mcjax.base import model
+from mcjax.training import attention_match, losses
+from mcjax.types import McjaxError
+
+_O = losses.Objective(window=128, segment=32, chunk=40)
+
+
+def _ids(n=128, vocab=61, seed=0):
+  return jnp.asarray(
+    np.random.default_rng(seed).integers(0, vocab, n), jnp.int32)
+
+
+def _loss(lm, gist_config, o, ids, params=None):
+  params = gistnet.init_params(gist_config) if params is None else params
+  return losses.window_loss(
+    params, gist_config, lm.params, lm.config, o, ids, jax.random.key(0))
+
+
+def test_distribution_loss_equals_the_plain_formula(tiny_lm):
+  rng = np.random.default_rng(2)
+  student, teacher = (jnp.asarray(rng.normal(size=(50, 32)).astype(np.float32))
+                      for _ in range(2))
+  targets = _ids(50)
+  weights = jnp.asarray(rng.random(50).astype(np.float32))
+
+  def plain(student):
+    p = jax.nn.log_softmax(model.unembed(tiny_lm.params, teacher))
+    q = jax.nn.log_softmax(model.unembed(tiny_lm.params, student))
+    kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    nll = -q[jnp.arange(50), targets]
+    return jnp.sum(weights * (0.7 * kl + 0.2 * nll))
+
+  def fused(student):
+    return losses.distribution_loss(
+      student, tiny_lm.params, teacher, targets, weights, 0.7, 0.2, 16)[0]
+
+  for a, b in zip(jax.value_and_grad(fused)(student),
+                  jax.value_and_grad(plain)(student)):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_random_tokens_cost_ln_vocabulary(tiny_lm, tiny_gist_config):
+  """On i.i.d. tokens nothing is predictable: the loss stays at ln V or above.
+
+  The base here is an echo, sure of its own input token, so that a target
+  shifted by one would score far below ln V.
+  """
+  quiet = {k: tiny_lm.params["layers"][k] * 0.0 for k in ("wo", "w_down")}
+  echo = tiny_lm.params | {"layers": tiny_lm.params["layers"] | quiet}
+  unit = echo["embed"] / jnp.linalg.norm(echo["embed"], axis=-1, keepdims=True)
+  echo["embed"] = unit
+  o = dataclasses.replace(_O, kl=0.0, nll=1.0)
+  gist_params = gistnet.init_params(tiny_gist_config)
+  run = jax.jit(lambda ids: losses.window_loss(
+    gist_params, tiny_gist_config, echo, tiny_lm.config, o, ids,
+    jax.random.key(0))[1]["nll"])
+  nll = np.mean([run(_ids(seed=seed)) for seed in range(20)])
+  logits = model.unembed(echo, model.rms_norm(
+    unit, echo["final_norm"], tiny_lm.config.rms_norm_eps))
+  table = -jax.nn.log_softmax(logits)
+  assert float(jnp.mean(jnp.diagonal(table))) < math.log(61) - 1
+  assert nll == pytest.approx(float(jnp.mean(table)), abs=0.15)
+  assert nll > math.log(61)
+
+
+def test_segments_see_only_the_gists_before_them(tiny_lm):
+  o = dataclasses.replace(_O, near=32)
+  gists = jnp.asarray(
+    np.random.default_rng(0).normal(size=(4, 1, 32)).astype(np.float32))
+  seen = losses.layout(tiny_lm.params, tiny_lm.config, o, _ids(), gists)
+  assert o.starts == (64, 96)
+  np.testing.assert_array_equal(
+    seen.visible, [[True, False, False, False], [True, True, False, False]])
+  assert seen.places[0, 0] == 1 and seen.places[1, 0] == 2
+  np.testing.assert_array_equal(o.index[0], np.arange(32, 96))
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_student_matches_the_plain_decoder(tiny_lm, sink):
+  """A segment's hidden states equal one run over sink, gists and tokens."""
+  o = dataclasses.replace(_O, sink=sink, gist_stride=4)
+  gists = jnp.asarray(
+    np.random.default_rng(0).normal(0, 0.3, (4, 1, 32)).astype(np.float32))
+  ids = _ids()
+  seen = losses.layout(tiny_lm.params, tiny_lm.config, o, ids, gists)
+  hidden = losses._student(tiny_lm.params, tiny_lm.config, o, ids, seen)
+  lead = 32 if sink else 0
+  last = o.starts[-1]
+  flat = gists[1 if sink else 0 : last // 32, 0]
+  n = flat.shape[0]
+  x = jnp.concatenate([model.embed(tiny_lm.params, ids[:lead]), flat,
+                       model.embed(tiny_lm.params, ids[last : last + 32])])
+  places = np.concatenate([np.arange(lead), lead + np.arange(n) * 4 + 2,
+                           lead + n * 4 + np.arange(32)])
+  plain, _, _ = model.forward(
+    tiny_lm.params, tiny_lm.config, x, jnp.asarray(places, jnp.int32))
+  np.testing.assert_allclose(hidden[-32:], plain[-32:], atol=2e-4)
+
+
+@pytest.mark.parametrize("terms", [
+  dict(), dict(kl=0.0, attend=1.0), dict(rebuild=0.5), dict(nll=0.5),
+  dict(early=2.0, near=32, sink=True), dict(remat=True)])
+def test_terms_are_finite_and_reach_the_network(
+    tiny_lm, tiny_gist_config, terms):
+  o = dataclasses.replace(_O, **terms)
+  (loss, metrics), gradient = jax.value_and_grad(
+    lambda p: _loss(tiny_lm, tiny_gist_config, o, _ids(), p),
+    has_aux=True)(gistnet.init_params(tiny_gist_config))
+  assert np.isfinite(loss)
+  assert all(np.isfinite(v) for v in metrics.values())
+  assert np.abs(gradient["w_out"]).max() > 0
+  assert np.abs(gradient["scale"]).max() > 0
+
+
+def test_remat_changes_nothing(tiny_lm, tiny_gist_config):
+  values = [_loss(tiny_lm, tiny_gist_config,
+                  dataclasses.replace(_O, remat=remat, rebuild=0.3), _ids())[0]
+            for remat in (False, True)]
+  np.testing.assert_allclose(*values, rtol=1e-5)
+
+
+def test_several_vectors_per_gist(tiny_lm, tiny_gist_config):
+  config = dataclasses.replace(tiny_gist_config, slots_per_gist=2)
+  o = dataclasses.replace(_O, rebuild=0.5)
+  assert np.isfinite(_loss(tiny_lm, config, o, _ids())[0])
+
+
+def test_trace_equals_the_decoder(tiny_lm):
+  x = model.embed(tiny_lm.params, _ids())
+  places = jnp.arange(128, dtype=jnp.int32)
+  hidden, keys, values = model.forward(
+    tiny_lm.params, tiny_lm.config, x, places)
+  found, rows = attention_match.trace(tiny_lm.params, tiny_lm.config, x)
+  np.testing.assert_allclose(found, hidden, atol=2e-4)
+  np.testing.assert_allclose(rows.keys, keys, atol=2e-4)
+  np.testing.assert_allclose(rows.values, values, atol=2e-4)
+
+
+def test_attention_match_is_zero_on_the_real_keys(tiny_lm):
+  """If the far keys are the text's own, the teacher's output comes back."""
+  ids = _ids(96)
+  x = model.embed(tiny_lm.params, ids)
+  _, rows = attention_match.trace(tiny_lm.params, tiny_lm.config, x)
+  places = jnp.arange(64, dtype=jnp.int32)
+  far = model.Segment(
+    model.rotate_keys(tiny_lm.config, rows.keys[:, :, :64], places),
+    rows.values[:, :, :64], places, jnp.ones((64,), bool), rotated=True)
+  index = jnp.arange(64, 96, dtype=jnp.int32)[None]
+  weights = jnp.full((1, 32), 1 / 32, jnp.float32)
+  seen = jnp.ones((1, 64), bool)
+  exact = attention_match.loss(tiny_lm.params, tiny_lm.config, rows, far,
+                               index, index, seen, weights)
+  blind = attention_match.loss(tiny_lm.params, tiny_lm.config, rows, far,
+                               index, index, ~seen, weights)
+  assert exact < 1e-9 < 1e-3 < blind
+
+
+def test_contrast_counts_only_pairs_above_the_margin():
+  apart = jnp.eye(4, dtype=jnp.float32)
+  assert losses.contrast(apart, 0.2) == 0
+  same = jnp.ones((4, 4), jnp.float32)
+  np.testing.assert_allclose(losses.contrast(same, 0.2), 0.8, rtol=1e-4)
+
+
+@pytest.mark.parametrize("field, value", [
+  ("window", 100), ("segment", 20), ("near", 5), ("gist_stride", 40),
+  ("window", 32)])
+def test_objective_errors_name_the_field(field, value):
+  with pytest.raises(McjaxError, match=field):
+    dataclasses.replace(_O, **{field: value})

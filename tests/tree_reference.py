@@ -1,0 +1,99 @@
+"""A tiny encoder and a plain NumPy tree to compare the stored one with."""
+
+import numpy as np
+
+from mcjax.store import Store, io_errors
+
+VOCAB = 300
+BASE = {"base_fingerprint": "base-1", "base_name": "tiny"}
+
+
+class TinyEncoder:
+  """A fixed random projection; same rows whatever the batch."""
+
+  def __init__(self, d_model=8, seed=0, fingerprint=None):
+    self.d_model = d_model
+    self.fingerprint = fingerprint or f"tiny-{seed}"
+    self.calls = []
+    rng = np.random.default_rng(seed)
+    self._table = rng.standard_normal((2**16, d_model)).astype(np.float32)
+    self._mix = rng.standard_normal((32, d_model)).astype(np.float32)
+
+  def encode_tokens(self, token_ids):
+    assert token_ids.dtype == np.int32 and token_ids.shape[1:] == (32,)
+    self.calls.append((1, len(token_ids)))
+    return (self._table[token_ids] * self._mix).sum(axis=1)
+
+  def encode_gists(self, gists, level):
+    assert gists.dtype == np.float32
+    assert gists.shape[1:] == (32, self.d_model)
+    self.calls.append((level, len(gists)))
+    return np.tanh((gists * self._mix).sum(axis=1)) + np.float32(level)
+
+
+def reference_gists(encoder, ids, pack):
+  """Gists per level of a history; `pack` rounds as the store does."""
+  levels = []
+  n = len(ids) // 32
+  rows = pack(encoder.encode_tokens(ids[: n * 32].reshape(n, 32)))
+  while n:
+    levels.append(rows)
+    n //= 32
+    children = rows[: n * 32].reshape(n, 32, encoder.d_model)
+    rows = pack(encoder.encode_gists(children, len(levels) + 1))
+  return levels
+
+
+def random_ids(n, seed=0, vocab=VOCAB):
+  """Zipf-distributed token ids, int32 [n]."""
+  rng = np.random.default_rng(seed)
+  return (rng.zipf(1.3, n) % vocab).astype(np.int32)
+
+
+class FailingWrites:
+  """Lets the first `allowed` writes of a store through, then fails.
+
+  A write that fails may have reached the store in part, as in a crash.
+  """
+
+  def __init__(self, monkeypatch, allowed):
+    self.left = allowed
+    array, record = Store.array, Store.write_record
+    outer = self
+
+    def failing_array(store, path, spec, create):
+      return _Proxy(array(store, path, spec, create), outer)
+
+    def failing_record(store, value, generation):
+      with io_errors("write", store.url):
+        outer.spend()
+      return record(store, value, generation)
+
+    monkeypatch.setattr(Store, "array", failing_array)
+    monkeypatch.setattr(Store, "write_record", failing_record)
+
+  def spend(self):
+    self.left -= 1
+    if self.left < 0:
+      raise OSError("No space left on device")
+
+
+class _Proxy:
+  def __init__(self, array, failing):
+    self._array, self._failing = array, failing
+
+  def __getitem__(self, where):
+    return _Proxy(self._array[where], self._failing)
+
+  def read(self):
+    return self._array.read()
+
+  def write(self, rows):
+    try:
+      self._failing.spend()
+    except OSError:
+      low, half = self._array.domain[0].inclusive_min, len(rows) // 2
+      if half:
+        self._array[low : low + half].write(rows[:half]).result()
+      raise
+    return self._array.write(rows)
