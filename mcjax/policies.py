@@ -19,6 +19,7 @@ from mcjax.types import BRANCHING
 from mcjax.working_context import EXPAND, Entries
 
 _RIVAL = 0.6  # share of the best span's coverage that a span must reach
+_LOOKUP = 0.65  # strength from which the query is a question about one place
 _FADE = 64.0  # tokens over which a query token loses half its weight
 
 
@@ -104,7 +105,9 @@ class Similarity:
   anywhere in the history within `max_nodes` nodes per step (it continues
   where it stopped while the query stays the same); the candidates' true
   tokens rank them. Entries above a found block ask to be expanded; found
-  spans no longer asked for ask to be collapsed.
+  spans no longer asked for ask to be collapsed. When one place answers the
+  query well, other raw text asks to be collapsed too: a small model is easily
+  distracted by it.
   """
 
   def __init__(self, max_nodes: int, spans: int = 4):
@@ -122,7 +125,11 @@ class Similarity:
     stale = (e.level == 0) & (e.action == EXPAND)
     scores[stale] = np.minimum(scores[stale], -0.5)
     starts = e.start()
-    for block, strength in self.targets(view):
+    targets = self.targets(view)
+    if targets and targets[0][1] >= _LOOKUP:
+      raw = e.level == 0
+      scores[raw] = np.minimum(scores[raw], -0.3)
+    for block, strength in targets:
       token = block * BRANCHING
       at = int(np.searchsorted(starts, token, side="right")) - 1
       stop = at + BRANCHING if e.level[at] == 0 else at + 1
@@ -139,7 +146,7 @@ class Similarity:
     self.touched = self._search.touched - before[0]
     self.bytes_read = self._search.bytes_read - before[1]
     last = view.query_start // BRANCHING
-    blocks = [b for b, _ in self._search.best(4 * self._spans) if b < last]
+    blocks = [b for b, _ in self._search.best(4 * self._spans)]
     ranked = lexical.rank_blocks(
       view.tree, blocks, view.query_ids, self._weights
     )
@@ -166,7 +173,8 @@ class Similarity:
       self._search = None
       return
     self._search = TreeSearch(
-      view.tree, lexical.scorer(view.query_ids, self._weights)
+      view.tree, lexical.scorer(view.query_ids, self._weights),
+      stop_block=view.query_start // BRANCHING,
     )
 
 

@@ -273,7 +273,7 @@ class MegaContextTree:
   # Reading.
 
   def tokens(self, start: int, stop: int) -> np.ndarray:
-    """Token ids [start, stop), int32 (uint32 ids keep their low 31 bits)."""
+    """Token ids [start, stop), int32 [n]. Raises: IndexError."""
     self._check_open()
     self._reads["tokens"] += max(0, stop - start)
     return self._levels.tokens.read(start, stop).astype(np.int32)

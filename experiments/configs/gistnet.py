@@ -19,10 +19,7 @@ def get_config():
   c.mixture = dict(prose=1.0, docs=1.0, wiki=1.0, code=1.0, chat=0.5)
   c.gistnet = ml_collections.ConfigDict()
   c.objective = dict(window=512, segment=32, kl=1.0)
-  c.phases = [
-    dict(steps=1500, objective=dict(attend=10.0, kl=0.0)),
-    dict(steps=1500, objective={}),
-  ]
-  c.train = dict(batch=8, learning_rate=1e-3, warmup=20, evaluate_every=100,
-                 save_every=25)
+  c.phases = [dict(steps=2000, objective={})]
+  c.train = dict(batch=4, learning_rate=7e-4, warmup=30, decay_fraction=0.3,
+                 evaluate_every=50, save_every=20)
   return c

@@ -223,3 +223,13 @@ def fetch_hugging_face(repo: str) -> pathlib.Path:
       f"cannot download {repo!r} from Hugging Face: {reason[0]}"
     ) from e
   return pathlib.Path(folder)
+
+
+if __name__ == "__main__":
+  import sys
+
+  try:
+    for model_name in sys.argv[1:]:
+      print(f"{model_name}: {fetch(model_name).name} is in the cache")
+  except McjaxError as error:
+    sys.exit(f"error: {error}")

@@ -1,0 +1,51 @@
+"""Runs the loop: ingest files, answer one prompt or chat, persist and resume.
+
+  python -m experiments.run --tree=runs/book --ingest=book.txt,notes/ \
+    --prompt="Who is the harbour master?"
+  cat log.txt | python -m experiments.run --ingest=- --prompt="What failed?"
+  python -m experiments.run --tree=runs/book           # chat with what is there
+
+Settings: --config.loop.window=1024 and so on, see experiments/configs/run.py.
+"""
+
+import pathlib
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from mcjax import commands, session
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  str(pathlib.Path(__file__).parent / "configs/run.py"),
+  "Settings.",
+)
+_TREE = flags.DEFINE_string(
+  "tree", "", "Where the history lives and is resumed; in memory if empty."
+)
+_INGEST = flags.DEFINE_list(
+  "ingest", [], "Files, folders and - (standard input) to add first."
+)
+_SUFFIXES = flags.DEFINE_list(
+  "suffixes", [], "In folders, only files that end so, for instance .py,.md."
+)
+_PROMPT = flags.DEFINE_string(
+  "prompt", "", "Answer this and stop; without it, chat on the terminal."
+)
+_FOCUS = flags.DEFINE_boolean("focus", False, "Print the focus after answers.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", "", "Where telemetry.jsonl goes; nowhere if empty."
+)
+
+def main(argv) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown argument: {argv[1]}")
+  with commands.one_line_errors():
+    session.run(
+      _CONFIG.value, tree=_TREE.value, ingest=_INGEST.value,
+      suffixes=_SUFFIXES.value, prompt=_PROMPT.value, show_focus=_FOCUS.value,
+      workdir=_WORKDIR.value,
+    )
+
+if __name__ == "__main__":
+  app.run(main)
