@@ -7,8 +7,8 @@ checkpoint and exits.
 import pathlib
 import sys
 
-import jax
 from absl import app, flags
+import jax
 from ml_collections import config_flags
 
 from mcjax import gistnet

@@ -16,6 +16,12 @@ import orbax.checkpoint as ocp
 from mcjax.types import McjaxError
 
 
+def _shapes(tree) -> dict[str, list]:
+  """{path: [dtype, sizes…]} of a pytree of arrays."""
+  return {jax.tree_util.keystr(path): [str(leaf.dtype), *leaf.shape]
+          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
 class Checkpoints:
   """The checkpoints of one run, newest kept.
 
@@ -40,7 +46,8 @@ class Checkpoints:
     if step != self._manager.latest_step():
       self._manager.save(step, args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
-        config=ocp.args.JsonSave(self._config)))
+        config=ocp.args.JsonSave(
+          {"run": self._config, "shapes": _shapes(state)})))
     if wait:
       self._manager.wait_until_finished()
 
@@ -57,21 +64,22 @@ class Checkpoints:
     step = self.latest_step()
     if step is None:
       return None
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    config = self._manager.restore(
+    saved = self._manager.restore(
       step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
     for name in must_match:
-      if config.get(name) != self._config.get(name):
+      if saved["run"].get(name) != self._config.get(name):
         raise McjaxError(f"the checkpoint was written with {name}="
-                         f"{config.get(name)}, this run has "
+                         f"{saved['run'].get(name)}, this run has "
                          f"{self._config.get(name)}; use another workdir")
-    try:
-      return self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract)))["state"]
-    except (ValueError, KeyError) as error:
-      raise McjaxError(
-        f"the checkpoint of step {step} does not fit this run: "
-        f"{str(error).splitlines()[0]}") from error
+    wanted = _shapes(like)
+    for name in sorted(set(wanted) | set(saved["shapes"])):
+      if wanted.get(name) != saved["shapes"].get(name):
+        raise McjaxError(
+          f"the checkpoint of step {step} does not fit this run: {name} is "
+          f"{saved['shapes'].get(name)} there and {wanted.get(name)} here")
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    return self._manager.restore(step, args=ocp.args.Composite(
+      state=ocp.args.StandardRestore(abstract)))["state"]
 
   def close(self) -> None:
     """Waits for writes and releases the folder."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import logging
 import pathlib
 import sys
-from typing import Iterator
 
 from mcjax.config import Config
 from mcjax.types import McjaxError

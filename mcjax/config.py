@@ -105,7 +105,9 @@ class Config:
 
   def _require(self, name: str, ok: bool, rule: str) -> None:
     if not ok:
-      raise McjaxError(f"config.{name} must be {rule}, got {getattr(self, name)}")
+      raise McjaxError(
+        f"config.{name} must be {rule}, got {getattr(self, name)}"
+      )
 
   def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
     self._require(name, getattr(self, name) in choices,

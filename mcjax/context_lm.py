@@ -210,8 +210,8 @@ class ContextLM:
     self.state, out = kv_slots.decode_block(
       self.lm.params, self.lm.config, self.state,
       self._padded(slots, BRANCHING), positions, visible, np.int32(first),
-      self._ready_logits(), np.int32(limit), self._stop_ids, np.float32(temperature),
-      key,
+      self._ready_logits(), np.int32(limit), self._stop_ids,
+      np.float32(temperature), key,
     )
     self._logits = out.logits
     count, stopped, tokens = jax.device_get(
@@ -223,6 +223,11 @@ class ContextLM:
     self.tokens_decoded += count
     self.tokens_run += count
     return tokens[:count], bool(stopped)
+
+  def wait(self) -> None:
+    """Blocks until the device is done, so that phases are timed truly."""
+    if self._hidden is not None:
+      jax.block_until_ready(self._hidden)
 
   def logits(self) -> np.ndarray:
     """Logits [V] float32 for the next token; valid after `sync`."""
@@ -258,11 +263,13 @@ class ContextLM:
       slots = np.full(size, window, np.int32)
       args = (self.lm.params, self.lm.config, self.state, slots, positions,
               visible)
-      kv_slots.peek(*args)
       self.state, hidden = kv_slots.splice(*args)
       kv_slots.nll(self.lm.params, hidden, np.zeros(size, np.int32))
       logits = kv_slots.next_logits(self.lm.params, hidden, np.int32(0))
-    self.load(Entries.make(0, [], []), None)
+    if self._config.delta_nll_every:
+      size = next(s for s in self._sizes if s > BRANCHING)
+      kv_slots.peek(self.lm.params, self.lm.config, self.state,
+                    np.full(size, window, np.int32), positions, visible)
     self._load_tokens(np.full(1, window), np.zeros(1, np.int32))
     self._load_gists(
       np.full(1, window), np.zeros((1, self.lm.config.d_model), np.float32)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 import dataclasses
 import os
 import pathlib
 import sys
-from typing import Iterator, Sequence
 
 from mcjax.types import McjaxError
 

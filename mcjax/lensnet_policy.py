@@ -23,7 +23,8 @@ class LensNetPolicy:
   touched = 0
   bytes_read = 0
 
-  def __init__(self, config: LensNetConfig, params, encoder, trained: bool):
+  def __init__(self, config: lensnet.LensNetConfig, params,
+               encoder: GistEncoder, trained: bool):
     self.config, self.params, self.trained = config, params, trained
     self._encoder = encoder
 
@@ -45,6 +46,16 @@ class LensNetPolicy:
       tail_mask,
     )
     return np.asarray(scores)[e.slot]
+
+  def warm_up(self, context: ContextLM) -> None:
+    """Compiles LensNet for this window."""
+    slots = context.window.window
+    lensnet.apply(
+      self.params, self.config, context.state.inputs,
+      np.zeros((slots, FEATURES), np.float32), np.zeros(slots, bool),
+      np.zeros((TAIL, self.config.d_model), np.float32), np.zeros(TAIL, bool),
+    )
+    context.token_embeddings(np.zeros(BRANCHING, np.int32))
 
   def _tail(self, view: FocusView, lens_lm: ContextLM):
     """Coarsest and newest gists, the provisional gist, the newest tokens."""

@@ -73,6 +73,9 @@ class Oracle:
       scores[at : at + BRANCHING] = np.tanh(_SCALE * (loss - 0.02))
     return scores
 
+  def warm_up(self, context: ContextLM) -> None:
+    """Nothing beyond the window's own shapes."""
+
   def _nll(self, context, view, tokens, edit, collapses, need) -> float:
     """Mean NLL of `tokens` after `edit` (action, entry), undone afterwards.
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from mcjax import keys as lexical
+from mcjax.context_lm import ContextLM
 from mcjax.search import TreeSearch
 from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING
@@ -48,7 +49,7 @@ class FocusView:
   query_start: int
   step: int
   pressure: bool
-  context_lm: object = None
+  context_lm: ContextLM | None = None
   continuation: np.ndarray | None = None
 
 
@@ -60,6 +61,9 @@ class Policy(Protocol):
 
   def score(self, view: FocusView) -> np.ndarray:
     """Signed score in [-1, 1] per entry, [E] float32."""
+
+  def warm_up(self, context: ContextLM) -> None:
+    """Compiles what `score` needs, so that nothing compiles in the loop."""
 
 
 def age_scores(view: FocusView) -> np.ndarray:
@@ -75,21 +79,25 @@ def age_scores(view: FocusView) -> np.ndarray:
   return scores.astype(np.float32)
 
 
-class Recency:
-  """Newest in detail: never expands; the oldest collapse when room is short."""
+class _HostPolicy:
+  """A policy that runs on the host: nothing to compile, no tree search."""
 
   touched = 0
   bytes_read = 0
+
+  def warm_up(self, context: ContextLM) -> None:
+    """Nothing to do."""
+
+
+class Recency(_HostPolicy):
+  """Newest in detail: never expands; the oldest collapse when room is short."""
 
   def score(self, view: FocusView) -> np.ndarray:
     return age_scores(view)
 
 
-class Random:
+class Random(_HostPolicy):
   """Uniform scores: the control that any policy must beat."""
-
-  touched = 0
-  bytes_read = 0
 
   def __init__(self, seed: int):
     self._rng = np.random.default_rng(seed)
@@ -98,7 +106,7 @@ class Random:
     return self._rng.uniform(-1, 1, len(view.entries)).astype(np.float32)
 
 
-class Similarity:
+class Similarity(_HostPolicy):
   """Tree search by token statistics: rare tokens shared with the query.
 
   A best-first search over the tree's lexical keys finds candidate blocks

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import pathlib
 import sys
-from typing import Sequence
 
 from tqdm import tqdm
 

@@ -11,8 +11,8 @@ import dataclasses
 import re
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 from mcjax.types import McjaxError
 
@@ -54,10 +54,8 @@ class Rules:
       McjaxError: no rule matches, an axis is used twice, the spec is longer
         than the shape, or a dimension does not divide.
     """
-    for pattern, spec in self.rules:
-      if re.fullmatch(pattern, path):
-        break
-    else:
+    spec = next((s for p, s in self.rules if re.fullmatch(p, path)), None)
+    if spec is None:
       raise McjaxError(f"no sharding rule matches parameter {path}")
     used = [axis for axis in spec if axis is not None]
     if len(used) != len(set(used)):
@@ -65,7 +63,7 @@ class Rules:
     if len(spec) > len(shape):
       raise McjaxError(f"sharding rule of {path} has {len(spec)} axes, the "
                        f"parameter {len(shape)}")
-    for size, axis in zip(shape, spec):
+    for size, axis in zip(shape, spec, strict=False):
       if axis is not None and size % mesh.shape[axis]:
         raise McjaxError(f"{path} {list(shape)}: {size} does not divide among "
                          f"{mesh.shape[axis]} devices of axis {axis!r}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterator
 import contextlib
 import json
 import resource
 import sys
 import time
-from typing import IO, Iterator
+from typing import IO
 
 import jax
 

@@ -1,4 +1,4 @@
-"""WorkingContext: which spans the frozen LM sees, at which level, in which slot.
+"""WorkingContext: which spans the frozen LM sees, how finely, in which slot.
 
 Host-side bookkeeping in NumPy. Entries tile the timeline [0, cursor) in order;
 each owns one slot of the device cache. Edits swap 32 siblings and their parent
@@ -260,6 +260,38 @@ class WorkingContext:
       fresh_field[stay] = old_field[kept_array[stay]]
     new.slot[~stay] = fresh
     self.entries = new
+
+  def runs(self) -> list[list[int]]:
+    """The tiling as runs [level, first index, count, action], small JSON."""
+    e = self.entries
+    if not len(e):
+      return []
+    same = (
+      (np.diff(e.level) == 0)
+      & (np.diff(e.index) == 1)
+      & (np.diff(e.action) == 0)
+    )
+    first = np.concatenate([[0], np.flatnonzero(~same) + 1])
+    counts = np.diff(np.concatenate([first, [len(e)]]))
+    return [
+      [int(e.level[a]), int(e.index[a]), int(n), int(e.action[a])]
+      for a, n in zip(first, counts)
+    ]
+
+  def restore_runs(self, runs: list[list[int]], cursor: int) -> bool:
+    """Takes up `runs`; False, and no change, if they do not fit.
+
+    They fit if they tile [0, cursor) and leave room for a block.
+    """
+    nodes = [(l, i + k) for l, i, n, _ in runs for k in range(n)]
+    edges = [(i * span_width(l), (i + 1) * span_width(l)) for l, i in nodes]
+    starts = [a for a, _ in edges] + [cursor]
+    stops = [0] + [b for _, b in edges]
+    if starts != stops or len(nodes) > self.window - BRANCHING:
+      return False
+    self.retile(nodes)
+    self.entries.action[:] = [a for *_, n, a in runs for _ in range(n)]
+    return True
 
   def mark_unready(self) -> None:
     """Forgets all computed keys and values (exact mode, refresh)."""

@@ -8,7 +8,6 @@ answers, and what the model sees before and after each of them.
 from __future__ import annotations
 
 import json
-import logging
 import pathlib
 import shutil
 import sys
@@ -19,7 +18,8 @@ from absl import app, flags
 from tqdm import tqdm
 
 import mcjax
-from mcjax import telemetry
+from mcjax import commands, telemetry
+from mcjax.base import hub
 from mcjax.documents import Document, read_documents
 from mcjax.focus_map import Section, focus_map
 
@@ -100,7 +100,12 @@ def _open(lm) -> tuple[mcjax.MegaContext, list[Section]]:
 
 def main(argv) -> None:
   del argv
-  logging.getLogger("jax").setLevel(logging.WARNING)
+  with commands.one_line_errors():
+    _session()
+
+
+def _session() -> None:
+  commands.use_compilation_cache(hub.cache_dir() / "xla")
   lm = mcjax.load_base_lm("smollm2-135m")
   mc, sections = _open(lm)
   window = mc.config.window

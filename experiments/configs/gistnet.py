@@ -9,8 +9,12 @@ Command:
 import ml_collections
 
 
-def get_config():
-  """The run; see `TrainConfig`, `Objective` and `GistNetConfig` for fields."""
+def get_config(steps="3000"):
+  """The run; see `TrainConfig`, `Objective` and `GistNetConfig` for fields.
+
+  `--config=experiments/configs/gistnet.py:900` runs 900 steps. A run may be
+  resumed with another number: the last 30 % of the steps anneal the rate.
+  """
   c = ml_collections.ConfigDict()
   c.base = "smollm2-135m"
   c.dtype = "float32"
@@ -18,8 +22,9 @@ def get_config():
   c.initial = ""
   c.mixture = dict(prose=1.0, docs=1.0, wiki=1.0, code=1.0, chat=0.5)
   c.gistnet = ml_collections.ConfigDict()
-  c.objective = dict(window=512, segment=32, kl=1.0)
-  c.phases = [dict(steps=2000, objective={})]
+  c.objective = dict(window=512, segment=32, kl=1.0, kl_segments=3,
+                     attend=100.0)
+  c.phases = [dict(steps=int(steps), objective={})]
   c.train = dict(batch=4, learning_rate=7e-4, warmup=30, decay_fraction=0.3,
                  evaluate_every=50, save_every=20)
   return c

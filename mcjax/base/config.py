@@ -8,8 +8,8 @@ without a sign of it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+import math
 from typing import Any
 
 import numpy as np

@@ -7,12 +7,12 @@ array after the other, and hashes a sample of every tensor on the way.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 import dataclasses
 import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax

@@ -6,6 +6,7 @@ peak is about the size of the final parameters plus one tensor.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import json
@@ -13,7 +14,6 @@ import os
 import pathlib
 import re
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp

@@ -7,6 +7,7 @@ nor PyTorch is imported.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import datetime
 import functools
 import hashlib
@@ -14,7 +15,6 @@ import json
 import pathlib
 import re
 import threading
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np

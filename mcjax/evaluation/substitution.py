@@ -18,9 +18,9 @@ token p + 1 scored from raw position p.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -228,7 +228,7 @@ def summarise(losses: Mapping[str, np.ndarray],
   for variant in losses:
     if variant in ("full", "drop"):
       continue
-    low, high = interval(lambda rows: recovered(losses, variant, rows), n)
+    low, high = interval(functools.partial(recovered, losses, variant), n)
     report["recovered"][variant] = {
       "value": recovered(losses, variant), "low": low, "high": high}
   if kinds is not None:

@@ -10,13 +10,13 @@ resumes from its step number and a process reads only its own samples.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -188,7 +188,7 @@ class WindowSampler:
       rng = np.random.default_rng([self._seed, 2, kind, epoch])
       offsets = self._stores[self._kinds[kind]].offsets
       starts = []
-      for start, stop in zip(offsets[:-1], offsets[1:]):
+      for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
         room = int(stop - start) - self._window
         if room >= 0:
           first = int(rng.integers(0, min(room, self._window - 1) + 1))

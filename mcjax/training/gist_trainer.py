@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import json
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -159,11 +159,12 @@ def train_step(state, base_params, ids, *, config: TrainConfig, gist_config,
   zero = jax.tree.map(jnp.zeros_like, state["params"])
   total, metrics = jax.lax.scan(micro, zero, (ids, keys))
   gradient = jax.tree.map(lambda a: a / np.float32(ids.shape[0]), total)
-  updates, moments = optimizer(config).update(
-    gradient, state["optimizer"], state["params"])
+  with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and counts
+    updates, moments = optimizer(config).update(
+      gradient, state["optimizer"], state["params"])
+    rate = schedule(config)(state["step"])
   metrics = jax.tree.map(jnp.mean, metrics) | {
-    "gradient_norm": optax.global_norm(gradient),
-    "learning_rate": schedule(config)(state["step"])}
+    "gradient_norm": optax.global_norm(gradient), "learning_rate": rate}
   return {"params": optax.apply_updates(state["params"], updates),
           "optimizer": moments, "step": state["step"] + 1}, metrics
 

@@ -43,6 +43,8 @@ class Objective:
     nll: weight of plain next-token loss beside the KL.
     margin: cosine similarity that the contrastive term tolerates.
     rebuild_blocks: blocks of every window that are repeated from their gists.
+    kl_segments: random segments of a window that `kl` and `nll` score; None
+      scores all. Fewer make the window cheaper beside `attend`.
     early: extra weight of a segment's first tokens, halved every 8 tokens.
     chunk: tokens whose logits exist at one time.
     remat: recompute the decoder's layers in the backward pass.
@@ -60,6 +62,7 @@ class Objective:
   rebuild: float = 0.0
   margin: float = 0.2
   rebuild_blocks: int = 2
+  kl_segments: int | None = None
   early: float = 0.0
   chunk: int = 256
   remat: bool = False
@@ -76,6 +79,10 @@ class Objective:
     if not 1 <= self.gist_stride <= BRANCHING:
       raise McjaxError("Objective.gist_stride must be 1 to 32, got "
                        f"{self.gist_stride}")
+    if self.kl_segments is not None and not (
+        0 < self.kl_segments <= max(1, len(self.starts))):
+      raise McjaxError(f"Objective.kl_segments must be 1 to "
+                       f"{len(self.starts)}, got {self.kl_segments}")
     if not self.starts:
       raise McjaxError("Objective.window leaves no segment with a gist to see: "
                        "lengthen it or shorten near and segment")
@@ -102,7 +109,8 @@ def _chunked(chunk: int, *arrays):
       (-1, size) + a.shape[1:]) for a in arrays)
 
 
-def _kl_chunk(base_params, kl_weight, nll_weight, teacher, student, targets, weights):
+def _kl_chunk(base_params, kl_weight, nll_weight, teacher, student, targets,
+              weights):
   """Weighted KL, NLL sums of a chunk and the gradient for `student`."""
   wanted = jax.nn.log_softmax(model.unembed(base_params, teacher), axis=-1)
   found = jax.nn.log_softmax(model.unembed(base_params, student), axis=-1)
@@ -229,16 +237,35 @@ def layout(base_params, base_config, o: Objective, ids, gists) -> Layout:
   return Layout(far, jnp.asarray(places, jnp.int32), jnp.asarray(visible))
 
 
-def _student(base_params, base_config, o: Objective, ids, seen: Layout):
-  """Final hidden states [segments * segment, D] of the scored tokens."""
+def _student(base_params, base_config, o: Objective, ids, seen: Layout, rows):
+  """Final hidden states [rows, segment, D] of the scored tokens.
+
+  `rows` [n] int32 are the segments that are run.
+  """
   def one(x, places, visible):
     return model.forward(
       base_params, base_config, x, places,
       (seen.far._replace(visible=visible),), remat=o.remat)[0]
 
-  hidden = jax.vmap(one)(
-    model.embed(base_params, ids[o.index]), seen.places, seen.visible)
-  return hidden[:, o.near :].reshape(-1, hidden.shape[-1])
+  tokens = ids[jnp.asarray(o.index)[rows]]
+  return jax.vmap(one)(model.embed(base_params, tokens), seen.places[rows],
+                       seen.visible[rows])[:, o.near :]
+
+
+def _distributions(base_params, base_config, o: Objective, ids, seen, teacher,
+                   weights, key):
+  """`distribution_loss` of all segments, or of `kl_segments` random ones."""
+  rows = jnp.arange(len(o.starts), dtype=jnp.int32)
+  if o.kl_segments is not None:
+    rows = jax.random.choice(key, rows, (o.kl_segments,), replace=False)
+  index = jnp.asarray(o.index[:, o.near :], jnp.int32)[rows].reshape(-1)
+  student = _student(base_params, base_config, o, ids, seen, rows)
+  weights = weights[rows].reshape(-1)
+  known = (index + 1 < o.window).astype(jnp.float32)  # a next token is known
+  return distribution_loss(
+    student.reshape(-1, student.shape[-1]), base_params, teacher[index],
+    ids[jnp.minimum(index + 1, o.window - 1)],
+    weights * known / jnp.sum(weights * known), o.kl, o.nll, o.chunk)
 
 
 def _rebuild(base_params, base_config, o: Objective, ids, gists, key):
@@ -289,14 +316,8 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
   weights = jnp.asarray(weights / weights.sum(), jnp.float32)
   metrics, loss = {}, jnp.float32(0)
   if o.kl or o.nll:
-    index = o.index[:, o.near :].reshape(-1)
-    scored = weights.reshape(-1)
-    if index[-1] == o.window - 1:  # the token after the window is unknown
-      scored = scored.at[-1].set(0.0)
-    value, sums = distribution_loss(
-      _student(base_params, base_config, o, ids, seen), base_params,
-      teacher[index], ids[np.minimum(index + 1, o.window - 1)], scored,
-      o.kl, o.nll, o.chunk)
+    value, sums = _distributions(
+      base_params, base_config, o, ids, seen, teacher, weights, key)
     loss += value
     metrics |= {"kl": sums[0], "nll": sums[1], "teacher_nll": sums[2]}
   if o.attend:

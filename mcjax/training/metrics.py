@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import json
 import pathlib
 import time
-from collections.abc import Mapping
 
 
 class MetricWriter:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tqdm

@@ -6,6 +6,7 @@ machine already. Held-out sources are other packages than the training ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 import dataclasses
 import gzip
 import hashlib
@@ -19,7 +20,6 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
 
 from mcjax.types import McjaxError
 

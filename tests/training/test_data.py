@@ -92,7 +92,7 @@ def test_deduplication_works_across_documents_and_spacing():
   seen = data.Deduplicator(shortest=20)
   long = "The same long paragraph, told twice."
   assert seen(f"{long}\n\nshort") == f"{long}\n\nshort"
-  assert seen(f"The same  LONG paragraph,\ntold twice.\n\nshort") == "short"
+  assert seen("The same  LONG paragraph,\ntold twice.\n\nshort") == "short"
   assert seen.dropped == 1
 
 

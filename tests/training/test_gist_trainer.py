@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import signal
 
 import jax
@@ -56,10 +57,9 @@ def test_golden_step(make, tmp_path):
   """Values of the first two steps, recorded from this code."""
   trainer = make(tmp_path)
   found = [trainer.one_step() for _ in range(2)]
-  golden = json.loads((
-    gist_trainer.pathlib.Path(__file__).parent / "golden_step.json"
-  ).read_text())
-  for values, expected in zip(found, golden):
+  recorded = pathlib.Path(__file__).with_name("golden_step.json")
+  golden = json.loads(recorded.read_text())
+  for values, expected in zip(found, golden, strict=True):
     assert values.keys() == expected.keys()
     for name, value in expected.items():
       assert values[name] == pytest.approx(value, rel=2e-4, abs=1e-6), name

@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from mcjax import sharding
 from mcjax.checkpoint import Checkpoints
