@@ -10,15 +10,12 @@ Settings: --config.loop.window=1024 and so on, see experiments/configs/run.py.
 
 import pathlib
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from mcjax import commands, session
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  str(pathlib.Path(__file__).parent / "configs/run.py"),
-  "Settings.",
+_CONFIG = commands.define_config(
+  str(pathlib.Path(__file__).parent / "configs/run.py")
 )
 _TREE = flags.DEFINE_string(
   "tree", "", "Where the history lives and is resumed; in memory if empty."
@@ -38,14 +35,17 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 def main(argv) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown argument: {argv[1]}")
-  with commands.one_line_errors():
-    session.run(
-      _CONFIG.value, tree=_TREE.value, ingest=_INGEST.value,
-      suffixes=_SUFFIXES.value, prompt=_PROMPT.value, show_focus=_FOCUS.value,
-      workdir=_WORKDIR.value,
-    )
+  del argv
+  session.run(
+    _CONFIG.value,
+    tree=_TREE.value,
+    ingest=_INGEST.value,
+    suffixes=_SUFFIXES.value,
+    prompt=_PROMPT.value,
+    show_focus=_FOCUS.value,
+    workdir=_WORKDIR.value,
+  )
+
 
 if __name__ == "__main__":
-  app.run(main)
+  commands.run(main, _CONFIG)

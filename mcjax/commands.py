@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import logging
 import pathlib
 import sys
+
+from absl import app
+from ml_collections import config_flags
 
 from mcjax.config import Config
 from mcjax.types import McjaxError
@@ -25,6 +28,50 @@ def one_line_errors() -> Iterator[None]:
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
+
+
+@contextlib.contextmanager
+def _config_errors() -> Iterator[None]:
+  """One line for a --config file or override that cannot be used."""
+  try:
+    yield
+  except (AttributeError, KeyError, TypeError, ValueError, OSError,
+          ImportError, SyntaxError) as error:
+    reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
+    print(f"error: --config: {reason}", file=sys.stderr)
+    sys.exit(1)
+
+
+def define_config(default: str):
+  """The --config flag of an experiment; `default` is a file beside configs."""
+  with _config_errors():
+    return config_flags.DEFINE_config_file(
+      "config", default, "Settings; --config.key=value overrides one."
+    )
+
+
+def run(main: Callable[[list[str]], None], config=None) -> None:
+  """`absl.app.run` with a user's mistakes told in one line each.
+
+  Args:
+    main: gets the arguments left over, none.
+    config: what `define_config` returned, to fail early if it does not load.
+  """
+
+  def parse(argv: list[str]) -> list[str]:
+    with _config_errors():
+      return app.parse_flags_with_usage(argv)
+
+  def guarded(argv: list[str]) -> None:
+    if len(argv) > 1:
+      raise app.UsageError(f"unknown argument: {argv[1]}")
+    if config is not None:
+      with _config_errors():
+        config.value.keys()
+    with one_line_errors():
+      main(argv)
+
+  app.run(guarded, flags_parser=parse)
 
 
 def loop_config(values: dict) -> Config:

@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import time
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 import mcjax
@@ -100,11 +100,6 @@ def _open(lm) -> tuple[mcjax.MegaContext, list[Section]]:
 
 def main(argv) -> None:
   del argv
-  with commands.one_line_errors():
-    _session()
-
-
-def _session() -> None:
   commands.use_compilation_cache(hub.cache_dir() / "xla")
   lm = mcjax.load_base_lm("smollm2-135m")
   mc, sections = _open(lm)
@@ -143,4 +138,4 @@ def _session() -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  commands.run(main)

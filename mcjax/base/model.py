@@ -18,6 +18,8 @@ Parameters (L layers stacked in front, scanned):
   layers/bq [L, N, H], bk, bv [L, K, H]              if config.qkv_bias
   layers/bo [L, D]                                   if config.o_bias
   layers/q_norm, k_norm [L, H]                       if config.qk_norm
+
+`unstacked` gives the same with a tuple of L layers in place of the stack.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _NEGATIVE = -1e30  # masked score: finite, so an all-masked row stays finite
 
@@ -181,28 +184,33 @@ def _attend(config, query, segments, tables, q_positions, rope_on):
 
   `segments` are (keys [K, S, H], values [K, S, H], positions, visible,
   rotated) for this layer; `tables` the matching rope tables (None if rotated).
+  The products are plain batched matrix products over [T * G] rows, the form
+  that XLA compiles best on every platform, one row included.
   """
   t, n, h = query.shape
   k_heads = config.n_kv_heads
-  q = query.reshape(t, k_heads, n // k_heads, h)
+  groups = n // k_heads
+  q = query.reshape(t, k_heads, groups, h).transpose(1, 0, 2, 3)
+  q = q.reshape(k_heads, t * groups, h)
   scores = []
   for (keys, _, positions, visible, _), table in zip(segments, tables):
     if table is not None:
       turned = rotate(keys, *table)
       keys = turned if rope_on is None else jnp.where(rope_on, turned, keys)
-    s = jnp.einsum(
-      "tkgh,ksh->kgts", q, keys, preferred_element_type=jnp.float32
-    )
+    s = jnp.einsum("kmh,ksh->kms", q, keys, preferred_element_type=jnp.float32)
     allowed = (positions[None, :] <= q_positions[:, None]) & visible[None, :]
-    scores.append(jnp.where(allowed[None, None], s / math.sqrt(h), _NEGATIVE))
+    s = s.reshape(k_heads, t, groups, keys.shape[1]) / math.sqrt(h)
+    scores.append(jnp.where(allowed[None, :, None], s, _NEGATIVE))
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+  weights = weights.reshape(k_heads, t * groups, weights.shape[-1])
   out, offset = None, 0
   for keys, values, *_ in segments:
     size = keys.shape[1]
     w = weights[..., offset : offset + size].astype(values.dtype)
-    part = jnp.einsum("kgts,ksh->tkgh", w, values)
+    part = jnp.einsum("kms,ksh->kmh", w, values)
     out = part if out is None else out + part
     offset += size
+  out = out.reshape(k_heads, t, groups, h).transpose(1, 0, 2, 3)
   return out.reshape(t, n, h)
 
 
@@ -266,6 +274,7 @@ def forward(
     None if s.rotated else rope_tables(config, s.positions) for s in segments
   ]
   rope_on = _rope_on(config) if config.nope_layers else None
+  caches = [(s.keys, s.values) for s in segments]
 
   def step(x, scanned):
     layer, on, caches = scanned
@@ -280,10 +289,41 @@ def forward(
 
   if remat:
     step = jax.checkpoint(step)
-  caches = [(s.keys, s.values) for s in segments]
-  x, (keys, values) = jax.lax.scan(step, x, (params["layers"], rope_on, caches))
+  if isinstance(params["layers"], dict):
+    scanned = (params["layers"], rope_on, caches)
+    x, (keys, values) = jax.lax.scan(step, x, scanned)
+  else:
+    new = []
+    for i, layer in enumerate(params["layers"]):
+      on = None if rope_on is None else rope_on[i]
+      x, own = step(x, (layer, on, [(k[i], v[i]) for k, v in caches]))
+      new.append(own)
+    keys, values = (jnp.stack(parts) for parts in zip(*new))
   hidden = rms_norm(x, params["final_norm"], config.rms_norm_eps)
   return hidden, keys, values
+
+
+def unstacked(params):
+  """The same parameters with a tuple of layers, which `forward` unrolls.
+
+  A scan copies every layer's weights before it multiplies them, on CPU; that
+  doubles the time of a step that is bound by memory. There the layers come
+  as views, uncopied. Elsewhere, and across devices, params come back as they
+  are.
+  """
+  stacked = params["layers"]
+  leaves = jax.tree.leaves(stacked)
+  if any(
+    len(a.devices()) > 1 or next(iter(a.devices())).platform != "cpu"
+    for a in leaves
+  ):
+    return params
+  views = {key: np.asarray(a) for key, a in stacked.items()}
+  layers = tuple(
+    {key: jax.device_put(view[i]) for key, view in views.items()}
+    for i in range(len(leaves[0]))
+  )
+  return {**params, "layers": layers}
 
 
 def token_nll(params, hidden: jax.Array, targets: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from mcjax import gistnet
 from mcjax.base.model import DecoderConfig
 from mcjax.training import data
 
-VOCAB = 61
+VOCAB = 64
 
 
 @pytest.fixture(scope="session")
