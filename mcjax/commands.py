@@ -37,7 +37,8 @@ def _config_errors() -> Iterator[None]:
     yield
   except (AttributeError, KeyError, TypeError, ValueError, OSError,
           ImportError, SyntaxError) as error:
-    reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
+    text = str(error).replace("\\n", " ").replace("\\'", "'")
+    reason = " ".join(text.split())
     print(f"error: --config: {reason}", file=sys.stderr)
     sys.exit(1)
 

@@ -1,0 +1,172 @@
+"""A tiny random base LM with a byte tokenizer, and how to run it plainly."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from mcjax.base.load import BaseLM
+from mcjax.base.model import DecoderConfig
+from mcjax.base.tokenizer import Tokenizer
+
+VOCAB = 300
+SPECIALS = ("<|bos|>", "<|turn|>", "<|stop|>")
+BOS, TURN, STOP = 256, 257, 258
+CHAT = (
+  "{% for m in messages %}{{ '<|turn|>' + m['role'] + ': ' + m['content']"
+  " + '<|stop|>' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|turn|>assistant: ' }}{% endif %}"
+)
+
+
+def byte_tokenizer(*, stops: bool = False, chat: bool = False) -> Tokenizer:
+  """One token a byte; stop tokens and a chat template if asked for."""
+  names = sorted(pre_tokenizers.ByteLevel.alphabet())
+  core = tokenizers.Tokenizer(
+    models.BPE(vocab={t: i for i, t in enumerate(names)}, merges=[])
+  )
+  core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  core.decoder = decoders.ByteLevel()
+  core.add_special_tokens(
+    [tokenizers.AddedToken(t, normalized=False, special=True) for t in SPECIALS]
+  )
+  return Tokenizer(
+    core,
+    bos_id=None if chat else BOS,
+    stop_ids=[STOP] if stops or chat else [],
+    template=CHAT if chat else None,
+  )
+
+
+def make_lm(
+  seed: int = 0, *, name: str = "tiny", max_positions: int = 2048, **tokenizer
+) -> BaseLM:
+  """Two layers of 32 channels with seeded float32 weights."""
+  rng = np.random.RandomState(seed)
+  config = DecoderConfig(
+    family="llama", vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4,
+    n_kv_heads=2, head_dim=8, d_ff=48, max_positions=max_positions,
+    rope_theta=1e4, rms_norm_eps=1e-5, tie_embeddings=False,
+  )
+
+  def draw(*shape, scale=0.3):
+    return jnp.asarray(scale * rng.standard_normal(shape).astype(np.float32))
+
+  ones = jnp.ones((2, 32), jnp.float32)
+  params = {
+    "embed": draw(VOCAB, 32, scale=1.0),
+    "final_norm": ones[0],
+    "unembed": draw(32, VOCAB),
+    "layers": {
+      "attn_norm": ones, "mlp_norm": ones, "wq": draw(2, 32, 4, 8),
+      "wk": draw(2, 32, 2, 8), "wv": draw(2, 32, 2, 8),
+      "wo": draw(2, 4, 8, 32), "w_gate": draw(2, 32, 48),
+      "w_up": draw(2, 32, 48), "w_down": draw(2, 48, 32),
+    },
+  }
+  return BaseLM(
+    name, config, params, byte_tokenizer(**tokenizer), f"tiny-base-{seed}"
+  )
+
+
+def uniform(lm: BaseLM) -> BaseLM:
+  """The same base with equal logits for every token."""
+  flat = jnp.zeros_like(lm.params["unembed"])
+  return dataclasses.replace(lm, params=lm.params | {"unembed": flat})
+
+
+def text(tokens: int, seed: int = 0) -> str:
+  """Lower-case words of as many bytes, one token each."""
+  rng = np.random.RandomState(seed)
+  letters = rng.choice(list("abcdefghijklmnopqrstuvwxyz"), tokens)
+  letters[rng.random_sample(tokens) < 0.18] = " "
+  return "".join(letters)
+
+
+# --- The decoder again, in NumPy and float64 ---------------------------------
+
+
+def _norm(x, scale, eps):
+  return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * scale
+
+
+def _rotate(x, positions, theta):
+  """RoPE of x [T, heads, H], half-split convention."""
+  half = x.shape[-1] // 2
+  angle = positions[:, None] * theta ** (-np.arange(half) / half)
+  cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+  a, b = x[..., :half], x[..., half:]
+  return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def plain_logits(lm: BaseLM, x, positions) -> np.ndarray:
+  """Causal logits [T, V] of inputs [T, D] in order at given positions."""
+  c = lm.config
+  params = {
+    k: np.asarray(v, np.float64) for k, v in lm.params.items() if k != "layers"
+  }
+  layers = {k: np.asarray(v, np.float64) for k, v in
+            lm.params["layers"].items()}
+  x, positions = np.asarray(x, np.float64), np.asarray(positions, np.float64)
+  future = np.triu(np.ones((len(x), len(x)), bool), 1)
+  group = c.n_heads // c.n_kv_heads
+  for i in range(c.n_layers):
+    w = {k: v[i] for k, v in layers.items()}
+    y = _norm(x, w["attn_norm"], c.rms_norm_eps)
+    q = _rotate(np.einsum("td,dnh->tnh", y, w["wq"]), positions, c.rope_theta)
+    k = _rotate(np.einsum("td,dkh->tkh", y, w["wk"]), positions, c.rope_theta)
+    v = np.einsum("td,dkh->tkh", y, w["wv"])
+    k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
+    scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(c.head_dim)
+    scores = np.where(future, -np.inf, scores)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    mixed = np.einsum("nts,snh->tnh", weights, v)
+    x = x + np.einsum("tnh,nhd->td", mixed, w["wo"])
+    y = _norm(x, w["mlp_norm"], c.rms_norm_eps)
+    gate = y @ w["w_gate"]
+    gated = gate / (1 + np.exp(-gate)) * (y @ w["w_up"])
+    x = x + gated @ w["w_down"]
+  return _norm(x, params["final_norm"], c.rms_norm_eps) @ params["unembed"]
+
+
+def log_softmax(logits) -> np.ndarray:
+  """Over the last axis, float64."""
+  shifted = logits - logits.max(-1, keepdims=True)
+  return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def plain_nll(lm: BaseLM, token_ids) -> np.ndarray:
+  """NLL [T] of tokens at positions 0..T-1; the first has none and is NaN."""
+  x = np.asarray(lm.params["embed"])[np.asarray(token_ids)]
+  logits = plain_logits(lm, x, np.arange(len(x)))
+  out = np.full(len(x), np.nan)
+  rows = np.arange(len(x) - 1)
+  out[1:] = -log_softmax(logits)[rows, np.asarray(token_ids)[1:]]
+  return out
+
+
+def window_logits(context, tree) -> np.ndarray:
+  """Logits [V] behind the window: its visible nodes, fetched from the tree.
+
+  Args:
+    context: the ContextLM; only its bookkeeping is looked at.
+    tree: the history.
+  """
+  lm, config = context.lm, context._config
+  e = context.window.entries
+  positions = context.window.positions(
+    config.gist_stride, lm.config.max_positions
+  )
+  table = np.asarray(lm.params["embed"])
+  seen = [k for k in range(len(e)) if e.level[k] == 0 or context.show_gists]
+  x = []
+  for k in seen:
+    level, index = int(e.level[k]), int(e.index[k])
+    if level == 0:
+      x.append(table[tree.tokens(index, index + 1)[0]])
+    else:
+      x.append(tree.gists(level, index, index + 1)[0])
+  return plain_logits(lm, np.stack(x), positions[seen])[-1]
