@@ -178,10 +178,10 @@ def decode_block(
     The new state and a `Decoded`.
   """
   size = slots.shape[0]
-  window = model.Segment(
-    model.rotate_keys(config, state.keys, positions),
-    state.values, positions, visible, rotated=True,
-  )
+  keys, values = model.rotate_keys(config, state.keys, positions), state.values
+  if not isinstance(params["layers"], dict):  # else every step cuts them out
+    keys, values = tuple(keys), tuple(values)
+  window = model.Segment(keys, values, positions, visible, rotated=True)
   shape = (config.n_layers, config.n_kv_heads, size, config.head_dim)
   offsets = jnp.arange(size, dtype=jnp.int32)
 
