@@ -41,6 +41,6 @@ def smollm2():
 
 
 @pytest.fixture
-def memory_url(request):
+def memory_url():
   """A place in memory of this test's own."""
-  return f"memory://{request.node.name}-{os.urandom(6).hex()}/tree"
+  return tiny_base.memory_url()

@@ -1,6 +1,7 @@
 """A tiny random base LM with a byte tokenizer, and how to run it plainly."""
 
 import dataclasses
+import uuid
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,11 @@ CHAT = (
   " + '<|stop|>' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|turn|>assistant: ' }}{% endif %}"
 )
+
+
+def memory_url() -> str:
+  """A new place in memory."""
+  return f"memory://{uuid.uuid4()}/tree"
 
 
 def byte_tokenizer(*, stops: bool = False, chat: bool = False) -> Tokenizer:
