@@ -16,7 +16,7 @@ from mcjax import focus_allocator, invariants, policies
 from mcjax.config import Config
 from mcjax.context_lm import ContextLM
 from mcjax.gistnet import BATCH_SIZES, GistEncoder
-from mcjax.telemetry import Telemetry, compile_count
+from mcjax.telemetry import Telemetry, compile_count, peak_memory_mib
 from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
 from mcjax.working_context import EXPAND, cold_start
@@ -334,7 +334,8 @@ class FocusLoop:
       utilisation=len(e) / self._config.window,
       residency=(covered / max(1.0, covered.sum())).round(6).tolist(),
       nodes_touched=self._policy.touched, lm_tokens=self.context.tokens_run,
-      compiles=compile_count(),
+      compiles=compile_count(), seconds=self.telemetry.lap(),
+      swap_rate=t.swap_rate, peak_memory_mib=peak_memory_mib(),
     )
 
 

@@ -24,6 +24,7 @@ from mcjax.telemetry import Telemetry
 from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING, Entry, McjaxError
 
+_QUESTION = 128  # newest words of a prompt that act as the query
 _SLICE = 1 << 16  # tokens per tree append during a long ingest
 
 
@@ -279,10 +280,11 @@ class MegaContext:
     else:
       ids = self._with_bos(tokenizer.encode(prompt))
       own, closing = np.ones(len(ids), bool), np.zeros(0, np.int32)
-    words = ids[own]
-    self._loop.query = Query(
-      words, np.ones(len(words), np.float32), self.tree.cursor
-    )
+    words, start = ids[own], self.tree.cursor
+    if len(words) > _QUESTION:  # a pasted text with the question at its end
+      words = words[-_QUESTION:]
+      start += int(np.flatnonzero(own)[-_QUESTION])
+    self._loop.query = Query(words, np.ones(len(words), np.float32), start)
     return ids, closing
 
   def _with_bos(self, ids: np.ndarray) -> np.ndarray:

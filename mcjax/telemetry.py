@@ -53,6 +53,9 @@ class Telemetry:
       collections.defaultdict(float)
     )
     self.records: collections.deque[dict] = collections.deque(maxlen=_KEPT)
+    self._lapped: collections.defaultdict[str, float] = (
+      collections.defaultdict(float)
+    )
     self._file: IO[str] | None = None
     if path is not None:
       try:
@@ -82,6 +85,15 @@ class Telemetry:
     if self._file is not None:
       self._file.write(json.dumps(entry) + "\n")
       self._file.flush()
+
+  def lap(self) -> dict[str, float]:
+    """Seconds per phase since the last call."""
+    spent = {
+      name: round(total - self._lapped[name], 6)
+      for name, total in self.seconds.items()
+    }
+    self._lapped.update(self.seconds)
+    return spent
 
   @property
   def swap_rate(self) -> float:
