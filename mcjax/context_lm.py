@@ -251,7 +251,8 @@ class ContextLM:
 
   def restore(self, snapshot: tuple) -> None:
     """Puts the window and its cache back; consumes the snapshot."""
-    self.window, self.state, self._hidden, self._rows, self._logits = snapshot
+    window, self.state, self._hidden, self._rows, self._logits = snapshot
+    self.window.become(window)
 
   def warm_up(self) -> None:
     """Compiles every shape the loop can meet, on an empty cache."""

@@ -33,11 +33,13 @@ class Query:
     weights: [Q] float32.
     start: first token of the history that belongs to it; later spans are no
       answer to it.
+    asked: it is a question, not just the newest text.
   """
 
   ids: np.ndarray
   weights: np.ndarray
   start: int
+  asked: bool = False
 
 
 class FocusLoop:
@@ -153,6 +155,7 @@ class FocusLoop:
     view = policies.FocusView(
       entries=window.entries, tree=self.tree, query_ids=self.query.ids,
       query_weights=self.query.weights, query_start=self.query.start,
+      asked=self.query.asked,
       step=self.step, context_lm=self.context, continuation=continuation,
       pressure=window.free < need + config.max_edits * (BRANCHING - 1),
     )

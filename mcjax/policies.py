@@ -20,7 +20,7 @@ from mcjax.types import BRANCHING
 from mcjax.working_context import EXPAND, Entries
 
 _RIVAL = 0.6  # share of the best span's coverage that a span must reach
-_LOOKUP = 0.65  # strength from which the query is a question about one place
+_LOOKUP = 0.65  # strength from which a question is about one place
 _FADE = 64.0  # tokens over which a query token loses half its weight
 
 
@@ -35,6 +35,7 @@ class FocusView:
     query_weights: [Q] float32 their weights.
     query_start: first token of the history that belongs to the query; spans
       from here on are no answer to it.
+    asked: the query is a question, not just the newest text.
     step: refocus step.
     pressure: the next block and the next edits do not fit the free slots.
     context_lm: the LM's window, for policies that look at embeddings or at
@@ -47,6 +48,7 @@ class FocusView:
   query_ids: np.ndarray
   query_weights: np.ndarray
   query_start: int
+  asked: bool
   step: int
   pressure: bool
   context_lm: ContextLM | None = None
@@ -113,9 +115,9 @@ class Similarity(_HostPolicy):
   anywhere in the history within `max_nodes` nodes per step (it continues
   where it stopped while the query stays the same); the candidates' true
   tokens rank them. Entries above a found block ask to be expanded; found
-  spans no longer asked for ask to be collapsed. When one place answers the
-  query well, other raw text asks to be collapsed too: a small model is easily
-  distracted by it.
+  spans no longer asked for ask to be collapsed. When one place answers a
+  question well, other raw text asks to be collapsed too: a small model is
+  easily distracted by it.
   """
 
   def __init__(self, max_nodes: int, spans: int = 4):
@@ -134,7 +136,7 @@ class Similarity(_HostPolicy):
     scores[stale] = np.minimum(scores[stale], -0.5)
     starts = e.start()
     targets = self.targets(view)
-    if targets and targets[0][1] >= _LOOKUP:
+    if view.asked and targets and targets[0][1] >= _LOOKUP:
       raw = e.level == 0
       scores[raw] = np.minimum(scores[raw], -0.3)
     for block, strength in targets:

@@ -284,7 +284,9 @@ class MegaContext:
     if len(words) > _QUESTION:  # a pasted text with the question at its end
       words = words[-_QUESTION:]
       start += int(np.flatnonzero(own)[-_QUESTION])
-    self._loop.query = Query(words, np.ones(len(words), np.float32), start)
+    self._loop.query = Query(
+      words, np.ones(len(words), np.float32), start, asked=True
+    )
     return ids, closing
 
   def _with_bos(self, ids: np.ndarray) -> np.ndarray:

@@ -340,3 +340,7 @@ class WorkingContext:
     twin.entries = Entries(*(a.copy() for a in self.entries.arrays()))
     twin._free = list(self._free)
     return twin
+
+  def become(self, twin: WorkingContext) -> None:
+    """Takes over the bookkeeping of a copy, which is of no use afterwards."""
+    self.entries, self._free = twin.entries, twin._free
