@@ -35,8 +35,8 @@ def main(argv):
     gist_config = gistnet.default_config(lm.params, lm.config, **c.gistnet)
     if c.initial:
       initial, gist_config, _ = gistnet.read_gistnet(c.initial)
-    phases = tuple(gist_trainer.Phase(p["steps"], Objective(
-      **{**c.objective, **p["objective"]})) for p in c.phases)
+    phases = tuple(gist_trainer.Phase(p["steps"], *_objectives(c, p))
+                   for p in c.phases)
     folder = pathlib.Path(c.data or data.default_folder())
     trainer = gist_trainer.GistTrainer(
       lm, gist_config, gist_trainer.TrainConfig(phases=phases, **c.train),

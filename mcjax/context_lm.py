@@ -17,7 +17,7 @@ from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
-from mcjax.working_context import Entries, WorkingContext
+from mcjax.working_context import Entries, WorkingContext, positions_of
 
 _LOAD = 256  # padded batch of input embeddings
 
@@ -74,13 +74,18 @@ class ContextLM:
     """Fetches the inputs of every entry that has no keys and values yet."""
     self.load(self._subset(np.flatnonzero(~self.window.entries.ready)), tree)
 
-  def append_unremembered(self, token_ids: np.ndarray,
-                          tree: MegaContextTree) -> None:
-    """Puts tokens behind the window that the tree does not hold."""
-    self.load_unready(tree)
-    slots = self.window.take_slots(len(token_ids))
-    self.window.append_tokens(slots)
-    self._load_tokens(slots, token_ids)
+  def node_inputs(self, tree: MegaContextTree, level: int, first: int,
+                  count: int) -> np.ndarray:
+    """Input embeddings [count, D] float32 of nodes from `first` on."""
+    if level:
+      return tree.gists(level, first, first + count)
+    return self.token_embeddings(tree.tokens(first, first + count))
+
+  def positions_of(self, levels: np.ndarray) -> np.ndarray:
+    """Positions [E] a window of entries with `levels` [E] would have."""
+    return positions_of(
+      levels, self._config.gist_stride, self.lm.config.max_positions
+    )
 
   def token_embeddings(self, token_ids: np.ndarray) -> np.ndarray:
     """Input embeddings [n, D] float32 of token ids [n]."""

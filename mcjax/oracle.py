@@ -1,8 +1,8 @@
 """Oracle policy: counterfactual change in NLL of the true continuation.
 
-The control that knows the future: each candidate edit is tried by splicing,
-the next tokens are scored, and the window is put back. Only `score` knows the
-continuation; this policy is for measurement, not for use.
+The control that knows the future: each candidate edit is tried as a splice and
+the next tokens are scored. Only `score` knows the continuation; this policy is
+for measurement, not for use.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import numpy as np
 from mcjax import focus_allocator
 from mcjax.config import Config
 from mcjax.context_lm import ContextLM
+from mcjax.counterfactual import Candidate, edit_losses
 from mcjax.policies import FocusView, Similarity, age_scores
 from mcjax.types import BRANCHING, McjaxError
+from mcjax.working_context import COLLAPSE, EXPAND
 
 _HORIZON = 32  # tokens of the continuation scored per candidate
 _CANDIDATES = 6  # expands tried, and as many collapses
+_FREE_LOSS = 0.02  # nats a token that a freed slot is worth
 _SCALE = 10.0  # tanh(10 * 0.02 nats) is about the threshold 0.2
 
 
@@ -44,12 +47,11 @@ class Oracle:
         "policy oracle needs the true continuation: it works in score only"
       )
     context: ContextLM = view.context_lm
-    tokens = view.continuation[:_HORIZON]
     scores = age_scores(view)
     wished = self._similar.score(view)
     self.touched = self._similar.touched
     self.bytes_read = self._similar.bytes_read
-    if not len(tokens):
+    if not len(view.continuation):
       return scores
     legal = focus_allocator.legal_edits(
       context.window, step=view.step, cooldown=self._config.cooldown,
@@ -59,54 +61,24 @@ class Oracle:
     expands = np.flatnonzero(legal.expand[:count])
     expands = expands[np.argsort(-wished[expands], kind="stable")]
     collapses = np.flatnonzero(legal.collapse[:count])
-    need = BRANCHING - 1 + len(tokens)
-    base = self._nll(context, view, tokens, None, collapses, need)
-    for at in expands[:_CANDIDATES]:
-      gain = base - self._nll(
-        context, view, tokens, (focus_allocator.EXPAND, at), collapses, need
-      )
-      scores[at] = np.tanh(_SCALE * gain)
-    for at in collapses[:_CANDIDATES]:
-      loss = self._nll(
-        context, view, tokens, (focus_allocator.COLLAPSE, at), collapses, need
-      ) - base
-      scores[at : at + BRANCHING] = np.tanh(_SCALE * (loss - 0.02))
+    candidates = [
+      *(Candidate(EXPAND, int(at)) for at in expands[:_CANDIDATES]),
+      *(Candidate(COLLAPSE, int(at)) for at in collapses[:_CANDIDATES]),
+    ]
+    context.load_unready(view.tree)
+    context.sync(renew=0)
+    base, losses = edit_losses(
+      context, view.tree, candidates, view.continuation[:_HORIZON],
+      pad_to=_CANDIDATES,
+    )
+    for (action, at), loss in zip(candidates, losses):
+      if action == EXPAND:
+        scores[at] = np.tanh(_SCALE * (base - loss))
+      else:
+        scores[at : at + BRANCHING] = np.tanh(
+          _SCALE * (loss - base - _FREE_LOSS)
+        )
     return scores
 
   def warm_up(self, context: ContextLM) -> None:
     """Nothing beyond the window's own shapes."""
-
-  def _nll(self, context, view, tokens, edit, collapses, need) -> float:
-    """Mean NLL of `tokens` after `edit` (action, entry), undone afterwards.
-
-    Where slots are short the oldest other groups are collapsed first, for the
-    base line as for every edit.
-    """
-    snapshot = context.snapshot()
-    window = context.window
-    starts = view.entries.start()
-    levels = view.entries.level
-    try:
-      spared = int(edit[1]) if edit is not None else -BRANCHING
-      for group in collapses:
-        if window.free >= need:
-          break
-        if abs(int(group) - spared) >= BRANCHING:
-          window.collapse(_row(window, starts[group]), view.step)
-      if edit is not None:
-        action, at = edit
-        row = _row(window, starts[at])
-        if action == focus_allocator.COLLAPSE:
-          window.collapse(row, view.step)
-        elif int(levels[at]) > 0:
-          window.expand(row, view.step)
-      room = min(len(tokens), window.free)
-      context.append_unremembered(tokens[:room], view.tree)
-      context.sync(renew=room + 1)
-      return float(np.nanmean(context.newest_nll(tokens[:room])))
-    finally:
-      context.restore(snapshot)
-
-
-def _row(window, start: int) -> int:
-  return int(np.searchsorted(window.entries.start(), start))

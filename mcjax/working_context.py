@@ -128,6 +128,37 @@ def cold_start(
   return nodes
 
 
+def effective_stride(
+  level: np.ndarray, gist_stride: int, max_positions: int
+) -> int:
+  """The largest stride <= gist_stride that keeps a window in range.
+
+  Args:
+    level: [E] int, levels of the window's entries.
+    gist_stride: positions a gist would take.
+    max_positions: the base's; 32 are kept for the next block.
+  """
+  gists = int(np.count_nonzero(level))
+  if not gists:
+    return gist_stride
+  room = max_positions - BRANCHING - (len(level) - gists)
+  return max(1, min(gist_stride, room // gists))
+
+
+def positions_of(
+  level: np.ndarray, gist_stride: int, max_positions: int
+) -> np.ndarray:
+  """Positions [E] int32 of entries with levels [E], in timeline order.
+
+  A token advances the position by 1, a gist by the effective stride; an entry
+  sits at the centre of its stride.
+  """
+  stride = effective_stride(level, gist_stride, max_positions)
+  steps = np.where(level > 0, stride, 1)
+  ends = np.cumsum(steps)
+  return (ends - steps + steps // 2).astype(np.int32)
+
+
 class WorkingContext:
   """Fixed number of slots holding a contiguous, aligned, mixed-level tiling."""
 
@@ -298,30 +329,15 @@ class WorkingContext:
     self.entries.ready[:] = False
 
   def positions(self, gist_stride: int, max_positions: int) -> np.ndarray:
-    """Window-relative position of every entry, [E] int32.
-
-    A token advances the position by 1, a gist by the stride, reduced so that
-    the window and the next block fit `max_positions`; an entry sits at the
-    centre of its stride.
-    """
-    stride = self.effective_stride(gist_stride, max_positions)
-    steps = np.where(self.entries.level > 0, stride, 1)
-    ends = np.cumsum(steps)
-    return (ends - steps + steps // 2).astype(np.int32)
-
-  def effective_stride(self, gist_stride: int, max_positions: int) -> int:
-    """The largest stride <= gist_stride that keeps the window in range."""
-    gists = int(np.count_nonzero(self.entries.level))
-    if not gists:
-      return gist_stride
-    room = max_positions - BRANCHING - (len(self.entries) - gists)
-    return max(1, min(gist_stride, room // gists))
+    """Window-relative position of every entry, [E] int32."""
+    return positions_of(self.entries.level, gist_stride, max_positions)
 
   def next_position(self, gist_stride: int, max_positions: int) -> int:
     """Position of the token that would be appended next."""
-    stride = self.effective_stride(gist_stride, max_positions)
-    gists = int(np.count_nonzero(self.entries.level))
-    return len(self.entries) - gists + gists * stride
+    level = self.entries.level
+    stride = effective_stride(level, gist_stride, max_positions)
+    gists = int(np.count_nonzero(level))
+    return len(level) - gists + gists * stride
 
   def slot_arrays(
     self, gist_stride: int, max_positions: int, show_gists: bool

@@ -233,7 +233,9 @@ def _layer(config, layer, rope_on, x, positions, own_table, segments, tables,
   mixed = _attend(
     config, q, [*segments, own], [*tables, own_table], positions, rope_on
   )
-  out = jnp.einsum("tnh,nhd->td", mixed, layer["wo"])
+  # One contracted axis: over two, XLA CPU transposes the weights every time.
+  wo = layer["wo"].reshape(-1, config.d_model)
+  out = mixed.reshape(-1, wo.shape[0]) @ wo
   if config.o_bias:
     out = out + layer["bo"][None]
   x = x + out
@@ -345,5 +347,9 @@ def sample(
   logits: jax.Array, temperature: jax.Array, key: jax.Array
 ) -> jax.Array:
   """Token id from logits [V]: greedy at temperature 0, else categorical."""
-  noise = jax.random.gumbel(key, logits.shape, logits.dtype)
-  return jnp.argmax(logits + temperature * noise).astype(jnp.int32)
+  def noisy():
+    noise = jax.random.gumbel(key, logits.shape, logits.dtype)
+    return jnp.argmax(logits + temperature * noise)
+
+  token = jax.lax.cond(temperature > 0, noisy, lambda: jnp.argmax(logits))
+  return token.astype(jnp.int32)

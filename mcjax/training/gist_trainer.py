@@ -20,18 +20,19 @@ import tqdm
 from mcjax import gistnet, sharding
 from mcjax.checkpoint import Checkpoints
 from mcjax.evaluation import substitution
-from mcjax.training import data
-from mcjax.training.losses import Objective, window_loss
+from mcjax.training import data, level_loss, losses
+from mcjax.training.losses import Objective
 from mcjax.training.metrics import MetricWriter
 from mcjax.types import McjaxError
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-  """`steps` optimizer steps with one objective."""
+  """`steps` optimizer steps with `objective`, then `others`, in turn."""
 
   steps: int
   objective: Objective
+  others: tuple[Objective, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +87,6 @@ class TrainConfig:
     if not 0 < self.decay_fraction <= 1:
       raise McjaxError("TrainConfig.decay_fraction must be in (0, 1], got "
                        f"{self.decay_fraction}")
-    if len({p.objective.window for p in self.phases}) > 1:
-      raise McjaxError("all phases must have the same Objective.window")
 
   @property
   def steps(self) -> int:
@@ -98,9 +97,14 @@ class TrainConfig:
     """The objective of optimizer step `step`, counted from 0."""
     for phase in self.phases:
       if step < phase.steps:
-        return phase.objective
+        turns = (phase.objective, *phase.others)
+        return turns[step % len(turns)]
       step -= phase.steps
     raise McjaxError("step beyond the last phase")
+
+  def tokens(self, steps: int) -> int:
+    """Tokens read in the first `steps` steps."""
+    return sum(self.batch * self.objective(s).window for s in range(steps))
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
@@ -142,9 +146,10 @@ def train_step(state, base_params, ids, *, config: TrainConfig, gist_config,
   Returns:
     the next state, and metrics averaged over all windows.
   """
+  loss = level_loss if objective.level == 2 else losses
   grad = jax.value_and_grad(
     functools.partial(
-      window_loss, gist_config=gist_config, base_params=base_params,
+      loss.window_loss, gist_config=gist_config, base_params=base_params,
       base_config=base_config, o=objective), has_aux=True)
   root = jax.random.fold_in(jax.random.key(config.seed), state["step"])
   keys = jax.random.split(root, ids.shape[:2])
@@ -211,8 +216,10 @@ class GistTrainer:
     if config.micro_batch % spread:
       raise McjaxError(f"micro_batch={config.micro_batch} does not divide "
                        f"among data={spread} devices")
-    window = config.phases[0].objective.window
-    self._sampler = data.WindowSampler(stores, window, weights, config.seed)
+    windows = {o.window for p in config.phases
+               for o in (p.objective, *p.others)}
+    self._samplers = {w: data.WindowSampler(stores, w, weights, config.seed)
+                      for w in windows}
     start = gistnet.init_params(gist_config, config.seed)
     state = init_state(config, start if initial is None else initial)
     whole = sharding.replicated(self.mesh)
@@ -241,7 +248,8 @@ class GistTrainer:
     """Ids [micro-batches, micro_batch, window] on the mesh."""
     c = self.config
     parts = c.batch // c.micro_batch
-    rows = [self._sampler.batch(step * parts + i, c.micro_batch,
+    sampler = self._samplers[c.objective(step).window]
+    rows = [sampler.batch(step * parts + i, c.micro_batch,
                                 jax.process_index(), jax.process_count())
             for i in range(parts)]
     return sharding.global_batch(np.stack(rows), self.mesh, axis=1)
@@ -281,13 +289,13 @@ class GistTrainer:
 
   def export(self, path, card: Mapping[str, Any]) -> None:
     """Writes the current weights with the facts of `card`."""
-    objective = self.config.objective(max(0, self.step - 1))
+    phase = self.config.phases[-1]
     gistnet.save_gistnet(
       path, jax.device_get(self.state["params"]), self.gist_config,
       {"base": self._lm.name, "base_fingerprint": self._lm.fingerprint,
        "steps": self.step,
-       "tokens": self.step * self.config.batch * objective.window,
-       "objective": dataclasses.asdict(objective), **card})
+       "tokens": self.config.tokens(self.step),
+       "phase": dataclasses.asdict(phase), **card})
 
   def run(self, validation: Mapping[str, data.TokenStore] | None = None,
           report: Callable[[str], None] = tqdm.tqdm.write) -> bool:
@@ -305,7 +313,6 @@ class GistTrainer:
     metrics = MetricWriter(self.workdir, self.step)
     best_path = self.workdir / "best.json"
     best = json.loads(best_path.read_text()) if best_path.exists() else {}
-    tokens = c.batch * c.phases[0].objective.window
     bar = tqdm.tqdm(total=c.steps, initial=self.step, unit="step",
                     dynamic_ncols=True)
     with StopSignal() as stop:
@@ -313,6 +320,7 @@ class GistTrainer:
         began = time.perf_counter()
         values = self.one_step()
         step = self.step
+        tokens = c.batch * c.objective(step - 1).window
         rate = tokens / (time.perf_counter() - began)
         bar.update()
         bar.set_postfix_str(f"loss {values['loss']:.3f} {rate:.0f} tok/s")

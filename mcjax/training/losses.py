@@ -45,6 +45,8 @@ class Objective:
     rebuild_blocks: blocks of every window that are repeated from their gists.
     kl_segments: random segments of a window that `kl` and `nll` score; None
       scores all. Fewer make the window cheaper beside `attend`.
+    level: of the gists that are taught. At 2 the window is one stretch of
+      1,024 tokens and a segment after it, see `level_loss.py`.
     early: extra weight of a segment's first tokens, halved every 8 tokens.
     chunk: tokens whose logits exist at one time.
     remat: recompute the decoder's layers in the backward pass.
@@ -63,6 +65,7 @@ class Objective:
   margin: float = 0.2
   rebuild_blocks: int = 2
   kl_segments: int | None = None
+  level: int = 1
   early: float = 0.0
   chunk: int = 256
   remat: bool = False
@@ -79,6 +82,11 @@ class Objective:
     if not 1 <= self.gist_stride <= BRANCHING:
       raise McjaxError("Objective.gist_stride must be 1 to 32, got "
                        f"{self.gist_stride}")
+    if self.level not in (1, 2):
+      raise McjaxError(f"Objective.level must be 1 or 2, got {self.level}")
+    if self.level == 2 and self.window != BRANCHING**2 + self.segment:
+      raise McjaxError("Objective.window must be 1024 + segment at level 2, "
+                       f"got {self.window}")
     if self.kl_segments is not None and not (
         0 < self.kl_segments <= max(1, len(self.starts))):
       raise McjaxError(f"Objective.kl_segments must be 1 to "

@@ -1,0 +1,163 @@
+"""Counterfactual edits: what the next tokens would cost if the window differed.
+
+For every candidate edit the swapped-in entries, the newest token and the true
+continuation are run against the cached window with the swapped-out entries
+hidden, exactly as a splice would, and nothing is stored: 32 + 1 + H
+token-forwards for an expand, 1 + 1 + H for a collapse. Candidates need no free
+slots, so they can be asked of a full window.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mcjax import kv_slots
+from mcjax.base import model
+from mcjax.context_lm import ContextLM
+from mcjax.tree import MegaContextTree
+from mcjax.types import BRANCHING
+from mcjax.working_context import COLLAPSE, EXPAND
+
+
+class Candidate(NamedTuple):
+  """An edit: EXPAND of an entry, or COLLAPSE of the 32 siblings from it on."""
+
+  action: int
+  entry: int
+
+
+class _Batch(NamedTuple):
+  """Candidates of one action, stacked: C of them, n swapped-in entries each.
+
+  Attributes:
+    positions: [C, S] int32 of the window's slots.
+    visible: [C, S] bool, swapped-out slots hidden.
+    inputs: [C, n, D] embeddings of the swapped-in entries.
+    own_positions: [C, n + 1 + H] int32: swapped in, newest token, continuation.
+    own_visible: [C, n + 1 + H] bool.
+  """
+
+  positions: jax.Array
+  visible: jax.Array
+  inputs: jax.Array
+  own_positions: jax.Array
+  own_visible: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("config", "together"))
+def _losses(params, config, state: kv_slots.KVSlots, batch: _Batch,
+            token_ids: jax.Array, together: int) -> jax.Array:
+  """NLL [C, H] of the continuation; token_ids [1 + H] start at the newest."""
+  tail = model.embed(params, token_ids)
+
+  def one(candidate: _Batch) -> jax.Array:
+    window = model.Segment(
+      state.keys, state.values, candidate.positions, candidate.visible
+    )
+    x = jnp.concatenate([candidate.inputs.astype(tail.dtype), tail])
+    hidden, _, _ = model.forward(
+      params, config, x, candidate.own_positions, (window,),
+      candidate.own_visible,
+    )
+    hidden = hidden[-token_ids.shape[0] : -1]
+    return model.token_nll(params, hidden, token_ids[1:])
+
+  return jax.lax.map(one, batch, batch_size=together)
+
+
+def edit_losses(
+  context: ContextLM,
+  tree: MegaContextTree,
+  candidates: list[Candidate],
+  continuation: np.ndarray,
+  *,
+  pad_to: int = 8,
+  together: int = 1,
+) -> tuple[float, np.ndarray]:
+  """Mean NLL of the continuation as the window is, and after each candidate.
+
+  Args:
+    context: a synced window; nothing in it changes.
+    tree: gives the inputs of swapped-in nodes.
+    candidates: legal edits of the window as it is.
+    continuation: [H] int32 true next tokens.
+    pad_to: candidates of one action are padded to a multiple of this.
+    together: candidates run in one batch; more needs more memory.
+
+  Returns:
+    base in nats a token, and [C] nats a token, in the candidates' order.
+  """
+  e = context.window.entries
+  newest = int(tree.tokens(int(e.index[-1]), int(e.index[-1]) + 1)[0])
+  ids = np.concatenate([[newest], continuation]).astype(np.int32)
+  losses = np.zeros(len(candidates))
+  stay = _layout(context, None, len(ids))
+  base = _run(context, [stay], ids, pad_to=1, together=1)[0]
+  for action in (EXPAND, COLLAPSE):
+    rows = [i for i, c in enumerate(candidates) if c.action == action]
+    layouts = [_layout(context, candidates[i], len(ids), tree) for i in rows]
+    if rows:
+      losses[rows] = _run(context, layouts, ids, pad_to, together)
+  return float(base), losses
+
+
+def _run(context, layouts, ids, pad_to, together) -> np.ndarray:
+  count = len(layouts)
+  layouts = layouts + layouts[:1] * (-count % pad_to)
+  batch = _Batch(*(np.stack(parts) for parts in zip(*layouts)))
+  out = _losses(
+    context.lm.params, context.lm.config, context.state, batch, ids, together
+  )
+  context.tokens_run += count * batch.own_positions.shape[1]
+  return np.asarray(out)[:count].mean(axis=1)
+
+
+def _layout(context: ContextLM, candidate: Candidate | None, tail: int,
+            tree: MegaContextTree | None = None) -> _Batch:
+  """Positions, visibility and inputs of one candidate; see `_Batch`.
+
+  The newest token is swapped out too: it is run again with the continuation.
+  """
+  window = context.window
+  e = window.entries
+  d_model = context.lm.config.d_model
+  if candidate is None:
+    at, gone, size, level, first = len(e) - 1, 0, 1, 0, 0
+    inputs, shown = np.zeros((1, d_model), np.float32), 0
+  else:
+    action, at = candidate
+    size = BRANCHING if action == EXPAND else 1
+    gone = 1 if action == EXPAND else BRANCHING
+    level = int(e.level[at]) - action
+    first = int(e.index[at]) * BRANCHING
+    if action == COLLAPSE:
+      first = int(e.index[at]) // BRANCHING
+    inputs, shown = context.node_inputs(tree, level, first, size), size
+    if level > 0 and not context.show_gists:
+      shown = 0
+  levels = np.concatenate([
+    e.level[:at], np.full(size if candidate else 0, level),
+    e.level[at + gone : -1], np.zeros(tail, e.level.dtype),
+  ])
+  places = context.positions_of(levels)
+  new = size if candidate else 0
+  positions, visible = context.slot_arrays()
+  before, after = e.slot[:at], e.slot[at + gone : -1]
+  positions[before] = places[:at]
+  positions[after] = places[at + new : len(levels) - tail]
+  visible[e.slot[at : at + gone]] = False
+  visible[e.slot[-1]] = False
+  swapped = places[at : at + new] if candidate else np.zeros(1, np.int32)
+  own_visible = np.zeros(size + tail, bool)
+  own_visible[:shown] = True
+  own_visible[size:] = True
+  return _Batch(
+    positions, visible, inputs,
+    np.concatenate([swapped, places[len(levels) - tail :]]).astype(np.int32),
+    own_visible,
+  )
