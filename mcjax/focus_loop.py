@@ -7,6 +7,8 @@ are the business of `runtime`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 
 import jax
@@ -244,16 +246,22 @@ class FocusLoop:
         nats=float(np.nanmean(change)),
       )
 
-  def score(self, token_ids: np.ndarray) -> np.ndarray:
-    """NLL [n] in nats of `token_ids`, teacher-forced; undoes everything."""
+  @contextlib.contextmanager
+  def undone(self) -> Iterator[None]:
+    """What happens inside is not remembered: tree, window, cache, query."""
     snapshot = self.context.snapshot()
     query, step = self.query, self.step
     try:
       with self.tree.transient():
-        return self._score(token_ids)
+        yield
     finally:
       self.context.restore(snapshot)
       self.query, self.step = query, step
+
+  def score(self, token_ids: np.ndarray) -> np.ndarray:
+    """NLL [n] in nats of `token_ids`, teacher-forced; undoes everything."""
+    with self.undone():
+      return self._score(token_ids)
 
   def _score(self, ids: np.ndarray) -> np.ndarray:
     out = []

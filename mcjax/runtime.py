@@ -51,6 +51,7 @@ class Generation:
     prompt_tokens: tokens the prompt took in the history.
     seconds: wall clock, the prompt included.
     first_token_seconds: until the first block of the answer began.
+    focus: the tiling with which the answer began.
   """
 
   text: str
@@ -58,6 +59,7 @@ class Generation:
   prompt_tokens: int
   seconds: float
   first_token_seconds: float
+  focus: list[Entry]
 
 
 class MegaContext:
@@ -186,7 +188,8 @@ class MegaContext:
     )
     return IngestStats(len(ids), seconds, self.tree.cursor)
 
-  def generate(self, prompt: str, max_new_tokens: int = 64,
+  def generate(self, prompt: str, max_new_tokens: int = 64, *,
+               remember: bool = True,
                on_text: Callable[[str], None] | None = None) -> Generation:
     """Answers a prompt; prompt and answer join the history.
 
@@ -194,6 +197,7 @@ class MegaContext:
       prompt: wrapped in the base's chat template where it has one; one that
         is longer than the window is ingested like any text.
       max_new_tokens: at most this many.
+      remember: False leaves tree, focus and cache as they were.
       on_text: called with the whole answer so far after every block.
 
     Raises:
@@ -209,11 +213,20 @@ class MegaContext:
       raise McjaxError(
         f"max_new_tokens must be a whole number >= 1, got {max_new_tokens}"
       )
-    begin = time.perf_counter()
     self._loop.warm_up()
+    if not remember:
+      with self._loop.undone():
+        return self._generate(prompt, max_new_tokens, on_text)
+    out = self._generate(prompt, max_new_tokens, on_text)
+    self._commit()
+    return out
+
+  def _generate(self, prompt: str, max_new_tokens: int, on_text) -> Generation:
+    begin = time.perf_counter()
     ids, closing = self._prompt(prompt)
     self._loop.append(ids)
     self._loop.settle()
+    focus = self.focus()
     self._loop.sync()
     first = time.perf_counter() - begin
     out: list[int] = []
@@ -224,7 +237,6 @@ class MegaContext:
       if on_text is not None:
         on_text(self._answer(out, stopped))
     self._loop.append(_unsaid(closing, out[-1:] if stopped else []))
-    self._commit()
     seconds = time.perf_counter() - begin
     self.telemetry.record(
       "generate", tokens=len(out), prompt_tokens=len(ids), seconds=seconds,
@@ -232,7 +244,7 @@ class MegaContext:
     )
     return Generation(
       self._answer(out, stopped), np.array(out, np.int32), len(ids), seconds,
-      first,
+      first, focus,
     )
 
   def score(self, text: str) -> np.ndarray:

@@ -13,7 +13,6 @@ import pytest  # noqa: E402
 import tiny_base  # noqa: E402
 
 from mcjax.base.load import load_base_lm  # noqa: E402
-from mcjax.gistnet import load_gistnet  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -30,8 +29,8 @@ def tiny_lm():
 
 @pytest.fixture(scope="session")
 def tiny_gistnet(tiny_lm):
-  """The untrained GistNet of `tiny_lm`."""
-  return load_gistnet(tiny_lm)
+  """A GistNet of `tiny_lm`, away from its last-token start."""
+  return tiny_base.gistnet(tiny_lm, spread=0.05)
 
 
 @pytest.fixture(scope="session")

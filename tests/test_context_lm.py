@@ -12,7 +12,6 @@ import tiny_base
 from mcjax import kv_slots
 from mcjax.config import Config
 from mcjax.context_lm import ContextLM
-from mcjax.gistnet import load_gistnet
 from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
 from mcjax.working_context import cold_start, cover
@@ -390,11 +389,9 @@ def test_a_shift_of_all_positions_changes_nothing(tiny_lm, tree):
   assert np.abs(np.asarray(other - here)).max() > 1e-3
 
 
-def test_gists_of_a_trained_net_enter_as_they_are_stored(tiny_lm, tree):
-  """`load_gistnet` of this base is what the tree was written with."""
+def test_gists_enter_as_they_are_stored(tiny_lm, tree):
   context = context_of(tiny_lm, tree, nodes_to(1000))
   e = context.window.entries
-  at = int(np.flatnonzero(e.level == 1)[0])
-  stored = tree.gists(1, int(e.index[at]), int(e.index[at]) + 1)[0]
-  np.testing.assert_array_equal(context.state.inputs[e.slot[at]], stored)
-  assert load_gistnet(tiny_lm).fingerprint
+  for at in np.flatnonzero(e.level == 1):
+    stored = tree.gists(1, int(e.index[at]), int(e.index[at]) + 1)[0]
+    np.testing.assert_array_equal(context.state.inputs[e.slot[at]], stored)

@@ -3,6 +3,7 @@
 import dataclasses
 import uuid
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
@@ -11,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from mcjax.base.load import BaseLM
 from mcjax.base.model import DecoderConfig
 from mcjax.base.tokenizer import Tokenizer
+from mcjax.gistnet import GistEncoder, default_config, init_params
 
 VOCAB = 300
 SPECIALS = ("<|bos|>", "<|turn|>", "<|stop|>")
@@ -75,6 +77,19 @@ def make_lm(
   return BaseLM(
     name, config, params, byte_tokenizer(**tokenizer), f"tiny-base-{seed}"
   )
+
+
+def gistnet(lm: BaseLM, seed: int = 0, spread: float = 0.0) -> GistEncoder:
+  """An untrained GistNet; `spread` moves it from the last-token start."""
+  config = default_config(lm.params, lm.config)
+  params = jax.jit(lambda: init_params(config, seed))()
+  rng = np.random.RandomState(seed)
+  params = jax.tree.map(
+    lambda a: np.asarray(a)
+    + np.float32(spread) * rng.standard_normal(a.shape).astype(np.float32),
+    params,
+  )
+  return GistEncoder(lm, params, config, trained=False)
 
 
 def uniform(lm: BaseLM) -> BaseLM:

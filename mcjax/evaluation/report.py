@@ -1,0 +1,249 @@
+"""What every evaluation leaves behind: results.json, a table, plots.
+
+`results.json` holds figures with their units, the settings, the versions, the
+git commit and the device, so that a number can be traced to what made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+from typing import NamedTuple
+
+import jax
+
+from mcjax.types import McjaxError
+
+_PACKAGES = ("mcjax", "jax", "jaxlib", "numpy", "flax", "tensorstore",
+             "transformers", "torch")
+
+
+class Figure(NamedTuple):
+  """A measured value and its unit."""
+
+  value: float | int | str | None
+  unit: str = ""
+
+
+class Table(NamedTuple):
+  """Rows for a reader; cells are strings or numbers."""
+
+  title: str
+  columns: Sequence[str]
+  rows: Sequence[Sequence]
+
+
+@dataclasses.dataclass
+class Report:
+  """The outcome of one evaluation.
+
+  Attributes:
+    name: of the evaluation.
+    settings: what it was run with.
+    figures: name to `Figure`.
+    tables: for the Markdown file, in order.
+    notes: sentences below the tables.
+  """
+
+  name: str
+  settings: Mapping
+  figures: dict[str, Figure] = dataclasses.field(default_factory=dict)
+  tables: list[Table] = dataclasses.field(default_factory=list)
+  notes: list[str] = dataclasses.field(default_factory=list)
+
+  def add(self, name: str, value, unit: str = "") -> None:
+    """Adds a figure."""
+    self.figures[name] = Figure(value, unit)
+
+  def write(self, folder: str | os.PathLike) -> pathlib.Path:
+    """Writes results.json and results.md; returns the folder.
+
+    Raises:
+      McjaxError: the folder cannot be written.
+    """
+    path = make_folder(folder)
+    record = {
+      "evaluation": self.name,
+      "figures": {
+        k: {"value": _rounded(v.value), "unit": v.unit}
+        for k, v in self.figures.items()
+      },
+      "config": _plain(self.settings),
+      **environment(),
+    }
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    (path / "results.json").write_text(text, encoding="utf-8")
+    (path / "results.md").write_text(self.markdown(record), encoding="utf-8")
+    return path
+
+  def markdown(self, record: Mapping) -> str:
+    """The tables, the notes, and where the numbers come from."""
+    parts = [f"# {self.name}", ""]
+    for table in self.tables:
+      parts += [f"## {table.title}", "", *markdown_table(table), ""]
+    parts += [*(f"- {note}" for note in self.notes), ""] if self.notes else []
+    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+    parts.append(
+      f"Commit {record['commit']}, {record['date']}, "
+      f"{record['device']['kind']} ({record['device']['count']} device(s), "
+      f"{record['device']['host_cores']} host cores); {versions}."
+    )
+    return "\n".join(parts) + "\n"
+
+
+def markdown_table(table: Table) -> list[str]:
+  """The lines of a Markdown table."""
+  lines = ["| " + " | ".join(table.columns) + " |",
+           "|" + " --- |" * len(table.columns)]
+  for row in table.rows:
+    lines.append("| " + " | ".join(_cell(cell) for cell in row) + " |")
+  return lines
+
+
+def environment() -> dict:
+  """Versions, git commit, date and device of this process."""
+  versions = {"python": platform.python_version()}
+  for package in _PACKAGES:
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  device = jax.devices()[0]
+  return {
+    "versions": versions,
+    "commit": git_commit(),
+    "date": datetime.date.today().isoformat(),
+    "device": {
+      "platform": device.platform,
+      "kind": device.device_kind if device.platform != "cpu" else cpu_name(),
+      "count": jax.device_count(),
+      "host_cores": len(os.sched_getaffinity(0))
+      if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    },
+  }
+
+
+def git_commit() -> str:
+  """Commit of the source tree, marked if it has changes; else "unknown"."""
+  here = pathlib.Path(__file__).parent
+  def git(*args: str) -> str:
+    return subprocess.run(
+      ["git", "-C", str(here), *args], capture_output=True, text=True,
+      check=True, timeout=20,
+    ).stdout.strip()
+  try:
+    dirty = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if dirty else "")
+  except (OSError, subprocess.SubprocessError):
+    return "unknown"
+
+
+def cpu_name() -> str:
+  """The processor's name where the system tells it, else its architecture."""
+  try:
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+      if line.startswith("model name"):
+        return line.split(":", 1)[1].strip()
+  except OSError:
+    pass
+  return platform.processor() or platform.machine()
+
+
+def make_folder(folder: str | os.PathLike) -> pathlib.Path:
+  """Makes a folder for results.
+
+  Raises:
+    McjaxError: it cannot be made.
+  """
+  path = pathlib.Path(folder)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise McjaxError(f"cannot make {path}: {error.strerror}") from error
+  return path
+
+
+def plot_lines(path: pathlib.Path, series: Mapping[str, tuple[list, list]],
+               x: str, y: str, title: str, *, log_x: bool = False,
+               log_y: bool = False) -> bool:
+  """Draws lines into a PNG; says so and returns False without matplotlib.
+
+  Args:
+    path: of the file.
+    series: legend to (xs, ys).
+    x: label.
+    y: label.
+    title: above.
+    log_x: logarithmic axis.
+    log_y: logarithmic axis.
+  """
+  try:
+    import matplotlib
+  except ImportError:
+    print(f"no plot {path.name}: pip install 'mcjax[plots]' brings matplotlib",
+          file=sys.stderr)
+    return False
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+  for name, (xs, ys) in series.items():
+    axes.plot(xs, ys, marker="o", label=name)
+  axes.set(xlabel=x, ylabel=y, title=title)
+  if log_x:
+    axes.set_xscale("log", base=2)
+  if log_y:
+    axes.set_yscale("log")
+  axes.grid(alpha=0.3)
+  axes.legend()
+  figure.savefig(path, dpi=120)
+  pyplot.close(figure)
+  return True
+
+
+def median(values: Sequence[float]) -> float:
+  """Median of at least one value."""
+  return float(statistics.median(values))
+
+
+def ratio_median(above: Sequence[float], below: Sequence[float]) -> float:
+  """Median over repeats of above[i] / below[i], taken side by side."""
+  return median([a / b for a, b in zip(above, below, strict=True)])
+
+
+def progress(text: str) -> None:
+  """Tells on standard error what a long evaluation does."""
+  print(text, file=sys.stderr, flush=True)
+
+
+def _cell(value) -> str:
+  if value is None:
+    return "–"
+  if isinstance(value, float):
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+  return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _rounded(value):
+  if isinstance(value, float):
+    return float(f"{value:.6g}") if value == value else None
+  return value
+
+
+def _plain(value):
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return _plain(dataclasses.asdict(value))
+  if isinstance(value, Mapping):
+    return {str(k): _plain(v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_plain(v) for v in value]
+  return value
