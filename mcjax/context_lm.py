@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax import kv_slots
+from mcjax.base import model
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.tree import MegaContextTree
@@ -38,6 +39,7 @@ class ContextLM:
         f"{lm.config.max_positions} positions (32 are kept for the next block)"
       )
     self.lm = lm
+    self._unrolled = model.unstacked(lm.params)
     self.show_gists = show_gists
     self._config = config
     self.window = WorkingContext(config.window)
@@ -213,7 +215,7 @@ class ContextLM:
       self._config.gist_stride, self.lm.config.max_positions
     )
     self.state, out = kv_slots.decode_block(
-      self.lm.params, self.lm.config, self.state,
+      self._unrolled, self.lm.config, self.state,
       self._padded(slots, BRANCHING), positions, visible, np.int32(first),
       self._ready_logits(), np.int32(limit), self._stop_ids,
       np.float32(temperature), key,
@@ -281,7 +283,7 @@ class ContextLM:
       np.full(1, window), np.zeros((1, self.lm.config.d_model), np.float32)
     )
     kv_slots.decode_block(
-      self.lm.params, self.lm.config, self.state,
+      self._unrolled, self.lm.config, self.state,
       np.full(BRANCHING, window, np.int32), positions, visible, np.int32(0),
       logits, np.int32(0), self._stop_ids, np.float32(0),
       jax.random.key(0),

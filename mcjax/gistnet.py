@@ -18,8 +18,10 @@ the slot writes. Both are zero at initialisation.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -243,6 +245,21 @@ def default_config(base_params, base_config: model.DecoderConfig,
   sample = jnp.asarray(base_params["embed"][:4096]).astype(jnp.float32)
   rms = float(jnp.sqrt(jnp.mean(jnp.square(sample))))
   return GistNetConfig(**{**sizes, "input_rms": rms, **overrides})
+
+
+def configure(base_params, base_config: model.DecoderConfig,
+              values: Mapping[str, Any]) -> GistNetConfig:
+  """`default_config` with plain values of a configuration file.
+
+  Raises:
+    McjaxError: names an unknown field or an invalid value.
+  """
+  known = [field.name for field in dataclasses.fields(GistNetConfig)]
+  unknown = sorted(set(values) - set(known))
+  if unknown:
+    raise McjaxError(f"config.gistnet.{unknown[0]} is not a setting; known are "
+                     + ", ".join(known))
+  return default_config(base_params, base_config, **values)
 
 
 def flops_per_token(config: GistNetConfig,

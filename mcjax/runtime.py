@@ -169,8 +169,22 @@ class MegaContext:
       McjaxError: the text is empty or not a string.
     """
     self._check_text(text, "text")
+    return self.ingest_tokens(self.lm.tokenizer.encode(text), progress)
+
+  def ingest_tokens(
+    self, token_ids: np.ndarray,
+    progress: Callable[[int, int], None] | None = None,
+  ) -> IngestStats:
+    """As `ingest`, of token ids [n] int32 of this base's tokenizer.
+
+    Raises:
+      McjaxError: no tokens, or ids outside the vocabulary.
+    """
+    self._check_open()
+    if not len(token_ids):
+      raise McjaxError("no tokens to ingest: nothing was changed")
     begin = time.perf_counter()
-    ids = self._with_bos(self.lm.tokenizer.encode(text))
+    ids = self._with_bos(np.asarray(token_ids, np.int32))
     start = self.tree.cursor
     try:
       for a in range(0, len(ids), _SLICE):
@@ -310,9 +324,12 @@ class MegaContext:
   def _answer(self, ids: list[int], stopped: bool) -> str:
     return self.lm.tokenizer.decode(ids[:-1] if stopped else ids)
 
-  def _check_text(self, text: str, name: str) -> None:
+  def _check_open(self) -> None:
     if self._closed:
       raise McjaxError("this MegaContext is closed; open it again")
+
+  def _check_text(self, text: str, name: str) -> None:
+    self._check_open()
     if not isinstance(text, str):
       raise McjaxError(f"{name} must be a string, got {type(text).__name__}")
     if not text:

@@ -345,8 +345,9 @@ def test_restore_puts_everything_back(tiny_lm, tree):
   state = jax.tree.map(np.asarray, context.state)
   snapshot = context.snapshot()
   window.expand(nodes_to(1000, raw=(3,)).index((1, 7)), step=4)
-  context.append_unremembered(np.arange(40, dtype=np.int32), tree)
+  context.load_unready(tree)
   context.sync()
+  context.decode(20, 0.0, jax.random.key(0))
   assert not np.array_equal(context.logits(), logits)
   context.restore(snapshot)
   assert context.window is window, "others hold on to the window"

@@ -1,8 +1,6 @@
 """Every invariant is noticed when broken, and random sequences keep them."""
 
-import uuid
-
-from hypothesis import settings, stateful
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax.numpy as jnp
 import numpy as np
@@ -153,26 +151,20 @@ def test_a_missing_node_is_noticed(tree, monkeypatch):
 # --- Any sequence of public calls --------------------------------------------
 
 
-class Life(stateful.RuleBasedStateMachine):
+class Life:
   """Random work on a MegaContext; every invariant by content after each."""
 
-  policy = "random"
-  lm = None
-  encoder = None
-
-  def __init__(self):
-    super().__init__()
-    self.url = f"memory://{uuid.uuid4()}/tree"
+  def __init__(self, lm, encoder, policy):
+    self.lm, self.encoder = lm, encoder
+    self.url = tiny_base.memory_url()
     config = Config(
-      window=WINDOW, policy=self.policy, check_invariants=True,
-      recent_tokens=64, gists_per_level=8, gist_attention="visible",
-      gist_stride=4, settle_steps=3,
+      window=WINDOW, policy=policy, check_invariants=True, recent_tokens=64,
+      gists_per_level=8, gist_attention="visible", gist_stride=4,
+      settle_steps=3,
     )
-    self.mc = MegaContext.create(
-      self.url, self.lm, config, gistnet=self.encoder
-    )
+    self.mc = MegaContext.create(self.url, lm, config, gistnet=encoder)
     self.ids = np.zeros(0, np.int32)
-    self.seed = 0
+    self.texts = 0
 
   @property
   def loop(self):
@@ -183,8 +175,8 @@ class Life(stateful.RuleBasedStateMachine):
     return self.loop.context.window
 
   def text(self, count):
-    self.seed += 1
-    return tiny_base.text(count, self.seed)
+    self.texts += 1
+    return tiny_base.text(count, self.texts)
 
   def remembered(self, text):
     ids = self.lm.tokenizer.encode(text)
@@ -192,74 +184,63 @@ class Life(stateful.RuleBasedStateMachine):
       ids = np.concatenate([np.array([tiny_base.BOS], np.int32), ids])
     self.ids = np.concatenate([self.ids, ids])
 
-  @stateful.rule(count=st.sampled_from([1, 31, 32, 33, 100, 700, 1500]))
-  def ingest(self, count):
-    text = self.text(count)
-    stats = self.mc.ingest(text)
+  def ingest(self, pick):
+    text = self.text((1, 31, 32, 33, 100, 700, 1500)[pick % 7])
     before = len(self.ids)
+    stats = self.mc.ingest(text)
     self.remembered(text)
     assert stats.tokens == len(self.ids) - before
     assert stats.cursor == len(self.ids)
 
-  @stateful.rule(
-    count=st.sampled_from([3, 40, 200, 600]), new=st.integers(1, 70)
-  )
-  def generate(self, count, new):
-    prompt = self.text(count)
+  def generate(self, pick):
+    prompt, new = self.text((3, 40, 200, 600)[pick % 4]), 1 + pick % 71
     out = self.mc.generate(prompt, max_new_tokens=new)
     self.remembered(prompt)
     assert len(out.token_ids) == new
     self.ids = np.concatenate([self.ids, out.token_ids])
 
-  @stateful.rule(count=st.sampled_from([1, 50, 300]))
-  def score(self, count):
+  def answer(self, pick):
     focus = self.mc.focus()
+    self.mc.generate(self.text(1 + pick % 300), 40, remember=False)
+    assert self.mc.focus() == focus
+
+  def score(self, pick):
+    focus, count = self.mc.focus(), (1, 50, 300)[pick % 3]
     nll = self.mc.score(self.text(count))
     assert nll.shape == (count,)
     assert np.isfinite(nll[0 if len(self.ids) else 1 :]).all()
     assert self.mc.focus() == focus
 
-  @stateful.precondition(lambda self: len(self.ids))
-  @stateful.rule(pick=st.integers(0, 9999))
   def expand(self, pick):
     coarse = np.flatnonzero(self.window.entries.level > 0)
     if len(coarse) and self.window.free >= 2 * BRANCHING:
       self.window.expand(int(coarse[pick % len(coarse)]), self.loop.step)
 
-  @stateful.precondition(lambda self: len(self.ids))
-  @stateful.rule(pick=st.integers(0, 9999))
   def collapse(self, pick):
     groups = np.flatnonzero(self.window.sibling_groups())
     groups = groups[self.window.entries.start()[groups] >= 32]
     if len(groups):
       self.window.collapse(int(groups[pick % len(groups)]), self.loop.step)
 
-  @stateful.precondition(lambda self: len(self.ids))
-  @stateful.rule(recent=st.sampled_from([32, 64, 128]))
-  def retile(self, recent):
-    self.loop.cold_start(recent)
+  def retile(self, pick):
+    self.loop.cold_start((32, 64, 128)[pick % 3])
 
-  @stateful.precondition(lambda self: len(self.ids))
-  @stateful.rule(need=st.sampled_from([32, 100]))
-  def refocus(self, need):
+  def refocus(self, pick):
     self.loop.follow()
-    self.loop.refocus(need)
+    self.loop.refocus((32, 100)[pick % 2])
 
-  @stateful.precondition(lambda self: len(self.ids))
-  @stateful.rule()
-  def predict(self):
-    assert np.isfinite(self.mc.next_logits()).all()
+  def predict(self, pick):
+    if len(self.ids):
+      assert np.isfinite(self.mc.next_logits()).all()
 
-  @stateful.rule()
-  def reopen(self):
+  def reopen(self, pick):
     self.mc.close()
     focus = self.mc.focus()
     self.mc = MegaContext.open(self.url, self.lm, gistnet=self.encoder)
     if len(focus) <= WINDOW - BRANCHING:
       assert self.mc.focus() == focus
 
-  @stateful.invariant()
-  def holds(self):
+  def check(self):
     tree, context = self.mc.tree, self.loop.context
     cursor = len(self.ids)
     assert self.mc.cursor == tree.cursor == cursor
@@ -273,9 +254,6 @@ class Life(stateful.RuleBasedStateMachine):
     contents(context, tree)
     edges = [0] + [f.stop for f in self.mc.focus()]
     assert [f.start for f in self.mc.focus()] + [cursor] == edges
-
-  def teardown(self):
-    self.mc.close()
 
 
 def contents(context, tree):
@@ -295,19 +273,39 @@ def contents(context, tree):
     )
 
 
+WORK = (
+  "ingest", "generate", "answer", "score", "expand", "expand", "collapse",
+  "retile", "refocus", "predict", "reopen",
+)
+
+
 @pytest.mark.parametrize("policy, examples", [
-  ("random", 10), ("similarity", 4), ("lensnet", 3)
+  ("random", 12), ("similarity", 6), ("lensnet", 3)
 ])
 def test_any_life_keeps_every_invariant(
   tiny_lm, tiny_gistnet, policy, examples
 ):
-  machine = type("Life", (Life,), {
-    "policy": policy, "lm": tiny_lm, "encoder": tiny_gistnet
-  })
-  stateful.run_state_machine_as_test(
-    machine,
-    settings=settings(max_examples=examples, stateful_step_count=12),
+  steps = st.lists(
+    st.tuples(st.sampled_from(WORK), st.integers(0, 9999)),
+    min_size=10, max_size=14,
   )
+  work = dict(refocus_steps=0, expands=0, collapses=0)
+
+  @settings(max_examples=examples, database=None)
+  @given(steps)
+  def lives(steps):
+    life = Life(tiny_lm, tiny_gistnet, policy)
+    life.ingest(4)
+    for name, pick in steps:
+      getattr(life, name)(pick)
+      life.check()
+    for name in work:
+      work[name] += life.mc.telemetry.counters[name]
+    life.mc.close()
+
+  lives()
+  print(policy, work)
+  assert min(work.values()) > 0, work
 
 
 def test_wrong_contents_are_noticed(memory_url, tiny_lm, tiny_gistnet):

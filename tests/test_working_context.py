@@ -9,8 +9,9 @@ import pytest
 
 from mcjax import invariants
 from mcjax.types import BRANCHING, McjaxError, span_width
-from mcjax.working_context import COLLAPSE, EXPAND
-from mcjax.working_context import WorkingContext, cold_start, cover
+from mcjax.working_context import (
+  COLLAPSE, EXPAND, WorkingContext, cold_start, cover, effective_stride,
+)
 
 MAX = 3  # levels in these tests
 
@@ -221,7 +222,7 @@ def test_positions_rise_and_fit_the_base(old, gists, new, stride, limit):
   assert positions[0] >= 0 and np.all(np.diff(positions) > 0)
   following = context.next_position(stride, limit)
   assert positions[-1] < following <= limit - BRANCHING
-  used = context.effective_stride(stride, limit)
+  used = effective_stride(context.entries.level, stride, limit)
   assert 1 <= used <= stride
   if used < stride:  # as wide as fits
     assert old + new + gists * (used + 1) > limit - BRANCHING

@@ -14,6 +14,10 @@ def get_config(steps="3000"):
 
   `--config=experiments/configs/gistnet.py:900` runs 900 steps. A run may be
   resumed with another number: the last 30 % of the steps anneal the rate.
+
+  The curriculum: gists directly before the scored text; then, in turn, these
+  again, gists behind an attention sink and before 64 recent tokens, as the
+  loop shows them, and one gist of gists for 1,024 tokens.
   """
   c = ml_collections.ConfigDict()
   c.base = "smollm2-135m"
@@ -22,9 +26,14 @@ def get_config(steps="3000"):
   c.initial = ""
   c.mixture = dict(prose=1.0, docs=1.0, wiki=1.0, code=1.0, chat=0.5)
   c.gistnet = ml_collections.ConfigDict()
-  c.objective = dict(window=512, segment=32, kl=1.0, kl_segments=3,
+  c.objective = dict(window=512, segment=32, kl=1.0, kl_segments=5,
                      attend=100.0)
-  c.phases = [dict(steps=int(steps), objective={})]
+  first = min(180, int(steps) // 3)
+  loop = dict(sink=True, near=64, kl_segments=2)
+  upper = dict(level=2, window=1088, segment=64, kl_segments=1, nll=0.2)
+  c.phases = [
+    dict(steps=first, turns=[{}]),
+    dict(steps=int(steps) - first, turns=[{}, loop, {}, loop, {}, upper])]
   c.train = dict(batch=4, learning_rate=7e-4, warmup=30, decay_fraction=0.3,
-                 evaluate_every=50, save_every=20)
+                 evaluate_every=100, save_every=20)
   return c

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import json
@@ -19,7 +19,7 @@ import tqdm
 
 from mcjax import gistnet, sharding
 from mcjax.checkpoint import Checkpoints
-from mcjax.evaluation import substitution
+from mcjax.evaluation import recovery
 from mcjax.training import data, level_loss, losses
 from mcjax.training.losses import Objective
 from mcjax.training.metrics import MetricWriter
@@ -28,11 +28,14 @@ from mcjax.types import McjaxError
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-  """`steps` optimizer steps with `objective`, then `others`, in turn."""
+  """`steps` optimizer steps that take the objectives in turn."""
 
   steps: int
-  objective: Objective
-  others: tuple[Objective, ...] = ()
+  turns: tuple[Objective, ...]
+
+  def __init__(self, steps: int, *turns: Objective):
+    object.__setattr__(self, "steps", steps)
+    object.__setattr__(self, "turns", turns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +77,10 @@ class TrainConfig:
   mesh_model: int = 1
 
   def __post_init__(self):
-    if not self.phases or any(p.steps < 1 for p in self.phases):
-      raise McjaxError("TrainConfig.phases needs phases of at least one step")
+    if not self.phases or any(
+        p.steps < 1 or not p.turns for p in self.phases):
+      raise McjaxError("TrainConfig.phases needs phases of at least one step "
+                       "and one objective")
     for name in ("batch", "micro_batch", "log_every", "evaluate_every",
                  "save_every"):
       if getattr(self, name) < 1:
@@ -97,14 +102,42 @@ class TrainConfig:
     """The objective of optimizer step `step`, counted from 0."""
     for phase in self.phases:
       if step < phase.steps:
-        turns = (phase.objective, *phase.others)
-        return turns[step % len(turns)]
+        return phase.turns[step % len(phase.turns)]
       step -= phase.steps
     raise McjaxError("step beyond the last phase")
 
   def tokens(self, steps: int) -> int:
     """Tokens read in the first `steps` steps."""
     return sum(self.batch * self.objective(s).window for s in range(steps))
+
+
+def _fields(kind, name: str, values: Mapping[str, Any]):
+  """A dataclass of `values`; an unknown name is told with the known ones."""
+  known = [f.name for f in dataclasses.fields(kind)]
+  unknown = sorted(set(values) - set(known))
+  if unknown:
+    raise McjaxError(f"config.{name}.{unknown[0]} is not a setting; known are "
+                     + ", ".join(known))
+  return kind(**values)
+
+
+def read_config(train: Mapping[str, Any], objective: Mapping[str, Any],
+                phases: Sequence[Mapping[str, Any]]) -> TrainConfig:
+  """A `TrainConfig` from plain values.
+
+  Args:
+    train: fields of `TrainConfig` other than `phases`.
+    objective: fields of `Objective` that all phases share.
+    phases: {"steps", "turns": [what differs from `objective`, …]} of each.
+
+  Raises:
+    McjaxError: names an unknown field or an invalid value.
+  """
+  read = [
+    Phase(p["steps"], *(_fields(Objective, "objective", {**objective, **turn})
+                        for turn in p["turns"]))
+    for p in phases]
+  return _fields(TrainConfig, "train", {**train, "phases": tuple(read)})
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
@@ -216,8 +249,7 @@ class GistTrainer:
     if config.micro_batch % spread:
       raise McjaxError(f"micro_batch={config.micro_batch} does not divide "
                        f"among data={spread} devices")
-    windows = {o.window for p in config.phases
-               for o in (p.objective, *p.others)}
+    windows = {o.window for p in config.phases for o in p.turns}
     self._samplers = {w: data.WindowSampler(stores, w, weights, config.seed)
                       for w in windows}
     start = gistnet.init_params(gist_config, config.seed)
@@ -237,7 +269,7 @@ class GistTrainer:
       self.state, must_match=("gistnet", "base", "seed", "batch"))
     if restored is not None:
       self.state = restored
-    self._bench: substitution.Bench | None = None
+    self._bench: recovery.Bench | None = None
 
   @property
   def step(self) -> int:
@@ -277,15 +309,15 @@ class GistTrainer:
       self._lm, jax.device_get(self.state["params"]), self.gist_config, True)
 
   def evaluate(self, stores: Mapping[str, data.TokenStore]) -> dict:
-    """`substitution.summarise` of 8 blocks before 48 tokens on `stores`."""
+    """`recovery.summarise` of 8 blocks before 48 tokens on `stores`."""
     if self._bench is None:
-      setting = substitution.Setting(
-        sink=self.config.phases[-1].objective.sink,
-        gist_stride=self.config.phases[-1].objective.gist_stride)
-      self._bench = substitution.Bench(self._lm, substitution.pick_excerpts(
+      setting = recovery.Setting(
+        sink=self.config.phases[-1].turns[0].sink,
+        gist_stride=self.config.phases[-1].turns[0].gist_stride)
+      self._bench = recovery.Bench(self._lm, recovery.pick_excerpts(
         stores, setting, self.config.validation_documents), setting)
-    losses = self._bench.measure(self.encoder())
-    return substitution.summarise(losses, self._bench.excerpts.kinds)
+    losses = recovery.over_horizon(self._bench.measure(self.encoder()))
+    return recovery.summarise(losses, self._bench.excerpts.kinds)
 
   def export(self, path, card: Mapping[str, Any]) -> None:
     """Writes the current weights with the facts of `card`."""

@@ -1,5 +1,7 @@
 """How well gists stand in for their tokens: `recovered` and its controls.
 
+The measurement; `substitution.py` is the evaluation that reports it.
+
 A stretch of a document is split into far tokens, which are substituted, `near`
 raw tokens, and a horizon whose next-token loss is measured. Every variant sees
 the same near and scored tokens at the positions the runtime would give them:
@@ -21,6 +23,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+import hashlib
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +115,7 @@ def pick_excerpts(stores: Mapping[str, TokenStore], setting: Setting,
 
 @functools.partial(jax.jit, static_argnames=("config", "setting", "variant"))
 def _losses(params, config, ids, gists, setting: Setting, variant: str):
-  """Mean loss [n] over the horizon of excerpts [n, length] in one variant."""
+  """Losses [n, horizon] of excerpts [n, length] in one variant."""
 
   def one(pair):
     ids, gists = pair
@@ -137,8 +141,8 @@ def _losses(params, config, ids, gists, setting: Setting, variant: str):
       setting.lead + n * step + jnp.arange(rest.shape[0], dtype=jnp.int32)])
     hidden, _, _ = model.forward(
       params, config, jnp.concatenate([lead, middle, rest]), places)
-    return jnp.mean(model.token_nll(
-      params, hidden[-setting.horizon :], ids[-setting.horizon :]))
+    return model.token_nll(
+      params, hidden[-setting.horizon :], ids[-setting.horizon :])
 
   return jax.lax.map(one, (ids, gists))
 
@@ -150,12 +154,16 @@ class Bench:
     lm: the base model.
     excerpts: of `setting.length` tokens each.
     setting: what is substituted.
+    controls: which of CONTROLS to measure.
+    cache: folder that keeps the controls' losses for the next GistNet.
 
   Attributes:
-    controls: {"full" | "drop" | "mean" | "last": [n] mean losses in nats}.
+    controls: {variant: [n, horizon] losses in nats}.
   """
 
-  def __init__(self, lm, excerpts: Excerpts, setting: Setting):
+  def __init__(self, lm, excerpts: Excerpts, setting: Setting,
+               controls: tuple[str, ...] = CONTROLS,
+               cache: pathlib.Path | None = None):
     if excerpts.ids.shape[1] != setting.length:
       raise McjaxError(f"excerpts hold {excerpts.ids.shape[1]} tokens, the "
                        f"setting needs {setting.length}")
@@ -163,9 +171,25 @@ class Bench:
     self.setting = setting
     self._lm = lm
     self._ids = jnp.asarray(excerpts.ids, jnp.int32)
-    empty = np.zeros(
-      (len(excerpts.ids), setting.blocks, lm.config.d_model), np.float32)
-    self.controls = {v: self._run(empty, v) for v in CONTROLS}
+    self._cache = cache
+    self.controls = {v: self._control(v) for v in controls}
+
+  def _control(self, variant: str) -> np.ndarray:
+    """A control's losses, from the cache if it has them."""
+    s = self.setting
+    empty = np.zeros((len(self._ids), s.blocks, self._lm.config.d_model),
+                     np.float32)
+    if self._cache is None:
+      return self._run(empty, variant)
+    key = f"{self._lm.fingerprint} {self._lm.params['embed'].dtype} {s}"
+    digest = hashlib.sha256(key.encode() + self.excerpts.ids.tobytes())
+    path = self._cache / f"{variant}-{digest.hexdigest()[:16]}.npy"
+    if not path.exists():
+      path.parent.mkdir(parents=True, exist_ok=True)
+      partial = path.with_suffix(".partial.npy")
+      np.save(partial, self._run(empty, variant))
+      partial.replace(path)
+    return np.load(path)
 
   def _run(self, gists: np.ndarray, variant: str) -> np.ndarray:
     return np.asarray(_losses(
@@ -173,26 +197,31 @@ class Bench:
       self.setting, variant), np.float64)
 
   def gists(self, encoder) -> np.ndarray:
-    """Gists [n, blocks, D] float32 of the far tokens by a `GistEncoder`."""
+    """Gists [n, blocks * m, D] float32 of the far tokens, by a GistNet."""
     s = self.setting
     far = self.excerpts.ids[:, s.lead : s.lead + s.far]
-    gists = encoder.encode_tokens(far.reshape(-1, BRANCHING))
+    gists = encoder.encode(far.reshape(-1, BRANCHING))
     for level in range(2, s.level + 1):
-      gists = encoder.encode_gists(
-        gists.reshape(-1, BRANCHING, gists.shape[-1]), level)
-    return gists.reshape(len(far), s.blocks, -1)
+      children = gists.reshape(-1, BRANCHING, gists.shape[-1])
+      gists = encoder.encode_gists(children, level)
+    return gists.reshape(len(far), -1, gists.shape[-1])
 
   def other_document(self, gists: np.ndarray) -> np.ndarray:
     """Every excerpt's gists taken from the excerpt half the set away."""
     return np.roll(gists, max(1, len(gists) // 2), axis=0)
 
-  def measure(self, encoder, shuffled: bool = True) -> dict[str, np.ndarray]:
-    """Losses {variant: [n]} of all variants for one GistNet."""
+  def measure(self, encoder) -> dict[str, np.ndarray]:
+    """Losses {variant: [n, horizon]} of all variants for one GistNet."""
     gists = self.gists(encoder)
-    losses = self.controls | {"gist": self._run(gists, "gist")}
-    if shuffled:
-      losses["shuffled"] = self._run(self.other_document(gists), "gist")
-    return losses
+    return self.controls | {
+      "shuffled": self._run(self.other_document(gists), "gist"),
+      "gist": self._run(gists, "gist")}
+
+
+def over_horizon(losses: Mapping[str, np.ndarray],
+                 horizon: int | None = None) -> dict[str, np.ndarray]:
+  """Mean losses {variant: [n]} over the first `horizon` scored tokens."""
+  return {v: x[:, :horizon].mean(axis=1) for v, x in losses.items()}
 
 
 def recovered(losses: Mapping[str, np.ndarray], variant: str = "gist",

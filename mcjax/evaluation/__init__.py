@@ -1,0 +1,1 @@
+"""Evaluations: one file a suite, baselines, and the report they write."""

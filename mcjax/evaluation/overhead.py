@@ -1,0 +1,423 @@
+"""What the loop costs: tokens/s against plain decoding, at any history length.
+
+One run interleaves, repeat by repeat: plain decoding of the same base behind a
+full cache of W tokens; the loop with a refocus every 32 tokens at several
+history lengths; the loop while its query keeps moving, so that it expands and
+collapses; and the loop that rebuilds its cache after every edit (exact mode).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import multiprocessing
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mcjax import policies
+from mcjax.base.load import BaseLM, load_base_lm
+from mcjax.config import Config
+from mcjax.context_lm import ContextLM
+from mcjax.evaluation import baselines, report, texts
+from mcjax.evaluation.report import Report, Table, median, progress
+from mcjax.focus_loop import FocusLoop, Query
+from mcjax.gistnet import load_gistnet
+from mcjax.telemetry import Telemetry, peak_memory_mib
+from mcjax.tree import MegaContextTree
+from mcjax.types import BRANCHING
+
+PHASES = ("gist", "lens", "allocate", "fetch", "splice", "decode")
+_REFOCUS = ("lens", "allocate", "fetch", "splice")
+_QUERY = 64  # tokens of a query
+_SHIFT = 4  # refocus steps before the moving query moves on
+_NEVER = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What is measured; `quick` makes it small.
+
+  Attributes:
+    base: the base LM, and its dtype below.
+    window: W.
+    histories: history lengths in tokens.
+    moving_history: history of the loop whose query moves.
+    exact_history: history of the loop in exact mode.
+    refocus_every: tokens between refocus steps.
+    blocks: blocks of 32 tokens per arm and repeat.
+    exact_blocks: the same for exact mode, which is slow.
+    repeats: interleaved repeats.
+    memory_histories: peak memory is measured at these, each in a process of
+      its own; none skips it.
+    torch: measure PyTorch transformers too, where it is installed.
+    text: files of the history; the standard library if empty.
+  """
+
+  base: str = "smollm2-135m"
+  dtype: str = "float32"
+  window: int = 2048
+  histories: tuple[int, ...] = (8192, 32768, 131072, 1 << 20)
+  moving_history: int = 32768
+  exact_history: int = 32768
+  refocus_every: int = 32
+  blocks: int = 4
+  exact_blocks: int = 2
+  repeats: int = 5
+  memory_histories: tuple[int, ...] = (32768, 1 << 20)
+  torch: bool = True
+  text: tuple[str, ...] = ()
+
+  @classmethod
+  def quick(cls, **changes) -> Settings:
+    small = dict(
+      window=512, histories=(2048, 4096), moving_history=4096,
+      exact_history=2048, blocks=1, exact_blocks=1, repeats=2,
+      memory_histories=(), torch=False,
+    )
+    return cls(**{**small, **changes})
+
+
+class NoStops:
+  """Stands in for a tokenizer without stop ids: an answer never ends."""
+
+  stop_ids = frozenset()
+
+
+def make_tree(lm: BaseLM, folder: pathlib.Path, count: int,
+              paths=()) -> MegaContextTree:
+  """A tree of `count` tokens of real text, made once and then reopened."""
+  encoder = load_gistnet(lm)
+  name = f"{count}-{lm.fingerprint[:8]}-{encoder.fingerprint[:8]}"
+  url = str(folder / "trees" / name)
+  known = dict(base_fingerprint=lm.fingerprint, base_name=lm.name,
+               encoder=encoder)
+  if MegaContextTree.exists(url):
+    tree = MegaContextTree.open(url, **known)
+  else:
+    (folder / "trees").mkdir(parents=True, exist_ok=True)
+    tree = MegaContextTree.create(
+      url, vocab_size=lm.config.vocab_size, **known
+    )
+  if tree.cursor < count:
+    progress(f"ingesting {count:,} tokens")
+    ids = texts.tokens(lm.tokenizer, count, paths)[tree.cursor :]
+    for a in range(0, len(ids), 1 << 16):
+      tree.append(ids[a : a + (1 << 16)])
+      tree.commit()
+  return tree
+
+
+class LoopArm:
+  """The loop in steady state: window full, an edit at every refocus.
+
+  Args:
+    lm: the base.
+    tree: the history; what is generated is appended and never committed.
+    config: of the loop.
+    moving: the query moves to another place every few refocus steps.
+  """
+
+  def __init__(self, lm: BaseLM, tree: MegaContextTree, config: Config,
+               moving: bool = False):
+    encoder = load_gistnet(lm)
+    show = config.gist_attention == "visible" or (
+      config.gist_attention == "auto" and encoder.trained
+    )
+    silent = dataclasses.replace(lm, tokenizer=NoStops())
+    self.loop = FocusLoop(
+      tree, ContextLM(silent, config, show),
+      policies.Similarity(config.search_nodes), encoder, config, Telemetry(),
+    )
+    self._rng = np.random.default_rng(config.seed)
+    self._moving = moving
+    self._steps = 0
+    self.history = tree.cursor
+    self.loop.warm_up()
+    self._fill(config)
+    self.loop.sync()
+
+  def _fill(self, config: Config) -> None:
+    """Cold start, then more of the history's text until the window is full."""
+    loop, window = self.loop, self.loop.context.window
+    loop.cold_start(config.window // 2)
+    loop.follow()
+    loop.settle()
+    while window.free >= 2 * BRANCHING:
+      count = min(window.free - BRANCHING, config.window // 8)
+      start = int(self._rng.integers(0, max(1, self.history - count)))
+      loop.append(loop.tree.tokens(start, start + count))
+
+  def decode(self, blocks: int) -> float:
+    """Seconds for `blocks` blocks, their refocus steps included."""
+    begin = time.perf_counter()
+    for _ in range(blocks):
+      if self._moving and self._steps % _SHIFT == 0:
+        self._move()
+      self._steps += 1
+      self.loop.decode_block(_NEVER)
+    return time.perf_counter() - begin
+
+  def _move(self) -> None:
+    tree = self.loop.tree
+    start = int(self._rng.integers(0, self.history - _QUERY))
+    ids = tree.tokens(start, start + _QUERY)
+    self.loop.query = Query(ids, np.ones(_QUERY, np.float32), tree.cursor)
+
+  def reset(self) -> None:
+    """Starts counting anew."""
+    self.loop.telemetry.counters.clear()
+    self.loop.telemetry.seconds.clear()
+
+  def phases_ms(self) -> dict[str, float]:
+    """Milliseconds per decoded token of each phase."""
+    t = self.loop.telemetry
+    count = max(1, t.counters["decoded_tokens"])
+    return {p: 1e3 * t.seconds[p] / count for p in PHASES}
+
+  def refocus_ms(self) -> float:
+    """Milliseconds per refocus step that made edits: lens to splice."""
+    t = self.loop.telemetry
+    seconds = sum(t.seconds[p] for p in _REFOCUS)
+    return 1e3 * seconds / max(1, t.counters["refocus_steps"])
+
+  def per_refocus(self, name: str) -> float:
+    """A counter per refocus step."""
+    counters = self.loop.telemetry.counters
+    return counters[name] / max(1, counters["refocus_steps"])
+
+  def close(self) -> None:
+    self.loop.tree.close()
+
+
+def run(settings: Settings, folder) -> Report:
+  """Measures everything and writes the report into `folder`."""
+  folder = report.make_folder(folder)
+  lm = load_base_lm(settings.base, dtype=settings.dtype)
+  memory = {
+    h: _in_own_process(settings, folder, h) for h in settings.memory_histories
+  }
+  arms, plain = _make_arms(settings, lm, folder)
+  times = {name: [] for name in ("plain", *arms)}
+  for name, arm in arms.items():
+    arm.decode(1)
+    arm.reset()
+  for repeat in range(settings.repeats):
+    progress(f"overhead: repeat {repeat + 1} of {settings.repeats}")
+    for name in times:
+      blocks = settings.exact_blocks if name == "exact" else settings.blocks
+      source = plain if name == "plain" else arms[name]
+      times[name].append(source.decode(blocks) / (blocks * BRANCHING))
+  out = Report("overhead", dataclasses.asdict(settings))
+  _tabulate(out, settings, lm, arms, times)
+  _count(out, settings, lm, arms, times)
+  _add_memory(out, memory)
+  if settings.torch:
+    _add_torch(out, settings, lm, plain)
+  for arm in arms.values():
+    arm.close()
+  out.write(folder)
+  _plot(folder, settings, times)
+  return out
+
+
+def _make_arms(settings: Settings, lm: BaseLM, folder):
+  def arm(history: int, kv: str = "splice", moving: bool = False) -> LoopArm:
+    config = Config(
+      window=settings.window, kv=kv, refocus_every=settings.refocus_every
+    )
+    tree = make_tree(lm, folder, history, settings.text)
+    progress(f"preparing the loop at {history:,} tokens, {kv}")
+    return LoopArm(lm, tree, config, moving)
+
+  arms = {f"splice {h}": arm(h) for h in settings.histories}
+  arms["moving"] = arm(settings.moving_history, moving=True)
+  arms["exact"] = arm(settings.exact_history, kv="exact")
+  ids = texts.tokens(lm.tokenizer, settings.window, settings.text)
+  plain = baselines.PlainDecoder(lm, ids)
+  gc.collect()
+  return arms, plain
+
+
+def _tabulate(out: Report, settings, lm, arms, times) -> None:
+  rows, phase_rows = [], []
+  for name, seconds in times.items():
+    rate = 1 / median(seconds)
+    ratio = report.ratio_median(times["plain"], seconds)
+    out.add(f"{name}: decode rate", rate, "tokens/s")
+    out.add(f"{name}: rate relative to plain", ratio, "ratio")
+    arm = arms.get(name)
+    row = [name, rate, ratio]
+    if arm is not None:
+      edits = arm.per_refocus("edits")
+      row += [arm.refocus_ms(), edits, arm.per_refocus("expands"),
+              arm.per_refocus("nodes_touched")]
+      out.add(f"{name}: refocus latency", arm.refocus_ms(), "ms")
+      out.add(f"{name}: edits per refocus", edits, "edits")
+      phases = arm.phases_ms()
+      phase_rows.append([name, *phases.values()])
+      for phase, ms in phases.items():
+        out.add(f"{name}: {phase}", ms, "ms/token")
+    else:
+      row += [None] * 4
+    rows.append(row)
+  out.tables.append(Table(
+    f"Decoding at W={settings.window}, refocus every "
+    f"{settings.refocus_every} tokens",
+    ("arm", "tokens/s", "÷ plain", "refocus ms", "edits/refocus",
+     "expands/refocus", "nodes touched/refocus"), rows,
+  ))
+  out.tables.append(
+    Table("Milliseconds per token", ("arm", *PHASES), phase_rows)
+  )
+  first, last = (f"splice {h}" for h in
+                 (settings.histories[0], settings.histories[-1]))
+  out.add("longest history relative to shortest",
+          report.ratio_median(times[first], times[last]), "ratio")
+  out.add("exact refocus latency relative to moving splice",
+          arms["exact"].refocus_ms() / arms["moving"].refocus_ms(), "ratio")
+
+
+def _count(out: Report, settings, lm, arms, times) -> None:
+  """FLOPs and bytes per token, beside what the device can do."""
+  c = lm.config
+  attention = 4 * c.n_layers * c.n_heads * c.head_dim * settings.window
+  decode = c.flops_per_token + attention
+  weights = sum(a.nbytes for a in jax.tree.leaves(lm.params))
+  if not c.tie_embeddings:
+    weights -= lm.params["embed"].nbytes  # one row of it is read
+  item = lm.params["embed"].dtype.itemsize
+  kv = 2 * c.n_layers * c.n_kv_heads * c.head_dim * settings.window * item
+  flops_peak, bytes_peak = roofline(lm.params["embed"].dtype)
+  rows = []
+  for name, seconds in times.items():
+    extra = 0.0
+    if name in arms:
+      counters = arms[name].loop.telemetry.counters
+      extra = counters["lm_tokens"] / max(1, counters["decoded_tokens"])
+    flops = decode * (1 + extra)
+    moved = (weights + kv) * (1 + (extra > 0) / settings.refocus_every)
+    rate = 1 / median(seconds)
+    rows.append([name, flops / 1e6, extra, moved / 1e6, flops * rate / 1e9,
+                 100 * flops * rate / flops_peak, moved * rate / 1e9,
+                 100 * moved * rate / bytes_peak])
+    out.add(f"{name}: FLOPs per token", flops, "FLOP")
+    out.add(f"{name}: bytes per token", moved, "bytes")
+  out.add("device: matrix product", flops_peak, "FLOP/s")
+  out.add("device: memory read", bytes_peak, "bytes/s")
+  out.tables.append(Table(
+    "Counted work per token; % of what the device does in a large matrix "
+    f"product ({flops_peak / 1e9:.0f} GFLOP/s) and a large read "
+    f"({bytes_peak / 1e9:.0f} GB/s)",
+    ("arm", "MFLOP", "extra token-forwards", "MB", "GFLOP/s", "% FLOPs",
+     "GB/s", "% bytes"), rows,
+  ))
+
+
+def roofline(dtype) -> tuple[float, float]:
+  """Measured FLOP/s of a matrix product and bytes/s of a read, best of 5."""
+  a = jnp.ones((1024, 1024), dtype)
+  big = jnp.ones(1 << 26, jnp.float32)
+  product, read = jax.jit(lambda x: x @ x), jax.jit(jnp.max)
+  def best(function, argument) -> float:
+    jax.block_until_ready(function(argument))
+    seconds = []
+    for _ in range(5):
+      begin = time.perf_counter()
+      jax.block_until_ready(function(argument))
+      seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+  return 2 * 1024**3 / best(product, a), big.nbytes / best(read, big)
+
+
+def _add_torch(out: Report, settings, lm, plain) -> None:
+  from mcjax.types import McjaxError
+
+  try:
+    torch = baselines.TorchDecoder(lm)
+  except McjaxError as error:
+    out.notes.append(f"PyTorch was not measured: {error}")
+    return
+  torch.prefill(texts.tokens(lm.tokenizer, settings.window, settings.text))
+  torch.decode(2)
+  pairs = []
+  for _ in range(settings.repeats):
+    pairs.append((torch.decode(8) / 8, plain.decode(1) / plain.block))
+  ours, theirs = median([p for _, p in pairs]), median([t for t, _ in pairs])
+  out.add("PyTorch transformers: decode rate", 1 / theirs, "tokens/s")
+  out.add("plain relative to PyTorch", median([t / p for t, p in pairs]),
+          "ratio")
+  out.notes.append(
+    f"Plain decoding: {1 / ours:.1f} tokens/s; PyTorch transformers on the "
+    f"same weights, float32: {1 / theirs:.1f} tokens/s (interleaved)."
+  )
+
+
+def memory_probe(settings: Settings, folder: str, history: int, pipe) -> None:
+  """Body of a process of its own: decodes a while, sends its peak memory."""
+  lm = load_base_lm(settings.base, dtype=settings.dtype)
+  tree = make_tree(lm, pathlib.Path(folder), history, settings.text)
+  arm = LoopArm(lm, tree, Config(window=settings.window), moving=True)
+  arm.decode(settings.blocks)
+  arm.close()
+  pipe.send((peak_memory_mib(), _device_peak_mib()))
+
+
+def _device_peak_mib() -> float | None:
+  stats = jax.devices()[0].memory_stats() or {}
+  peak = stats.get("peak_bytes_in_use")
+  return None if peak is None else peak / 2**20
+
+
+def _in_own_process(settings: Settings, folder, history: int):
+  progress(f"peak memory at {history:,} tokens")
+  lm = load_base_lm(settings.base, dtype=settings.dtype)
+  make_tree(lm, folder, history, settings.text).close()  # ingest apart
+  del lm
+  context = multiprocessing.get_context("spawn")
+  ours, theirs = context.Pipe(duplex=False)
+  process = context.Process(
+    target=memory_probe, args=(settings, str(folder), history, theirs)
+  )
+  process.start()
+  theirs.close()
+  try:
+    return ours.recv()
+  except EOFError:
+    return None
+  finally:
+    process.join()
+
+
+def _add_memory(out: Report, memory: dict) -> None:
+  known = {h: m for h, m in memory.items() if m is not None}
+  for history, (host, device) in known.items():
+    out.add(f"peak host memory at {history}", host, "MiB")
+    if device is not None:
+      out.add(f"peak device memory at {history}", device, "MiB")
+  if len(known) > 1:
+    first, *_, last = known.values()
+    out.add("peak host memory, longest relative to first",
+            last[0] / first[0], "ratio")
+  if known:
+    out.tables.append(Table(
+      "Peak memory, a process each",
+      ("history", "host MiB", "device MiB"),
+      [[h, host, device] for h, (host, device) in known.items()],
+    ))
+
+
+def _plot(folder, settings: Settings, times) -> None:
+  xs = list(settings.histories)
+  rates = [1 / median(times[f"splice {h}"]) for h in xs]
+  plain = 1 / median(times["plain"])
+  report.plot_lines(
+    folder / "overhead.png",
+    {"the loop": (xs, rates),
+     "plain decoding": (xs, [plain] * len(xs))},
+    "tokens of history", "tokens/s", f"Decoding at W={settings.window}",
+    log_x=True,
+  )
