@@ -6,7 +6,7 @@ checkpoint and exits.
 
 import pathlib
 
-from absl import flags
+from absl import flags, logging
 import jax
 
 from mcjax import commands, gistnet
@@ -24,6 +24,7 @@ flags.mark_flag_as_required("workdir")
 def main(argv) -> None:
   del argv
   c = _CONFIG.value
+  logging.set_verbosity(logging.WARNING)
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
   commands.use_compilation_cache(pathlib.Path(_WORKDIR.value) / "compiled")

@@ -13,7 +13,7 @@ def get_config(steps="3000"):
   """The run; see `TrainConfig`, `Objective` and `GistNetConfig` for fields.
 
   `--config=experiments/configs/gistnet.py:900` runs 900 steps. A run may be
-  resumed with another number: the last 30 % of the steps anneal the rate.
+  resumed with another number: the last 40 % of the steps anneal the rate.
 
   The curriculum: gists directly before the scored text; then, in turn, these
   again, gists behind an attention sink and before 64 recent tokens, as the
@@ -28,12 +28,12 @@ def get_config(steps="3000"):
   c.gistnet = ml_collections.ConfigDict()
   c.objective = dict(window=512, segment=32, kl=1.0, kl_segments=5,
                      attend=100.0)
-  first = min(180, int(steps) // 3)
+  first = int(steps) // 2
   loop = dict(sink=True, near=64, kl_segments=2)
   upper = dict(level=2, window=1088, segment=64, kl_segments=1, nll=0.2)
   c.phases = [
     dict(steps=first, turns=[{}]),
     dict(steps=int(steps) - first, turns=[{}, loop, {}, loop, {}, upper])]
-  c.train = dict(batch=4, learning_rate=7e-4, warmup=30, decay_fraction=0.3,
+  c.train = dict(batch=4, learning_rate=7e-4, warmup=30, decay_fraction=0.4,
                  evaluate_every=100, save_every=20)
   return c

@@ -20,11 +20,12 @@ import dataclasses
 
 import numpy as np
 
-from mcjax.base.load import BaseLM
+from mcjax.base.load import BaseLM, load_base_lm
 from mcjax.config import Config
-from mcjax.evaluation import planted
+from mcjax.evaluation import planted, rag
 from mcjax.evaluation.report import Report, Table, progress
 from mcjax.runtime import MegaContext
+from mcjax.training import data
 from mcjax.training.data import TokenStore
 from mcjax.types import Entry, McjaxError
 
@@ -36,22 +37,31 @@ class Settings:
   """What is measured.
 
   Attributes:
+    base: named model, folder or file.
     history: tokens of each history.
     histories: how many, of different documents.
     needs: facts per history.
     window: slots.
     policies: to compare; the first sets the retriever's budget.
     answers: generate answers too, not only focus.
+    retriever: compare with an embedding retriever.
     seed: of documents, facts and places.
   """
 
+  base: str = "smollm2-135m"
   history: int = 32768
   histories: int = 2
   needs: int = 20
   window: int = 1024
   policies: tuple[str, ...] = ("similarity", "recency", "random")
   answers: bool = True
+  retriever: bool = True
   seed: int = 0
+
+  @classmethod
+  def quick(cls) -> Settings:
+    """A first look, without answers."""
+    return cls(histories=1, needs=10, answers=False)
 
 
 @dataclasses.dataclass
@@ -98,7 +108,30 @@ def covered(place: tuple[int, int], focus: Sequence[Entry]) -> bool:
   return len(raw) == stop - start
 
 
-def run(lm: BaseLM, stores: Mapping[str, TokenStore], settings: Settings,
+def run(settings: Settings, folder) -> Report:
+  """Measures on the held-out store and writes the report into `folder`.
+
+  Raises:
+    McjaxError: there is no held-out text; tools/prepare_data makes it.
+  """
+  lm = load_base_lm(settings.base)
+  stores = data.open_split(data.default_folder(), "heldout")
+  retriever = _embedding_retriever() if settings.retriever else None
+  report = measure(lm, stores, settings, retriever)
+  report.write(folder)
+  return report
+
+
+def _embedding_retriever():
+  embedder = rag.Embedder()
+
+  def similarities(texts, questions) -> np.ndarray:
+    return embedder.encode(questions) @ embedder.encode(texts).T
+
+  return similarities
+
+
+def measure(lm: BaseLM, stores: Mapping[str, TokenStore], settings: Settings,
         retriever=None) -> Report:
   """Measures every policy, and the retriever if there is one.
 

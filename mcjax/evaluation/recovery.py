@@ -246,13 +246,16 @@ def summarise(losses: Mapping[str, np.ndarray],
 
   Returns:
     {"documents", "nll": {variant: nats}, "recovered": {variant: {"value",
-    "low", "high"}}, "delta_nll": gist − full in nats, "kinds": {kind: same}}.
+    "low", "high"}}, "delta": {"value", "low", "high"} of gist − full in nats,
+    "kinds": {kind: same}}.
   """
   n = len(losses["full"])
+  delta = losses["gist"] - losses["full"]
+  low, high = interval(lambda rows: float(delta[rows].mean()), n)
   report = {
     "documents": n,
     "nll": {v: float(x.mean()) for v, x in losses.items()},
-    "delta_nll": float((losses["gist"] - losses["full"]).mean()),
+    "delta": {"value": float(delta.mean()), "low": low, "high": high},
     "recovered": {}}
   for variant in losses:
     if variant in ("full", "drop"):

@@ -9,7 +9,7 @@ import importlib
 from mcjax.evaluation.report import Report
 from mcjax.types import McjaxError
 
-NAMES = ("overhead", "ttft", "ingest", "drift")
+NAMES = ("overhead", "ttft", "ingest", "drift", "substitution", "focus")
 
 
 def run(name: str, folder, *, quick: bool = False,

@@ -69,7 +69,7 @@ def test_similarity_finds_what_random_focus_does_not(tiny_lm):
     return np.array([[len(set(q.split()) & s) for s in sets]
                      for q in questions], float)
 
-  report = focus.run(tiny_lm, stores, settings, retriever)
+  report = focus.measure(tiny_lm, stores, settings, retriever)
   value = {k: v.value for k, v in report.figures.items()}
   assert value["similarity/hit@budget"] >= 0.8
   assert value["recency/hit@budget"] == 0.0

@@ -1,0 +1,187 @@
+"""What splicing costs in quality: NLL of splice minus exact, step after step.
+
+A window follows real text, teacher-forced, with a refocus every 32 tokens. At
+marked steps the next tokens are scored twice behind the very same focus: with
+the spliced cache as it is, and after an exact rebuild of the cache. Nothing
+else differs, so the difference is what many splices have done. The run is
+repeated with a periodic rebuild (`Config.refresh_every`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+
+from mcjax import policies
+from mcjax.base.load import load_base_lm
+from mcjax.config import Config
+from mcjax.context_lm import ContextLM
+from mcjax.evaluation import report, texts
+from mcjax.evaluation.overhead import make_tree
+from mcjax.evaluation.report import Report, Table, progress
+from mcjax.focus_loop import FocusLoop
+from mcjax.gistnet import load_gistnet
+from mcjax.telemetry import Telemetry
+from mcjax.types import BRANCHING
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Sizes.
+
+  Attributes:
+    base: the base LM, and its dtype below.
+    window: W.
+    history: tokens in the tree before the first step.
+    steps: refocus steps at which drift is measured.
+    probes: measurements per mark, taken at the steps just before it.
+    horizon: tokens scored, a multiple of 32.
+    refresh: values of `Config.refresh_every`; 0 is never.
+    gist_attention: as in `Config`.
+    text: files; the standard library if empty.
+  """
+
+  base: str = "smollm2-135m"
+  dtype: str = "float32"
+  window: int = 1024
+  history: int = 32768
+  steps: tuple[int, ...] = (16, 64, 256, 1024)
+  probes: int = 8
+  horizon: int = 64
+  refresh: tuple[int, ...] = (0, 64, 256)
+  gist_attention: str = "auto"
+  text: tuple[str, ...] = ()
+
+  @classmethod
+  def quick(cls, **changes) -> Settings:
+    small = dict(window=512, history=4096, steps=(4, 8), probes=2,
+                 refresh=(0, 4))
+    return cls(**{**small, **changes})
+
+
+def run(settings: Settings, folder) -> Report:
+  """Measures every refresh setting; what is in `folder` already is kept."""
+  folder = report.make_folder(folder)
+  lm = load_base_lm(settings.base, dtype=settings.dtype)
+  cells = {}
+  for every in settings.refresh:
+    path = folder / f"refresh-{every}.json"
+    asked = json.loads(json.dumps({**dataclasses.asdict(settings),
+                                   "refresh": every}))
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    if saved.get("settings") != asked:
+      saved = {"settings": asked, **_measure(settings, lm, folder, every)}
+      path.write_text(json.dumps(saved))
+    cells[every] = saved
+  out = Report("drift", dataclasses.asdict(settings))
+  rows = []
+  for every, saved in cells.items():
+    label = f"every {every} steps" if every else "never"
+    for mark in settings.steps:
+      values = saved["drift"][str(mark)]
+      mean, spread = float(np.mean(values)), _standard_error(values)
+      rows.append([label, mark, mean, spread, float(np.mean(np.abs(values))),
+                   float(np.mean(saved["exact"][str(mark)]))])
+      out.add(f"refresh {label}: drift after {mark} steps", mean, "nats")
+    out.add(f"refresh {label}: edits per refocus", saved["edits"], "edits")
+    out.add(f"refresh {label}: expands per refocus", saved["expands"],
+            "expands")
+  out.tables.append(Table(
+    f"NLL of splice minus exact, {settings.horizon} tokens, "
+    f"{settings.probes} probes a mark, W={settings.window}",
+    ("refresh", "after steps", "drift, nats", "± s.e.", "mean |drift|",
+     "exact NLL"), rows,
+  ))
+  out.notes.append(
+    f"Edits per refocus: {cells[settings.refresh[0]]['edits']:.2f}; gists "
+    f"are {'visible' if cells[settings.refresh[0]]['visible'] else 'masked'}."
+  )
+  out.write(folder)
+  _plot(folder, settings, cells)
+  return out
+
+
+def _measure(settings: Settings, lm, folder, every: int) -> dict:
+  config = Config(
+    window=settings.window, refresh_every=every,
+    gist_attention=settings.gist_attention,
+  )
+  encoder = load_gistnet(lm)
+  show = config.gist_attention == "visible" or (
+    config.gist_attention == "auto" and encoder.trained
+  )
+  tree = make_tree(lm, folder, settings.history, settings.text)
+  loop = FocusLoop(
+    tree, ContextLM(lm, config, show),
+    policies.Similarity(config.search_nodes), encoder, config, Telemetry(),
+  )
+  last = max(settings.steps)
+  count = (last + 2) * BRANCHING + settings.horizon
+  ids = texts.tokens(lm.tokenizer, count, settings.text, settings.history)
+  loop.warm_up()
+  loop.cold_start(config.window // 2)
+  loop.sync()
+  marks = {
+    step: mark for mark in sorted(settings.steps, reverse=True)
+    for step in range(max(1, mark - settings.probes + 1), mark + 1)
+  }
+  drift = {str(m): [] for m in settings.steps}
+  exact = {str(m): [] for m in settings.steps}
+  for step in range(1, last + 1):
+    a = (step - 1) * BRANCHING
+    loop.append(ids[a : a + BRANCHING])
+    loop.sync(renew=BRANCHING + 1)
+    loop.follow()
+    loop.refocus(need=BRANCHING + settings.horizon)
+    if step in marks:
+      start = a + BRANCHING
+      ahead = ids[start : start + settings.horizon]
+      pair = [_ahead_nll(loop, ahead, rebuild) for rebuild in (False, True)]
+      drift[str(marks[step])].append(pair[0] - pair[1])
+      exact[str(marks[step])].append(pair[1])
+    if step % 64 == 0:
+      progress(f"drift, refresh {every}: step {step} of {last}")
+  counters = loop.telemetry.counters
+  steps = max(1, counters["refocus_steps"])
+  tree.close()
+  return {"drift": drift, "exact": exact, "visible": show,
+          "edits": counters["edits"] / steps,
+          "expands": counters["expands"] / steps}
+
+
+def _ahead_nll(loop: FocusLoop, ids: np.ndarray, rebuild: bool) -> float:
+  """Mean NLL of the tokens ahead behind the focus as it is; undone after."""
+  context = loop.context
+  snapshot = context.snapshot()
+  try:
+    with loop.tree.transient():
+      if rebuild:
+        context.forget()
+      loop.sync()
+      out = []
+      for a in range(0, len(ids), BRANCHING):
+        chunk = ids[a : a + BRANCHING]
+        loop.append(chunk)
+        loop.sync(renew=len(chunk) + 1)
+        out.append(context.newest_nll(chunk))
+      return float(np.mean(np.concatenate(out)))
+  finally:
+    context.restore(snapshot)
+
+
+def _standard_error(values) -> float:
+  return float(np.std(values) / np.sqrt(max(1, len(values) - 1)))
+
+
+def _plot(folder, settings: Settings, cells) -> None:
+  xs = list(settings.steps)
+  report.plot_lines(
+    folder / "drift.png",
+    {f"refresh {every or 'never'}":
+     (xs, [float(np.mean(c["drift"][str(m)])) for m in xs])
+     for every, c in cells.items()},
+    "refocus steps", "splice − exact, nats a token", "Drift of the cache",
+    log_x=True,
+  )
