@@ -129,6 +129,11 @@ class ContextLM:
     visible[e.slot[~e.ready]] = False
     return positions, visible
 
+  @property
+  def is_synced(self) -> bool:
+    """Whether every entry has its keys and values."""
+    return bool(self.window.entries.ready.all())
+
   def forget(self) -> None:
     """Marks every entry unready: the next `sync` is an exact rebuild."""
     self.window.mark_unready()

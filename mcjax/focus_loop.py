@@ -128,6 +128,8 @@ class FocusLoop:
         f"{self.tree.cursor} tokens"
       )
     window.retile(nodes)
+    if config.kv == "exact":
+      self.context.forget()
 
   def follow(self) -> None:
     """Makes the newest tokens of the history the query."""
@@ -234,7 +236,7 @@ class FocusLoop:
       max(0, self.tree.cursor - BRANCHING), self.tree.cursor
     )
     before = self.context.probe_nll(newest) if probe else None
-    if not self.refocus(need=BRANCHING):
+    if not self.refocus(need=BRANCHING) and self.context.is_synced:
       return
     spliced = self.context.tokens_run
     self.sync()

@@ -1,19 +1,7 @@
-"""GistNet: 32 children (tokens or gists) become one gist, 32→1→32→1.
+"""GistNet as the runtime and the trainer use it: parameters, costs, files.
 
-The children attend to each other, a learned slot reads them (32→1), the
-children read the slot back (1→32), and the slot reads the refined children
-again (32→1). Every attention is bidirectional. The slot has a few parts of the
-network's narrow width, which together make up the base's wide vector.
-
-The output starts as the last-token control, the last child's own vector:
-  gist = scale * last child + copies + residual
-with a learnable scale that nothing clamps (design 2.6, 2.7). The copies are
-full-width mixtures of the children themselves, picked by attention heads, so
-that salient tokens reach the base in vectors it knows; the residual is what
-the slot writes. Both are zero at initialisation.
-
-`GistNet` is a Flax Linen module used as a pure function of its parameters;
-`GistEncoder` binds it to a base model for the runtime.
+`gist_network.py` is the network, a Flax Linen module used as a pure function
+of its parameters. `GistEncoder` binds it to a base model.
 """
 
 from __future__ import annotations
@@ -23,178 +11,16 @@ import dataclasses
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mcjax import pretrained
 from mcjax.base import model
+from mcjax.gist_network import GistNet, GistNetConfig
 from mcjax.types import BRANCHING, McjaxError
 
 BATCH_SIZES = (1, 16, 256)  # padded batches, so that nothing recompiles
-_COPY_UNIT = 8.0  # gains move as fast as the residual under one learning rate
-
-
-@dataclasses.dataclass(frozen=True)
-class GistNetConfig:
-  """Sizes and switches of a GistNet; hashable, a jit static.
-
-  Attributes:
-    d_model: width of the base's embeddings, and of a gist.
-    width: inner width of the network.
-    heads: attention heads; divides `width`.
-    mlp_width: hidden width of the children's feed-forward.
-    slot_parts: vectors of `width` that form the slot.
-    slot_mlp_width: hidden width of the slot's feed-forward.
-    copy_heads: heads that mix whole children into the gist; 0 leaves it out.
-    slots_per_gist: vectors per gist (m); the runtime uses 1.
-    levels: level embeddings, or weight sets if `per_level`; higher levels
-      share the last.
-    per_level: own weights for every level instead of shared ones.
-    input_layer: 0 reads token embeddings; k reads the base's hidden states
-      after its first k layers, run over the block alone. Ablation only: it
-      costs k of the base's layers per token.
-    clamp_norm: rescale every gist to `input_rms`. Ablation only.
-    input_rms: root mean square of the base's embeddings, the unit in which the
-      residual branch writes.
-  """
-
-  d_model: int
-  width: int = 192
-  heads: int = 6
-  mlp_width: int = 216
-  slot_parts: int = 4
-  copy_heads: int = 8
-  slot_mlp_width: int = 384
-  slots_per_gist: int = 1
-  levels: int = 4
-  per_level: bool = False
-  input_layer: int = 0
-  clamp_norm: bool = False
-  input_rms: float = 1.0
-
-  def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      lowest = 0 if field.name in ("input_layer", "copy_heads") else 1
-      if field.type == "int" and value < lowest:
-        raise McjaxError(f"GistNetConfig.{field.name} must be ≥ {lowest}, "
-                         f"got {value}")
-    if self.width % self.heads:
-      raise McjaxError(f"GistNetConfig.heads={self.heads} does not divide "
-                       f"width={self.width}")
-    if BRANCHING % self.slots_per_gist:
-      raise McjaxError(f"GistNetConfig.slots_per_gist={self.slots_per_gist} "
-                       f"does not divide {BRANCHING}")
-    if not self.input_rms > 0:
-      raise McjaxError("GistNetConfig.input_rms must be positive")
-
-
-def _norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
-  scale = module.param(name, nn.initializers.ones, (x.shape[-1],), jnp.float32)
-  return model.rms_norm(x, scale, 1e-6)
-
-
-def _dense(module: nn.Module, name: str, x: jax.Array, size: int,
-           zero: bool = False) -> jax.Array:
-  init = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
-  kernel = module.param(name, init, (x.shape[-1], size), jnp.float32)
-  return x @ kernel
-
-
-class Attention(nn.Module):
-  """Pre-norm residual attention of x [n, T, w] over y [n, S, w], unmasked."""
-
-  heads: int
-
-  @nn.compact
-  def __call__(self, x: jax.Array, y: jax.Array | None = None) -> jax.Array:
-    width = x.shape[-1]
-    q_in = _norm(self, "norm_q", x)
-    kv_in = q_in if y is None else _norm(self, "norm_kv", y)
-
-    def split(name, inputs):
-      z = _dense(self, name, inputs, width)
-      return z.reshape(z.shape[:-1] + (self.heads, width // self.heads))
-
-    q, k, v = split("wq", q_in), split("wk", kv_in), split("wv", kv_in)
-    scores = jnp.einsum("nthd,nshd->nhts", q, k) / np.float32(
-      np.sqrt(width // self.heads))
-    mixed = jnp.einsum("nhts,nshd->nthd", jax.nn.softmax(scores, axis=-1), v)
-    return x + _dense(self, "wo", mixed.reshape(x.shape), width)
-
-
-class FeedForward(nn.Module):
-  """Pre-norm residual two-layer feed-forward on x [n, T, w]."""
-
-  hidden: int
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    y = _dense(self, "w_up", _norm(self, "norm", x), self.hidden)
-    return x + _dense(self, "w_down", jax.nn.gelu(y), x.shape[-1])
-
-
-class GistNet(nn.Module):
-  """The 32→1→32→1 refinement; children [n, 32, D] → gists [n, m, D]."""
-
-  config: GistNetConfig
-
-  @nn.compact
-  def __call__(self, children: jax.Array, level: jax.Array) -> jax.Array:
-    """Compresses complete blocks.
-
-    Args:
-      children: [n, 32, D] float32 vectors in the order of the text.
-      level: [] int32, the level of the gists written (1 from tokens).
-
-    Returns:
-      [n, m, D] float32 gists in the base's embedding space.
-    """
-    c = self.config
-    n = children.shape[0]
-    normal = nn.initializers.normal(0.5)
-    x = _dense(self, "w_in", _norm(self, "norm_in", children), c.width)
-    place = self.param("position", normal, (BRANCHING, c.width), jnp.float32)
-    tiers = self.param(
-      "level", nn.initializers.zeros, (c.levels, c.width), jnp.float32)
-    tier = tiers[jnp.clip(level - 1, 0, c.levels - 1)]
-    x = x + (place + tier[None])[None]
-    x = Attention(c.heads, name="children_attention")(x)
-    x = FeedForward(c.mlp_width, name="children_mlp")(x)
-    slot = self.param("slot", normal, (c.slot_parts, c.width), jnp.float32)
-    slot = jnp.broadcast_to(slot[None], (n,) + slot.shape)
-    slot = Attention(c.heads, name="down_1")(slot, x)
-    slot = FeedForward(c.slot_mlp_width, name="slot_mlp_1")(slot)
-    x = Attention(c.heads, name="up")(x, slot)
-    slot = Attention(c.heads, name="down_2")(slot, x)
-    slot = FeedForward(c.slot_mlp_width, name="slot_mlp_2")(slot)
-    flat = _norm(self, "norm_out", slot).reshape(n, c.slot_parts * c.width)
-    m = c.slots_per_gist
-    residual = _dense(self, "w_out", flat, m * c.d_model, zero=True)
-    scale = self.param("scale", nn.initializers.ones, (m,), jnp.float32)
-    control = children[:, BRANCHING // m - 1 :: BRANCHING // m]
-    gists = (control * scale[None, :, None]
-             + residual.reshape(n, m, c.d_model) * np.float32(c.input_rms))
-    if c.copy_heads:
-      gists = gists + self._copies(x, children)
-    if c.clamp_norm:
-      gists = model.rms_norm(
-        gists, jnp.full((c.d_model,), c.input_rms, jnp.float32), 1e-6)
-    return gists
-
-  def _copies(self, x: jax.Array, children: jax.Array) -> jax.Array:
-    """Mixtures [n, m, D] of children [n, 32, D] by their states x."""
-    c = self.config
-    m, heads = c.slots_per_gist, c.copy_heads
-    picks = _dense(self, "copy_picks", _norm(self, "norm_copy", x), m * heads)
-    picks = picks.reshape(x.shape[:2] + (m, heads))
-    gain = self.param(
-      "copy_gain", nn.initializers.zeros, (m, heads, c.d_model), jnp.float32)
-    mixed = jnp.einsum(
-      "nsmh,nsd->nmhd", jax.nn.softmax(picks, axis=1), children)
-    return jnp.einsum("nmhd,mhd->nmd", mixed, gain * np.float32(_COPY_UNIT))
 
 
 def init_params(config: GistNetConfig, seed: int = 0):
@@ -269,15 +95,16 @@ def flops_per_token(config: GistNetConfig,
   With `base_config`, the base's layers under `input_layer` are counted in.
   """
   w, c, p = config.width, BRANCHING, config.slot_parts
+  r = config.rounds
   copies = config.copy_heads * config.slots_per_gist
   children = c * (config.d_model * w        # w_in
                   + 4 * w * w + 2 * c * w   # self-attention
                   + 2 * w * config.mlp_width
-                  + 6 * w * w               # down_1, down_2: k, v; up: q, o
+                  + (4 * r + 2) * w * w     # down: k, v; up: q, o
                   + copies * (w + config.d_model))
-  slot = p * (2 * (2 * w * w + 2 * w * config.slot_mlp_width)  # q, o, mlp
-              + 2 * w * w                                      # up: k, v
-              + 6 * c * w)                                     # scores, mixes
+  slot = p * ((r + 1) * (2 * w * w + 2 * w * config.slot_mlp_width)  # q, o, mlp
+              + r * 2 * w * w                                        # up: k, v
+              + (2 * r + 1) * 2 * c * w)  # scores, mixes
   out = (p * w * config.slots_per_gist + copies) * config.d_model
   total = 2 * (children + slot + out) // c
   if base_config is not None and config.input_layer:

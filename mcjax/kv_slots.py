@@ -158,7 +158,8 @@ def decode_block(
   """Decodes up to `limit` <= 32 tokens in one device loop, no host sync.
 
   The window's keys are rotated once for the whole block; the block's own keys
-  live in a small buffer and enter their slots when the loop ends.
+  live in small buffers, rotated as they come, and enter their slots when the
+  loop ends.
 
   Args:
     params: the frozen base's parameters.
@@ -190,15 +191,14 @@ def decode_block(
     return (i < limit) & ~stopped
 
   def step(carry):
-    i, _, tokens, keys, values, inputs, logits = carry
+    i, _, tokens, keys, values, turned, inputs, logits = carry
     token = model.sample(logits, temperature, jax.random.fold_in(key, i))
     block = model.Segment(
-      keys, values, first_position + offsets, offsets < i
+      turned, values, first_position + offsets, offsets < i, rotated=True
     )
     x = model.embed(params, token[None])
-    hidden, k, v = model.forward(
-      params, config, x, (first_position + i)[None], (window, block)
-    )
+    place = (first_position + i)[None]
+    hidden, k, v = model.forward(params, config, x, place, (window, block))
     at = (0, 0, i, 0)
     return (
       i + 1,
@@ -206,18 +206,22 @@ def decode_block(
       tokens.at[i].set(token),
       jax.lax.dynamic_update_slice(keys, k, at),
       jax.lax.dynamic_update_slice(values, v, at),
+      jax.lax.dynamic_update_slice(
+        turned, model.rotate_keys(config, k, place), at
+      ),
       jax.lax.dynamic_update_slice(inputs, x, (i, 0)),
       model.unembed(params, hidden[0]),
     )
 
   dtype = state.keys.dtype
-  count, stopped, tokens, keys, values, inputs, logits = jax.lax.while_loop(
+  count, stopped, tokens, keys, values, _, inputs, logits = jax.lax.while_loop(
     unfinished,
     step,
     (
       jnp.int32(0),
       jnp.bool_(False),
       jnp.zeros(size, jnp.int32),
+      jnp.zeros(shape, dtype),
       jnp.zeros(shape, dtype),
       jnp.zeros(shape, dtype),
       jnp.zeros((size, state.inputs.shape[1]), dtype),

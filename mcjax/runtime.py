@@ -111,8 +111,8 @@ class MegaContext:
     tree = MegaContextTree.create(
       url, base_fingerprint=lm.fingerprint, base_name=lm.name,
       encoder=encoder, vocab_size=lm.config.vocab_size,
+      extra={"config": dataclasses.asdict(config)},
     )
-    tree.commit({"config": dataclasses.asdict(config)})
     return cls(tree, lm, config, encoder, telemetry)
 
   @classmethod
@@ -284,6 +284,7 @@ class MegaContext:
     Raises:
       McjaxError: the history is empty.
     """
+    self._check_open()
     if not self.tree.cursor:
       raise McjaxError("the history is empty: nothing to predict from")
     self._loop.warm_up()

@@ -39,9 +39,10 @@ class Telemetry:
 
   Attributes:
     counters: summed over the session: refocus_steps, edits, expands,
-      collapses, lm_tokens (base token-forwards, all causes),
-      splice_tokens (those after a refocus), decoded_tokens, gist_blocks,
-      nodes_touched, bytes_read.
+      collapses, lm_tokens (base token-forwards to fill the cache, for
+      whatever reason; decoding, probes and counterfactuals apart),
+      splice_tokens (those of them after a refocus between decoded blocks),
+      decoded_tokens, gist_blocks, nodes_touched, bytes_read.
     seconds: wall-clock seconds per phase (gist, lens, allocate, fetch,
       splice, decode).
     records: the newest 256 step records, dictionaries.

@@ -58,6 +58,7 @@ class MegaContextTree:
     encoder: Encoder,
     vocab_size: int,
     gist_dtype: str = "bfloat16",
+    extra: dict | None = None,
   ) -> MegaContextTree:
     """Makes an empty tree.
 
@@ -68,6 +69,7 @@ class MegaContextTree:
       encoder: the GistNet.
       vocab_size: token ids are below it.
       gist_dtype: "bfloat16", "float32", or "int8" with a scale per vector.
+      extra: small JSON to keep with the tree, as for `commit`.
 
     Raises:
       McjaxError: something is there already, or it cannot be written; nothing
@@ -76,6 +78,7 @@ class MegaContextTree:
     record = tree_format.new_record(
       base_fingerprint, base_name, encoder, vocab_size, gist_dtype
     )
+    record["extra"] = extra or record["extra"]
     store = Store(url)
     raw, generation = store.read_record()
     if raw is not None:

@@ -144,11 +144,17 @@ def rotate_keys(
   config: DecoderConfig, keys: jax.Array, positions: jax.Array
 ) -> jax.Array:
   """Rotates a cache [L, K, S, H] to `positions` [S], once for many queries."""
-  cos, sin = rope_tables(config, positions)
-  rotated = rotate(keys, cos, sin)
-  if not config.nope_layers:
-    return rotated
-  return jnp.where(_rope_on(config)[:, None, None, None], rotated, keys)
+  tables = rope_tables(config, positions)
+
+  def layer(scanned):
+    on, keys = scanned
+    rotated = rotate(keys, *tables)
+    return rotated if on is None else jnp.where(on, rotated, keys)
+
+  # A loop over layers: else XLA fuses the cosines into the rotation and
+  # computes each of them anew for every layer and head.
+  on = _rope_on(config) if config.nope_layers else None
+  return jax.lax.map(layer, (on, keys))
 
 
 def _rope_on(config: DecoderConfig) -> jax.Array:
