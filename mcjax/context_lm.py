@@ -21,6 +21,7 @@ from mcjax.types import BRANCHING, McjaxError
 from mcjax.working_context import Entries, WorkingContext, positions_of
 
 _LOAD = 256  # padded batch of input embeddings
+_WARM: set[tuple] = set()  # shapes compiled in this process
 
 
 class ContextLM:
@@ -39,13 +40,17 @@ class ContextLM:
         f"{lm.config.max_positions} positions (32 are kept for the next block)"
       )
     self.lm = lm
-    self._unrolled = model.unstacked(lm.params)
+    self._layers = model.unstacked(lm.params)
     self.show_gists = show_gists
     self._config = config
     self.window = WorkingContext(config.window)
     dtype = lm.params["embed"].dtype
     self.state = kv_slots.init(lm.config, config.window, dtype)
-    self._sizes = kv_slots.splice_sizes(config.max_edits)
+    self._view = None
+    if self._layers is not lm.params:
+      self._view = kv_slots.init_view(lm.config, config.window, dtype)
+    # A collapse of hidden gists leaves one entry to run: the newest.
+    self._sizes = (1, *kv_slots.splice_sizes(config.max_edits))
     self._hidden: jax.Array | None = None
     self._rows = 0
     self._logits: jax.Array | None = None
@@ -220,10 +225,10 @@ class ContextLM:
       self._config.gist_stride, self.lm.config.max_positions
     )
     self.state, out = kv_slots.decode_block(
-      self._unrolled, self.lm.config, self.state,
+      self._layers, self.lm.config, self.state,
       self._padded(slots, BRANCHING), positions, visible, np.int32(first),
       self._ready_logits(), np.int32(limit), self._stop_ids,
-      np.float32(temperature), key,
+      np.float32(temperature), key, self._look(positions),
     )
     self._logits = out.logits
     count, stopped, tokens = jax.device_get(
@@ -240,6 +245,14 @@ class ContextLM:
     """Blocks until the device is done, so that phases are timed truly."""
     if self._hidden is not None:
       jax.block_until_ready(self._hidden)
+
+  def _look(self, positions: np.ndarray) -> kv_slots.View | None:
+    """The window's view for decoding, where layers are unstacked."""
+    if self._view is not None:
+      self._view = kv_slots.look(
+        self.lm.config, self._view, self.state, positions
+      )
+    return self._view
 
   def logits(self) -> np.ndarray:
     """Logits [V] float32 for the next token; valid after `sync`."""
@@ -268,8 +281,15 @@ class ContextLM:
 
   def warm_up(self) -> None:
     """Compiles every shape the loop can meet, on an empty cache."""
-    snapshot = self.snapshot()
     window = self._config.window
+    # Compiled programs live as long as the process: once a shape is enough.
+    shapes = (
+      self.lm.config, window, self._sizes, bool(self._config.delta_nll_every),
+      str(self.state.inputs.dtype), jax.tree.structure(self._layers),
+    )
+    if shapes in _WARM:
+      return
+    snapshot = self.snapshot()
     positions = np.zeros(window, np.int32)
     visible = np.zeros(window, bool)
     for size in self._sizes:
@@ -288,12 +308,13 @@ class ContextLM:
       np.full(1, window), np.zeros((1, self.lm.config.d_model), np.float32)
     )
     kv_slots.decode_block(
-      self._unrolled, self.lm.config, self.state,
+      self._layers, self.lm.config, self.state,
       np.full(BRANCHING, window, np.int32), positions, visible, np.int32(0),
       logits, np.int32(0), self._stop_ids, np.float32(0),
-      jax.random.key(0),
+      jax.random.key(0), self._look(positions),
     )
     self.restore(snapshot)
+    _WARM.add(shapes)
 
 
 def _pad(values: np.ndarray, size: int, fill: int) -> np.ndarray:

@@ -164,7 +164,8 @@ class GistNet(nn.Module):
       slot = Attention(c.heads, name=f"down_{number}")(slot, x)
       slot = FeedForward(c.slot_mlp_width, name=f"slot_mlp_{number}")(slot)
       if number <= c.rounds:
-        x = Attention(c.heads, name=f"up_{number}")(x, slot)
+        up = "up" if number == 1 else f"up_{number}"
+        x = Attention(c.heads, name=up)(x, slot)
     flat = _norm(self, "norm_out", slot).reshape(n, c.slot_parts * c.width)
     m = c.slots_per_gist
     residual = _dense(self, "w_out", flat, m * c.d_model, zero=True)

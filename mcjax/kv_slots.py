@@ -34,6 +34,18 @@ class KVSlots(NamedTuple):
   values: jax.Array
 
 
+class View(NamedTuple):
+  """The window as decoding reads it: one [K, S, H] array a layer.
+
+  Attributes:
+    keys: rotated to the slots' positions.
+    values: as in the state.
+  """
+
+  keys: tuple[jax.Array, ...]
+  values: tuple[jax.Array, ...]
+
+
 class Decoded(NamedTuple):
   """Result of `decode_block`.
 
@@ -58,6 +70,44 @@ def init(config: model.DecoderConfig, slots: int, dtype) -> KVSlots:
     keys=jnp.zeros(shape, dtype),
     values=jnp.zeros(shape, dtype),
   )
+
+
+def init_view(config: model.DecoderConfig, slots: int, dtype) -> View:
+  """A view of nothing, for `look` to write into."""
+  shape = (config.n_kv_heads, slots, config.head_dim)
+  layers = range(config.n_layers)
+  return View(
+    tuple(jnp.zeros(shape, dtype) for _ in layers),
+    tuple(jnp.zeros(shape, dtype) for _ in layers),
+  )
+
+
+def look(config: model.DecoderConfig, old: View, state: KVSlots,
+         positions: jax.Array) -> View:
+  """The state's view at `positions` [S], in the memory of `old` (donated).
+
+  Fresh memory would cost more than the work: the system clears every page.
+  """
+  return _look(config, old, state, _rope(config, positions))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _rope(config, positions):
+  # A program of its own: else the cosines are fused into every rotation.
+  return model.rope_tables(config, positions)
+
+
+@functools.partial(
+  jax.jit, static_argnames="config", donate_argnums=1, keep_unused=True
+)
+def _look(config, old, state, tables):
+  del old
+  keys = tuple(
+    state.keys[i] if i in config.nope_layers
+    else model.rotate(state.keys[i], *tables)
+    for i in range(config.n_layers)
+  )
+  return View(keys, tuple(state.values))
 
 
 @jax.jit
@@ -154,6 +204,7 @@ def decode_block(
   stop_ids: jax.Array,
   temperature: jax.Array,
   key: jax.Array,
+  view: View | None = None,
 ) -> tuple[KVSlots, Decoded]:
   """Decodes up to `limit` <= 32 tokens in one device loop, no host sync.
 
@@ -174,15 +225,18 @@ def decode_block(
     stop_ids: [8] int32, -1 pads; decoding ends after one of them.
     temperature: float32, 0 is greedy.
     key: PRNG key.
+    view: what `look` made of this state and these positions; made here from
+      the stacked state where it is None.
 
   Returns:
     The new state and a `Decoded`.
   """
   size = slots.shape[0]
-  keys, values = model.rotate_keys(config, state.keys, positions), state.values
-  if not isinstance(params["layers"], dict):  # else every step cuts them out
-    keys, values = tuple(keys), tuple(values)
-  window = model.Segment(keys, values, positions, visible, rotated=True)
+  if view is None:
+    view = View(
+      model.rotate_keys(config, state.keys, positions), state.values
+    )
+  window = model.Segment(*view, positions, visible, rotated=True)
   shape = (config.n_layers, config.n_kv_heads, size, config.head_dim)
   offsets = jnp.arange(size, dtype=jnp.int32)
 

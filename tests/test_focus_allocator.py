@@ -7,7 +7,11 @@ import pytest
 
 from mcjax import invariants
 from mcjax.focus_allocator import (
-  Legal, allocate, apply_plan, legal_edits, plan_edits,
+  Legal,
+  allocate,
+  apply_plan,
+  legal_edits,
+  plan_edits,
 )
 from mcjax.types import BRANCHING
 from mcjax.working_context import COLLAPSE, EXPAND, WorkingContext

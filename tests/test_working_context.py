@@ -10,7 +10,12 @@ import pytest
 from mcjax import invariants
 from mcjax.types import BRANCHING, McjaxError, span_width
 from mcjax.working_context import (
-  COLLAPSE, EXPAND, WorkingContext, cold_start, cover, effective_stride,
+  COLLAPSE,
+  EXPAND,
+  WorkingContext,
+  cold_start,
+  cover,
+  effective_stride,
 )
 
 MAX = 3  # levels in these tests

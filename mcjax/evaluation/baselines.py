@@ -39,9 +39,8 @@ def empty_cache(config: model.DecoderConfig, size: int, dtype) -> Cache:
   return Cache(layers(), layers())
 
 
-def _merge(config, cache: Cache, keys, values, positions, at) -> Cache:
-  """Writes new rows [L, K, T, H] behind token `at`."""
-  keys = model.rotate_keys(config, keys, positions)
+def _put(cache: Cache, keys, values, at) -> Cache:
+  """Writes rotated rows [L, K, T, H] behind token `at`."""
   def put(old, new):
     return jax.lax.dynamic_update_slice(old, new, (0, at, 0))
   return Cache(
@@ -70,22 +69,36 @@ def decode_block(params, config: model.DecoderConfig, cache: Cache,
     The cache, the tokens and the logits behind them.
   """
   places = jnp.arange(cache.keys[0].shape[1], dtype=jnp.int32)
+  window = model.Segment(
+    *_segment_arrays(params, cache), places, places < start, rotated=True
+  )
+  offsets = jnp.arange(count, dtype=jnp.int32)
 
   def step(i, carry):
-    cache, tokens, logits = carry
+    keys, values, tokens, logits = carry
     token = jnp.argmax(logits).astype(jnp.int32)
-    at = start + i
-    segment = model.Segment(
-      *_segment_arrays(params, cache), places, places < at, rotated=True
+    block = model.Segment(
+      keys, values, start + offsets, offsets < i, rotated=True
     )
+    place = (start + i)[None]
     hidden, k, v = model.forward(
-      params, config, model.embed(params, token[None]), at[None], (segment,)
+      params, config, model.embed(params, token[None]), place, (window, block)
     )
-    cache = _merge(config, cache, k, v, at[None], at)
-    return cache, tokens.at[i].set(token), model.unembed(params, hidden[0])
+    k = model.rotate_keys(config, k, place)
+    return (
+      jax.lax.dynamic_update_slice(keys, k, (0, 0, i, 0)),
+      jax.lax.dynamic_update_slice(values, v, (0, 0, i, 0)),
+      tokens.at[i].set(token),
+      model.unembed(params, hidden[0]),
+    )
 
+  shape = (config.n_layers, config.n_kv_heads, count, config.head_dim)
+  fresh = jnp.zeros(shape, cache.keys[0].dtype)
   tokens = jnp.zeros(count, jnp.int32)
-  return jax.lax.fori_loop(0, count, step, (cache, tokens, logits))
+  keys, values, tokens, logits = jax.lax.fori_loop(
+    0, count, step, (fresh, fresh, tokens, logits)
+  )
+  return _put(cache, keys, values, start), tokens, logits
 
 
 @functools.partial(
@@ -102,7 +115,8 @@ def _prefill_chunk(params, config, cache: Cache, token_ids, start, prefix: int):
   hidden, k, v = model.forward(
     params, config, model.embed(params, token_ids), positions, (segment,)
   )
-  return _merge(config, cache, k, v, positions, start), hidden
+  k = model.rotate_keys(config, k, positions)
+  return _put(cache, k, v, start), hidden
 
 
 def _segment_arrays(params, cache: Cache):
@@ -145,33 +159,35 @@ def _last_logits(params, hidden, row):
 
 
 class PlainDecoder:
-  """Plain decoding behind a full cache of `window` real tokens.
+  """Plain decoding behind a cache of `window` slots, full at a block's end.
 
   Args:
     lm: the base.
-    token_ids: [window] what the cache holds.
+    token_ids: [window] real text; the cache holds all but a block of it.
     block: tokens a device loop.
   """
 
   def __init__(self, lm: BaseLM, token_ids: np.ndarray, block: int = 32):
     self.window, self.block = len(token_ids), block
+    self._start = self.window - block
     self._lm = lm
     self._params = model.unstacked(lm.params)
-    size = -(-(self.window + block) // CHUNK) * CHUNK
+    size = -(-self.window // CHUNK) * CHUNK
     dtype = lm.params["embed"].dtype
     cache, self._logits = prefill(
-      lm, token_ids, empty_cache(lm.config, size, dtype)
+      lm, token_ids[: self._start], empty_cache(lm.config, size, dtype)
     )
-    keep = self.window + block
-    self._cache = Cache(*(tuple(a[:, :keep] for a in half) for half in cache))
+    self._cache = Cache(
+      *(tuple(a[:, : self.window] for a in half) for half in cache)
+    )
     self.decode(1)
 
   def decode(self, blocks: int) -> float:
-    """Seconds for `blocks` blocks, each behind the same full cache."""
+    """Seconds for `blocks` blocks, each behind the same cache."""
     begin = time.perf_counter()
     for _ in range(blocks):
       self._cache, tokens, _ = decode_block(
-        self._params, self._lm.config, self._cache, np.int32(self.window),
+        self._params, self._lm.config, self._cache, np.int32(self._start),
         self._logits, self.block,
       )
       jax.block_until_ready(tokens)

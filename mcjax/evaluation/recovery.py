@@ -90,9 +90,15 @@ class Excerpts:
   names: tuple[str, ...]
 
 
-def pick_excerpts(stores: Mapping[str, TokenStore], setting: Setting,
+def pick_excerpts(stores: Mapping[str, TokenStore], length: int,
                   per_kind: int, seed: int = 0) -> Excerpts:
   """A random excerpt of each of up to `per_kind` random documents a kind.
+
+  Args:
+    stores: {kind: TokenStore}.
+    length: tokens of an excerpt.
+    per_kind: documents; fewer where a kind has fewer that are long enough.
+    seed: of both choices.
 
   Raises:
     McjaxError: no document is long enough.
@@ -100,16 +106,16 @@ def pick_excerpts(stores: Mapping[str, TokenStore], setting: Setting,
   ids, kinds, names = [], [], []
   for kind in sorted(stores):
     store = stores[kind]
-    rng = np.random.default_rng([seed, len(kind), setting.length])
-    long_enough = np.flatnonzero(np.diff(store.offsets) >= setting.length)
+    rng = np.random.default_rng([seed, len(kind), length])
+    long_enough = np.flatnonzero(np.diff(store.offsets) >= length)
     for index in rng.permutation(long_enough)[:per_kind]:
       document = store.document(int(index))
-      start = int(rng.integers(0, len(document) - setting.length + 1))
-      ids.append(document[start : start + setting.length])
+      start = int(rng.integers(0, len(document) - length + 1))
+      ids.append(document[start : start + length])
       kinds.append(kind)
       names.append(store.names[index])
   if not ids:
-    raise McjaxError(f"no document holds {setting.length} tokens")
+    raise McjaxError(f"no document holds {length} tokens")
   return Excerpts(np.stack(ids), tuple(kinds), tuple(names))
 
 

@@ -51,11 +51,11 @@ class Settings:
   horizons: tuple[int, ...] = (32, 48, 64, 128)
   blocks: int = 8
   near: int = 256
-  documents: int = 18
-  near_documents: int = 6
-  upper_documents: int = 10
-  upper_near_documents: int = 4
-  unrelated_documents: int = 6
+  documents: int = 12
+  near_documents: int = 5
+  upper_documents: int = 6
+  upper_near_documents: int = 3
+  unrelated_documents: int = 4
   unrelated_gists: int = 64
   seed: int = 0
 
@@ -106,7 +106,7 @@ def evaluate(lm: BaseLM, encoder: gistnet.GistEncoder, settings: Settings,
   _cost(result, lm, encoder)
   for name, (setting, documents) in s.arms().items():
     progress(f"measuring {name}")
-    excerpts = recovery.pick_excerpts(stores, setting, documents, s.seed)
+    excerpts = recovery.pick_excerpts(stores, setting.length, documents, s.seed)
     bench = recovery.Bench(lm, excerpts, setting, cache=cache)
     _compare(result, name, bench.measure(encoder), excerpts.kinds, s.horizons)
   progress("measuring unrelated text")
@@ -188,7 +188,7 @@ def _unrelated(result: Report, lm: BaseLM, encoder: gistnet.GistEncoder,
   setting = recovery.Setting(
     blocks=s.unrelated_gists, near=s.near, sink=True, horizon=max(s.horizons))
   excerpts = recovery.pick_excerpts(
-    stores, setting, s.unrelated_documents, s.seed)
+    stores, setting.length, s.unrelated_documents, s.seed)
   bench = recovery.Bench(lm, excerpts, setting, ("drop",), cache)
   losses = bench.measure(encoder)
   cells = []

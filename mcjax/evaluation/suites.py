@@ -9,7 +9,8 @@ import importlib
 from mcjax.evaluation.report import Report
 from mcjax.types import McjaxError
 
-NAMES = ("overhead", "ttft", "ingest", "drift", "substitution", "focus")
+NAMES = ("overhead", "ttft", "ingest", "drift", "substitution", "visible",
+         "focus")
 
 
 def run(name: str, folder, *, quick: bool = False,

@@ -315,7 +315,7 @@ class GistTrainer:
         sink=self.config.phases[-1].turns[0].sink,
         gist_stride=self.config.phases[-1].turns[0].gist_stride)
       self._bench = recovery.Bench(self._lm, recovery.pick_excerpts(
-        stores, setting, self.config.validation_documents), setting,
+        stores, setting.length, self.config.validation_documents), setting,
         cache=self.workdir / "controls")
     losses = recovery.over_horizon(self._bench.measure(self.encoder()))
     return recovery.summarise(losses, self._bench.excerpts.kinds)

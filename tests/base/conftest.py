@@ -16,10 +16,3 @@ def goldens():
   """Arrays written by tools/make_goldens."""
   with np.load(_GOLDENS / "base_lm.npz") as stored:
     return dict(stored)
-
-
-@pytest.fixture(scope="session")
-def smollm2():
-  from mcjax.base.load import load_base_lm
-
-  return load_base_lm("smollm2-135m")

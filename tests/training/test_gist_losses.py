@@ -10,7 +10,7 @@ import pytest
 
 from mcjax import gistnet
 from mcjax.base import model
-from mcjax.training import attention_match, losses
+from mcjax.training import attention_match, level_loss, losses
 from mcjax.types import McjaxError
 
 _O = losses.Objective(window=128, segment=32, chunk=40)
@@ -181,3 +181,43 @@ def test_contrast_counts_only_pairs_above_the_margin():
 def test_objective_errors_name_the_field(field, value):
   with pytest.raises(McjaxError, match=field):
     dataclasses.replace(_O, **{field: value})
+
+
+class TestLevelTwo:
+  """One gist of gists, taught by the 32 gists below it."""
+
+  O = losses.Objective(window=1024 + 32, segment=32, level=2, nll=0.2, chunk=16)
+
+  def _loss(self, lm, config, params, ids):
+    return level_loss.window_loss(
+      params, config, lm.params, lm.config, self.O, ids, jax.random.key(0))
+
+  def test_the_stretch_reaches_the_loss_and_every_weight_moves(
+      self, tiny_lm, tiny_gist_config):
+    params = gistnet.init_params(tiny_gist_config)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+      lambda a: a + jnp.asarray(
+        rng.normal(0, 0.1, a.shape).astype(np.float32)), params)
+    ids = _ids(1056)
+
+    @jax.jit
+    def both(ids):
+      return jax.value_and_grad(
+        lambda p: self._loss(tiny_lm, tiny_gist_config, p, ids),
+        has_aux=True)(params)
+
+    (loss, metrics), gradient = both(ids)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
+      assert jnp.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+    assert loss == pytest.approx(
+      metrics["kl_l2"] + 0.2 * metrics["nll_l2"], rel=1e-5)
+    assert metrics["kl_l2"] > 0
+    other = both(ids.at[40].set((ids[40] + 1) % 64))[0][0]
+    assert other != loss
+
+  def test_sizes_are_checked(self):
+    with pytest.raises(McjaxError, match="1024"):
+      dataclasses.replace(self.O, window=2048)
+    with pytest.raises(McjaxError, match="level"):
+      dataclasses.replace(self.O, level=3)

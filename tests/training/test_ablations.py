@@ -1,0 +1,88 @@
+"""Every ablation configuration starts and takes a step on a tiny base."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.configs import gistnet as default
+from experiments.configs import gistnet_ablation
+from mcjax import gistnet
+from mcjax.training import gist_trainer
+from mcjax.types import McjaxError
+
+_FAST = ("slots_4", "own_levels", "deep_2")
+
+
+def _small(turn):
+  if turn.level == 2:
+    return turn
+  return dataclasses.replace(turn, window=128, kl_segments=2)
+
+
+def _trainer(c, tiny_lm, tiny_stores, workdir):
+  config = gist_trainer.read_config(c.train, c.objective, c.phases)
+  turns = [_small(turn) for turn in config.phases[-1].turns]
+  config = dataclasses.replace(
+    config, batch=1, mesh_data=1,
+    phases=(gist_trainer.Phase(2, *turns),))
+  network = gistnet.configure(tiny_lm.params, tiny_lm.config, c.gistnet)
+  return gist_trainer.GistTrainer(
+    tiny_lm, network, config, tiny_stores, workdir, {"code": 1.0})
+
+
+@pytest.mark.parametrize("name", [
+  name if name in _FAST else pytest.param(name, marks=pytest.mark.slow)
+  for name in gistnet_ablation.ABLATIONS])
+def test_takes_a_step(
+    name, tiny_lm, tiny_stores, tmp_path, monkeypatch):
+  real = gist_trainer.sharding.make_mesh
+  monkeypatch.setattr(gist_trainer.sharding, "make_mesh",
+                      lambda *n: real(*n, jax.devices()[:1]))
+  if name == "features_4":
+    pytest.skip("the tiny base has two layers")
+  trainer = _trainer(
+    gistnet_ablation.get_config(name), tiny_lm, tiny_stores, tmp_path)
+  for _ in trainer.config.phases[0].turns:
+    values = trainer.one_step()
+    assert np.isfinite(values["loss"]) and values["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("name", list(gistnet_ablation.ABLATIONS))
+def test_reads(name, tiny_lm):
+  c = gistnet_ablation.get_config(name)
+  config = gist_trainer.read_config(c.train, c.objective, c.phases)
+  assert config.steps == 300
+  network = gistnet.configure(tiny_lm.params, tiny_lm.config, c.gistnet)
+  params = jax.eval_shape(lambda: gistnet.init_params(network))
+  assert len(jax.tree.leaves(params)) > 10
+
+
+@pytest.mark.parametrize("name", ["deep_2", "deep_3", "wide"])
+def test_shapes_at_equal_cost(name):
+  """Within 2 % of the default's FLOPs for the default base."""
+  fields, _, _ = gistnet_ablation.ABLATIONS[name]
+  cost = [gistnet.flops_per_token(gistnet.GistNetConfig(d_model=576, **f))
+          for f in (fields, {})]
+  assert cost[0] == pytest.approx(cost[1], rel=0.02)
+
+
+def test_default_curriculum():
+  c = default.get_config("100")
+  config = gist_trainer.read_config(c.train, c.objective, c.phases)
+  assert config.steps == 100
+  upper = [s for s in range(100) if config.objective(s).level == 2]
+  assert len(upper) == 8 and min(upper) >= 50
+  assert config.tokens(51) == 51 * 4 * 512
+  assert config.tokens(100) == 4 * (92 * 512 + 8 * 1088)
+
+
+def test_errors_name_the_setting():
+  c = default.get_config("10")
+  with pytest.raises(McjaxError, match="no ablation"):
+    gistnet_ablation.get_config("depth")
+  with pytest.raises(McjaxError, match="config.objective.windo "):
+    gist_trainer.read_config(c.train, {"windo": 3}, c.phases)
+  with pytest.raises(McjaxError, match="config.train.step "):
+    gist_trainer.read_config({"step": 3}, c.objective, c.phases)
