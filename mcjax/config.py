@@ -38,6 +38,8 @@ class Config:
     recent_tokens: newest tokens at L0 at cold start.
     gists_per_level: nodes kept at each level at cold start, nearest first.
     protect_tokens: newest tokens that are never collapsed.
+    renew_tokens: newest tokens run again after an expand between decoded
+      blocks, so that they read the new detail; 1 renews the logits only.
     refresh_every: refocus steps between full rebuilds of the cache in splice
       mode; 0 never.
     delta_nll_every: refocus steps between probes of the change in NLL of the
@@ -66,6 +68,7 @@ class Config:
   recent_tokens: int = 256
   gists_per_level: int = 64
   protect_tokens: int = 64
+  renew_tokens: int = 1
   refresh_every: int = 0
   delta_nll_every: int = 0
   chat: str = "auto"
@@ -91,11 +94,12 @@ class Config:
       ("refocus_every", BRANCHING), ("max_edits", 1), ("cooldown", 0),
       ("settle_steps", 0), ("search_nodes", BRANCHING), ("gist_stride", 1),
       ("sink_tokens", 0), ("recent_tokens", BRANCHING), ("gists_per_level", 0),
-      ("protect_tokens", BRANCHING), ("refresh_every", 0),
+      ("protect_tokens", BRANCHING), ("renew_tokens", 1), ("refresh_every", 0),
       ("delta_nll_every", 0), ("seed", 0),
     ):
       self._require(name, getattr(self, name) >= low, f">= {low}")
-    self._require("gist_stride", self.gist_stride <= BRANCHING, "<= 32")
+    for name in ("gist_stride", "renew_tokens"):
+      self._require(name, getattr(self, name) <= BRANCHING, f"<= {BRANCHING}")
     self._require("threshold", 0.0 <= self.threshold < 1.0, "in [0, 1)")
     self._require("temperature", self.temperature >= 0.0, ">= 0")
     for name in ("sink_tokens", "protect_tokens"):

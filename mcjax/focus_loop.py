@@ -92,13 +92,17 @@ class FocusLoop:
     else:
       self.cold_start(recent)
 
-  def append(self, token_ids: np.ndarray) -> None:
-    """Adds tokens to the tree and, at L0 as far as they fit, to the window."""
+  def append(self, token_ids: np.ndarray,
+             continuation: np.ndarray | None = None) -> None:
+    """Adds tokens to the tree and, at L0 as far as they fit, to the window.
+
+    `continuation` is what the policy may know of the future; see `refocus`.
+    """
     count = len(token_ids)
     if not count:
       return
     if self.tree.cursor and count <= self._config.window // 4:
-      self._make_room(count)
+      self._make_room(count, continuation)
     self.remember(token_ids)
     half = self._config.window // (2 * BRANCHING) * BRANCHING
     self.show(count, max(self._config.recent_tokens, min(count, half)))
@@ -194,12 +198,19 @@ class FocusLoop:
       self.context.wait()
     self.telemetry.count("lm_tokens", self.context.tokens_run - before)
 
-  def _make_room(self, need: int) -> bool:
+  def _make_room(self, need: int,
+                 continuation: np.ndarray | None = None) -> bool:
     """Collapses until `need` slots are free; whether anything changed."""
-    changed = False
-    while self.context.window.free < need:
-      if not self.refocus(need=need):
+    window, changed = self.context.window, False
+    while window.free < need:
+      if not self.refocus(need=need, continuation=continuation):
+        before = window.free
         self.cold_start(self._config.recent_tokens)
+        if window.free <= before:
+          raise McjaxError(
+            f"config.window {window.window} is too small: {need} slots are "
+            f"needed, {window.free} can be freed"
+          )
       changed = True
     return changed
 
@@ -236,10 +247,12 @@ class FocusLoop:
       max(0, self.tree.cursor - BRANCHING), self.tree.cursor
     )
     before = self.context.probe_nll(newest) if probe else None
+    expands = self.telemetry.counters["expands"]
     if not self.refocus(need=BRANCHING) and self.context.is_synced:
       return
     spliced = self.context.tokens_run
-    self.sync()
+    expanded = self.telemetry.counters["expands"] > expands
+    self.sync(renew=self._config.renew_tokens if expanded else 1)
     self.telemetry.count("splice_tokens", self.context.tokens_run - spliced)
     if before is not None:
       change = self.context.probe_nll(newest) - before
@@ -252,13 +265,13 @@ class FocusLoop:
   def undone(self) -> Iterator[None]:
     """What happens inside is not remembered: tree, window, cache, query."""
     snapshot = self.context.snapshot()
-    query, step = self.query, self.step
+    kept = self.query, self.step, self._key
     try:
       with self.tree.transient():
         yield
     finally:
       self.context.restore(snapshot)
-      self.query, self.step = query, step
+      self.query, self.step, self._key = kept
 
   def score(self, token_ids: np.ndarray) -> np.ndarray:
     """NLL [n] in nats of `token_ids`, teacher-forced; undoes everything."""
@@ -269,7 +282,7 @@ class FocusLoop:
     out = []
     for a, b in _blocks(self.tree.cursor, len(ids)):
       chunk = ids[a:b]
-      self.append(chunk)
+      self.append(chunk, continuation=ids[a:])
       self.sync(renew=len(chunk) + 1)
       nll = self.context.newest_nll(chunk)
       self.telemetry.record(

@@ -101,7 +101,7 @@ class LensNet(nn.Module):
 def init_params(config: LensNetConfig, seed: int = 0):
   """Deterministic untrained parameters."""
   d = config.d_model
-  return LensNet(config).init(
+  return jax.jit(LensNet(config).init)(
     jax.random.key(seed), jnp.zeros((BRANCHING, d)),
     jnp.zeros((BRANCHING, FEATURES)), jnp.ones(BRANCHING, bool),
     jnp.zeros((TAIL, d)), jnp.ones(TAIL, bool),

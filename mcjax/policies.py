@@ -123,7 +123,8 @@ class Similarity(_HostPolicy):
   def __init__(self, max_nodes: int, spans: int = 4):
     self._max_nodes = max_nodes
     self._spans = spans
-    self._query: tuple | None = None
+    self._query: np.ndarray | None = None  # by identity: a new one searches
+    self._blocks = 0
     self._search: TreeSearch | None = None
     self._weights = np.zeros(0, np.float32)
     self.touched = 0
@@ -171,10 +172,10 @@ class Similarity(_HostPolicy):
     return sorted(found.items(), key=lambda item: -item[1])
 
   def _prepare(self, view: FocusView) -> None:
-    query = (view.query_ids.tobytes(), view.tree.num_nodes(1))
-    if query == self._query:
+    blocks = view.tree.num_nodes(1)
+    if view.query_ids is self._query and blocks == self._blocks:
       return
-    self._query = query
+    self._query, self._blocks = view.query_ids, blocks
     self.touched = self.bytes_read = 0
     self._weights = lexical.query_weights(
       view.tree, view.query_ids, view.query_weights

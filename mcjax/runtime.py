@@ -108,11 +108,15 @@ class MegaContext:
     encoder = gistnet or load_gistnet(lm)
     _check_window(lm, config)
     telemetry = Telemetry(config.telemetry_path)
-    tree = MegaContextTree.create(
-      url, base_fingerprint=lm.fingerprint, base_name=lm.name,
-      encoder=encoder, vocab_size=lm.config.vocab_size,
-      extra={"config": dataclasses.asdict(config)},
-    )
+    try:
+      tree = MegaContextTree.create(
+        url, base_fingerprint=lm.fingerprint, base_name=lm.name,
+        encoder=encoder, vocab_size=lm.config.vocab_size,
+        extra={"config": dataclasses.asdict(config)},
+      )
+    except BaseException:
+      telemetry.close()
+      raise
     return cls(tree, lm, config, encoder, telemetry)
 
   @classmethod

@@ -13,7 +13,8 @@ Parameters (L layers stacked in front, scanned):
 
   embed [V, D]                 final_norm [D]        unembed [D, V] if not tied
   layers/attn_norm [L, D]      layers/mlp_norm [L, D]
-  layers/wq [L, D, N, H]       layers/wk, wv [L, D, K, H]   layers/wo [L, N, H, D]
+  layers/wq [L, D, N, H]       layers/wk, wv [L, D, K, H]
+  layers/wo [L, N, H, D]
   layers/w_gate, w_up [L, D, F]                      layers/w_down [L, F, D]
   layers/bq [L, N, H], bk, bv [L, K, H]              if config.qkv_bias
   layers/bo [L, D]                                   if config.o_bias
@@ -228,7 +229,8 @@ def _layer(config, layer, rope_on, x, positions, own_table, segments, tables,
   k = jnp.einsum("td,dkh->tkh", y, layer["wk"])
   v = jnp.einsum("td,dkh->tkh", y, layer["wv"])
   if config.qkv_bias:
-    q, k, v = q + layer["bq"][None], k + layer["bk"][None], v + layer["bv"][None]
+    q, k = q + layer["bq"][None], k + layer["bk"][None]
+    v = v + layer["bv"][None]
   if config.qk_norm:
     q = rms_norm(q, layer["q_norm"], config.rms_norm_eps)
     k = rms_norm(k, layer["k_norm"], config.rms_norm_eps)

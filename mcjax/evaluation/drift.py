@@ -14,16 +14,12 @@ import json
 
 import numpy as np
 
-from mcjax import policies
 from mcjax.base.load import load_base_lm
 from mcjax.config import Config
-from mcjax.context_lm import ContextLM
 from mcjax.evaluation import report, texts
-from mcjax.evaluation.overhead import make_tree
+from mcjax.evaluation.loop_arm import make_loop, make_tree
 from mcjax.evaluation.report import Report, Table, progress
 from mcjax.focus_loop import FocusLoop
-from mcjax.gistnet import load_gistnet
-from mcjax.telemetry import Telemetry
 from mcjax.types import BRANCHING
 
 
@@ -108,15 +104,8 @@ def _measure(settings: Settings, lm, folder, every: int) -> dict:
     window=settings.window, refresh_every=every,
     gist_attention=settings.gist_attention,
   )
-  encoder = load_gistnet(lm)
-  show = config.gist_attention == "visible" or (
-    config.gist_attention == "auto" and encoder.trained
-  )
   tree = make_tree(lm, folder, settings.history, settings.text)
-  loop = FocusLoop(
-    tree, ContextLM(lm, config, show),
-    policies.Similarity(config.search_nodes), encoder, config, Telemetry(),
-  )
+  loop = make_loop(lm, tree, config)
   last = max(settings.steps)
   count = (last + 2) * BRANCHING + settings.horizon
   ids = texts.tokens(lm.tokenizer, count, settings.text, settings.history)
@@ -146,7 +135,7 @@ def _measure(settings: Settings, lm, folder, every: int) -> dict:
   counters = loop.telemetry.counters
   steps = max(1, counters["refocus_steps"])
   tree.close()
-  return {"drift": drift, "exact": exact, "visible": show,
+  return {"drift": drift, "exact": exact, "visible": loop.context.show_gists,
           "edits": counters["edits"] / steps,
           "expands": counters["expands"] / steps}
 
