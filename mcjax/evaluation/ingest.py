@@ -27,6 +27,7 @@ class Settings:
 
   Attributes:
     base: the base LM, and its dtype below.
+    window: of the working context, which ingest retiles at its end.
     tokens: ingested per repeat.
     rag_tokens: indexed per repeat; fewer, as it is slow.
     repeats: interleaved repeats.
@@ -36,6 +37,7 @@ class Settings:
 
   base: str = "smollm2-135m"
   dtype: str = "float32"
+  window: int = 1024
   tokens: int = 131072
   rag_tokens: int = 32768
   repeats: int = 5
@@ -44,7 +46,8 @@ class Settings:
 
   @classmethod
   def quick(cls, **changes) -> Settings:
-    small = dict(tokens=8192, rag_tokens=2048, repeats=2, batches=(8,))
+    small = dict(window=512, tokens=8192, rag_tokens=2048, repeats=2,
+                 batches=(8,))
     return cls(**{**small, **changes})
 
 
@@ -61,7 +64,9 @@ def run(settings: Settings, folder) -> Report:
   index_seconds = {b: [] for b in embedders}
   for repeat in range(-1, settings.repeats):  # the first one compiles
     progress(f"ingest: repeat {repeat + 1} of {settings.repeats}")
-    seconds, phases = _ingest(lm, encoder, folder / "tree", ours)
+    seconds, phases = _ingest(
+      lm, encoder, Config(window=settings.window), folder / "tree", ours
+    )
     for batch, embedder in embedders.items():
       begin = time.perf_counter()
       rag.Index(embedder, theirs)
@@ -92,11 +97,12 @@ def run(settings: Settings, folder) -> Report:
   return out
 
 
-def _ingest(lm, encoder, place, text: str) -> tuple[float, dict[str, float]]:
+def _ingest(lm, encoder, config, place, text: str
+            ) -> tuple[float, dict[str, float]]:
   """Seconds per token into a fresh tree, and the shares of its parts."""
   if place.exists():
     shutil.rmtree(place)
-  with MegaContext.create(str(place), lm, Config(), encoder) as mc:
+  with MegaContext.create(str(place), lm, config, encoder) as mc:
     begin = time.perf_counter()
     stats = mc.ingest(text)
     seconds = time.perf_counter() - begin

@@ -4,8 +4,16 @@ import json
 
 import pytest
 
-from mcjax.evaluation import baselines, drift, ingest, loop_arm, overhead
-from mcjax.evaluation import rag, texts, ttft
+from mcjax.evaluation import (
+  baselines,
+  drift,
+  ingest,
+  loop_arm,
+  overhead,
+  rag,
+  texts,
+  ttft,
+)
 
 _TEXT = ("The pump house opens at seven. A ferry leaves berth nine.\n" * 40)
 
