@@ -30,8 +30,8 @@ class Config:
     threshold: tau; scores within +-tau cause no voluntary edit.
     settle_steps: refocus steps at most after a prompt was ingested.
     search_nodes: tree nodes a policy may touch per refocus step.
-    gist_attention: whether the LM attends to gists; auto shows them once the
-      GistNet is trained and masks them before, as an untrained gist hurts.
+    gist_attention: whether the LM attends to gists; auto does what the
+      GistNet's model card measured to be better, and masks untrained ones.
     gist_stride: positions one gist advances (1 compact ... 32 true span);
       reduced automatically so that the window fits the base's range.
     sink_tokens: first tokens of the history pinned at L0 (StreamingLLM).

@@ -166,6 +166,8 @@ class GistEncoder:
     config: the network's `GistNetConfig`.
     params: its parameters.
     card: facts recorded with the weights.
+    attend: whether the LM does better with these gists in view, by the card's
+      "gist_attention"; never for the untrained start.
   """
 
   def __init__(self, lm, params, config: GistNetConfig, trained: bool,
@@ -181,6 +183,7 @@ class GistEncoder:
     self.config = config
     self.params = params
     self.card = card or {}
+    self.attend = trained and self.card.get("gist_attention") != "masked"
     self._vocab_size = lm.config.vocab_size
     self._base_config = lm.config
     self._base = {"embed": lm.params["embed"]}

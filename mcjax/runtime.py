@@ -79,7 +79,7 @@ class MegaContext:
     self.tree = tree
     self.telemetry = telemetry
     show_gists = config.gist_attention == "visible" or (
-      config.gist_attention == "auto" and encoder.trained
+      config.gist_attention == "auto" and encoder.attend
     )
     self._loop = FocusLoop(
       tree, ContextLM(lm, config, show_gists),

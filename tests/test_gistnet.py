@@ -292,3 +292,26 @@ def test_shipped_weights_open():
     assert config.slots_per_gist == 1
     assert card["steps"] > 0 and json.dumps(card)
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("trained, card, expected", [
+  (True, {}, True), (True, {"gist_attention": "visible"}, True),
+  (True, {"gist_attention": "masked"}, False), (False, {}, False)])
+def test_the_card_says_whether_to_attend(trained, card, expected):
+  encoder = gistnet.GistEncoder(
+    _base(), gistnet.init_params(_SMALL), _SMALL, trained, card)
+  assert encoder.attend is expected
+
+
+def test_shipped_weights_load_and_are_small():
+  path = pretrained.shipped("smollm2-135m", "gistnet")
+  if path is None:
+    pytest.skip("no weights are shipped")
+  params, config, card = gistnet.read_gistnet(path)
+  assert config.d_model == 576 and path.stat().st_size < 8e6
+  assert card["base"] == "smollm2-135m" and card["steps"] > 0
+  assert card["gist_attention"] in ("visible", "masked")
+  assert max(gistnet.params_per_layer(params).values()) <= 500_000
+  share = (gistnet.flops_per_token(config, _SMOLLM2)
+           / _SMOLLM2.flops_per_token)
+  assert share < 0.005

@@ -210,16 +210,14 @@ class TorchDecoder:
         "the PyTorch baseline needs pip install 'mcjax[parity]'"
       ) from error
     c = lm.config
-    if c.family != "llama" or c.qkv_bias or c.rope_scaling or not (
-      c.tie_embeddings
-    ):
+    if c.family != "llama" or c.qkv_bias or c.rope_scaling:
       raise McjaxError(f"no PyTorch baseline for a base of family {c.family}")
     self._torch, self._cache_type = torch, transformers.DynamicCache
     config = transformers.LlamaConfig(
       vocab_size=c.vocab_size, hidden_size=c.d_model,
       intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
       num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
-      head_dim=c.head_dim, tie_word_embeddings=True,
+      head_dim=c.head_dim, tie_word_embeddings=c.tie_embeddings,
       max_position_embeddings=c.max_positions, rope_theta=c.rope_theta,
       rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
       rms_norm_eps=c.rms_norm_eps,
@@ -260,7 +258,9 @@ def _torch_weights(lm: BaseLM, torch) -> dict:
   def tensor(a):
     return torch.from_numpy(np.array(a, np.float32))
   out = {"model.embed_tokens.weight": tensor(p["embed"]),
-         "lm_head.weight": tensor(p["embed"]),
+         "lm_head.weight": tensor(
+           p["unembed"].T if "unembed" in p else p["embed"]
+         ),
          "model.norm.weight": tensor(p["final_norm"])}
   names = dict(wq="self_attn.q_proj", wk="self_attn.k_proj",
                wv="self_attn.v_proj", wo="self_attn.o_proj",

@@ -66,7 +66,7 @@ def make_loop(lm: BaseLM, tree: MegaContextTree, config: Config) -> FocusLoop:
   """The loop over a tree with the similarity policy, nothing shown yet."""
   encoder = load_gistnet(lm)
   show = config.gist_attention == "visible" or (
-    config.gist_attention == "auto" and encoder.trained
+    config.gist_attention == "auto" and encoder.attend
   )
   return FocusLoop(
     tree, ContextLM(lm, config, show),
