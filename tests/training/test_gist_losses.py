@@ -210,8 +210,8 @@ class TestLevelTwo:
     (loss, metrics), gradient = both(ids)
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
       assert jnp.abs(leaf).max() > 0, jax.tree_util.keystr(path)
-    assert loss == pytest.approx(
-      metrics["kl_l2"] + 0.2 * metrics["nll_l2"], rel=1e-5)
+    terms = float(metrics["kl_l2"]) + 0.2 * float(metrics["nll_l2"])
+    assert float(loss) == pytest.approx(terms, rel=1e-5)
     assert metrics["kl_l2"] > 0
     other = both(ids.at[40].set((ids[40] + 1) % 64))[0][0]
     assert other != loss

@@ -174,7 +174,7 @@ def test_mesh_gives_the_same_step(make, tmp_path, monkeypatch):
   config = dataclasses.replace(_CONFIG, mesh_data=2, mesh_model=2)
   spread = make(tmp_path / "b", config).one_step()
   for name in ("loss", "kl", "gradient_norm"):
-    assert spread[name] == pytest.approx(alone[name], rel=1e-3)
+    assert spread[name] == pytest.approx(float(alone[name]), rel=1e-3)
 
 
 @pytest.mark.parametrize("field, value", [
