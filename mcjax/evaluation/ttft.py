@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import json
 import pathlib
 import shutil
 import time
@@ -197,21 +196,29 @@ def _answer(mc: MegaContext) -> float:
 
 
 def run(settings: Settings, folder) -> Report:
-  """Measures every contestant; lengths that `folder` has already are kept."""
+  """Measures every contestant and writes the report into `folder`."""
   folder = report.make_folder(folder)
   lm = load_base_lm(settings.base, dtype=settings.dtype)
   field = Contestants(settings, lm, folder)
   out = Report("ttft", dataclasses.asdict(settings))
   times: dict[int, dict[str, list[float]]] = {}
   for n in settings.lengths:
-    path = folder / f"times-{n}.json"
-    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
-    saved = json.loads(path.read_text()) if path.exists() else {}
-    if saved.get("settings") != asked:
-      saved = {"settings": asked, **_measure(field, settings, n)}
-      path.write_text(json.dumps(saved))
-    times[n] = saved["times"]
-    out.notes += [note for note in saved["notes"] if note not in out.notes]
+    arms = dict(field.arms(n))
+    times[n] = {name: [] for name in arms}
+    for repeat in range(-1, settings.repeats):  # the first one compiles
+      for name, arm in list(arms.items()):
+        slow = name.startswith("PyTorch")
+        if slow and not 0 <= repeat < settings.torch_repeats:
+          continue
+        try:
+          seconds = arm(n)
+        except McjaxError as error:
+          out.notes.append(f"{name} was not measured: {error}")
+          del arms[name], times[n][name]
+          continue
+        progress(f"ttft {n:,}: {name} {seconds:.2f} s")
+        if repeat >= 0:
+          times[n][name].append(seconds)
   _tabulate(out, settings, times)
   out.write(folder)
   report.plot_lines(
@@ -219,28 +226,6 @@ def run(settings: Settings, folder) -> Report:
     f"Time to the first token, W={settings.window}", log_x=True, log_y=True,
   )
   return out
-
-
-def _measure(field: Contestants, settings: Settings, n: int) -> dict:
-  """Seconds of every contestant and repeat, interleaved."""
-  arms = field.arms(n)
-  times: dict[str, list[float]] = {name: [] for name in arms}
-  notes = []
-  for repeat in range(-1, settings.repeats):  # the first one compiles
-    for name in list(times):
-      slow = name.startswith("PyTorch")
-      if slow and not 0 <= repeat < settings.torch_repeats:
-        continue
-      try:
-        seconds = arms[name](n)
-      except McjaxError as error:
-        notes.append(f"{name} was not measured: {error}")
-        del times[name]
-        continue
-      progress(f"ttft {n:,}: {name} {seconds:.2f} s")
-      if repeat >= 0:
-        times[name].append(seconds)
-  return {"times": times, "notes": notes}
 
 
 def _tabulate(out: Report, settings: Settings, times) -> None:
