@@ -1,14 +1,15 @@
-"""The levels of a tree: token, gist and key columns, and how they grow."""
+"""The levels of a tree: columns of tokens, gists and keys; how they grow."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 from typing import Protocol
 
 import numpy as np
 
 from mcjax import keys as lexical
-from mcjax import tree_format
+from mcjax import lens_keys, tree_format
 from mcjax.columns import Column, flush_columns
 from mcjax.store import Store
 from mcjax.types import BRANCHING, McjaxError, span_width
@@ -35,12 +36,14 @@ class Levels:
   Attributes:
     cursor: tokens held, those in RAM included.
     tokens: the column of token ids.
+    keyer: makes the lens keys of new nodes, where it made those held.
     ingested: rows read to compute nodes.
   """
 
-  def __init__(self, store: Store, record: dict):
+  def __init__(self, store: Store, record: dict, keyer: lens_keys.Keyer | None):
     """Opens the columns and reads the last row of each. Raises: McjaxError."""
     self._store, self._record = store, record
+    self.keyer = keyer
     self.cursor = record["cursor"]
     self.ingested = 0
     spec = tree_format.tokens_spec(record["vocab_size"])
@@ -48,19 +51,29 @@ class Levels:
     self._columns: dict[tuple[str, int], Column] = {}
     level = 1
     while self.num_nodes(level):
-      for kind in ("gists", "keys") if level > 1 else ("gists",):
+      for kind in self._kinds(level):
         length = self.num_nodes(level)
         column = self._make_column(kind, level, record, length)
         self._columns[kind, level] = column
         column.read(length - 1, length)  # a lost or cut file shows here
       level += 1
 
+  @property
+  def lens(self) -> dict | None:
+    """What the record will say of the lens keys held; None without any."""
+    return self._record.get("lens")
+
+  def _kinds(self, level: int) -> list[str]:
+    """Kinds of columns that are stored of a level."""
+    kinds = ["gists", "keys"] if level > 1 else ["gists"]
+    return kinds + ["lens"] if self.lens else kinds
+
   def num_nodes(self, level: int) -> int:
     """Complete nodes of a level."""
     return self.cursor // span_width(level)
 
   def column(self, kind: str, level: int) -> Column:
-    """The "gists" or "keys" of a level, made on first use."""
+    """The "gists", "keys" or "lens" of a level, made on first use."""
     if (kind, level) not in self._columns:
       column = self._make_column(kind, level, self._record, 0)
       self._columns[kind, level] = column
@@ -69,10 +82,9 @@ class Levels:
   def _make_column(
     self, kind: str, level: int, record: dict, length: int
   ) -> Column:
-    width, dtype = record["gistnet"]["d_model"], record["gist_dtype"]
-    spec = tree_format.column_spec(kind, level, width, dtype)
-    folder = f"gists/{record['gist_epoch']}" if kind == "gists" else kind
-    return Column(self._store, f"{folder}/L{level}", spec, length)
+    spec = tree_format.column_spec(kind, level, record)
+    path = f"{tree_format.folder(kind, record)}/L{level}"
+    return Column(self._store, path, spec, length)
 
   def blocks(self, start: int, stop: int) -> np.ndarray:
     """Token ids of blocks [start, stop): int32 [n, 32]."""
@@ -80,7 +92,13 @@ class Levels:
     return ids.astype(np.int32).reshape(-1, BRANCHING)
 
   def grow(self, ids: np.ndarray, encoder: Encoder) -> None:
-    """Adds at most `SLICE_TOKENS` tokens and every node they complete."""
+    """Adds at most `SLICE_TOKENS` tokens and every node they complete.
+
+    Lens keys that the keyer cannot go on with are dropped.
+    """
+    if self.lens and not self._keyer_fits():
+      self._record = tree_format.with_lens(self._record, None)
+      self._drop_lens_columns()
     old = self.cursor
     self.tokens.append(ids)
     self.cursor += len(ids)
@@ -91,7 +109,20 @@ class Levels:
       self.column("gists", level).append(rows)
       if level > 1:
         self.column("keys", level).append(self._new_keys(level, start, stop))
+      if self.lens:
+        rows = self._lens_keys(self.keyer, level, start, stop, self.column)
+        self.column("lens", level).append(rows)
       level += 1
+
+  def _keyer_fits(self) -> bool:
+    keyer, lens = self.keyer, self.lens
+    return keyer is not None and (keyer.fingerprint, keyer.key_dim) == (
+      lens["fingerprint"],
+      lens["key_dim"],
+    )
+
+  def _drop_lens_columns(self) -> None:
+    self._columns = {k: c for k, c in self._columns.items() if k[0] != "lens"}
 
   def _encode(
     self,
@@ -130,6 +161,24 @@ class Levels:
     rows = below.read(start * BRANCHING, stop * BRANCHING)
     return lexical.union(rows.reshape(stop - start, BRANCHING, -1))
 
+  def _lens_keys(
+    self,
+    keyer: lens_keys.Keyer,
+    level: int,
+    start: int,
+    stop: int,
+    column: Callable[[str, int], Column],
+  ) -> np.ndarray:
+    """Lens keys of nodes [start, stop), from gists or the level below."""
+    n = stop - start
+    self.ingested += n * BRANCHING
+    if level == 1:
+      gists = tree_format.unpack_gists(column("gists", 1).read(start, stop))
+      return lens_keys.block_keys(keyer, self.blocks(start, stop), gists)
+    below = column("lens", level - 1)
+    rows = below.read(start * BRANCHING, stop * BRANCHING)
+    return lens_keys.bounds(rows.reshape(n, BRANCHING, -1), keyer.key_dim)
+
   def sketch(self, level: int, start: int, stop: int) -> np.ndarray:
     """Keys of nodes [start, stop), from their tokens and the few before."""
     width = span_width(level)
@@ -155,39 +204,56 @@ class Levels:
 
   def snapshot(self) -> tuple:
     """A state to `restore`; copies no rows."""
-    columns = {key: c.snapshot() for key, c in self._columns.items()}
-    return self.cursor, self.tokens.snapshot(), columns
+    columns = {key: (c, c.snapshot()) for key, c in self._columns.items()}
+    return self.cursor, self._record, self.tokens.snapshot(), columns
 
   def restore(self, state: tuple) -> None:
     """Forgets every row since a snapshot."""
-    self.cursor, tokens, columns = state
+    self.cursor, self._record, tokens, columns = state
     self.tokens.restore(tokens)
-    self._columns = {key: self._columns[key] for key in columns}
-    for key, column in self._columns.items():
-      column.restore(columns[key])
+    self._columns = {key: column for key, (column, _) in columns.items()}
+    for column, column_state in columns.values():
+      column.restore(column_state)
 
-  def rebuild(self, encoder: Encoder, record: dict) -> None:
-    """Writes every gist anew into the gist epoch of `record`.
+  def rebuild(
+    self,
+    record: dict,
+    encoder: Encoder | None,
+    keyer: lens_keys.Keyer | None,
+  ) -> None:
+    """Writes columns anew into the epochs of `record`, in bounded memory.
 
     The columns in use do not change until `switch`.
+
+    Args:
+      record: the record to be.
+      encoder: makes the gists; None keeps those held.
+      keyer: makes the lens keys; None makes none.
     """
     new: dict[tuple[str, int], Column] = {}
+
+    def column(*key: str | int) -> Column:
+      return new[key] if key in new else self._columns[key]
+
+    makers = {}
+    if encoder is not None:
+      makers["gists"] = functools.partial(self._encode, encoder)
+    if keyer is not None:
+      makers["lens"] = functools.partial(self._lens_keys, keyer)
     step = SLICE_TOKENS // BRANCHING
-    level = 1
-    while self.num_nodes(level):
-      column = new["gists", level] = self._make_column(
-        "gists", level, record, 0
-      )
-      for start in range(0, self.num_nodes(level), step):
-        stop = min(start + step, self.num_nodes(level))
-        rows = self._encode(encoder, level, start, stop, lambda *key: new[key])
-        column.append(rows)
-        flush_columns([column], self._store.url, everything=False)
-      flush_columns([column], self._store.url, everything=True)
-      level += 1
-    self._rebuilt = new, record
+    for kind, make in makers.items():
+      level = 1
+      while count := self.num_nodes(level):
+        made = new[kind, level] = self._make_column(kind, level, record, 0)
+        for start in range(0, count, step):
+          made.append(make(level, start, min(start + step, count), column))
+          flush_columns([made], self._store.url, everything=False)
+        flush_columns([made], self._store.url, everything=True)
+        level += 1
+    self._rebuilt = new, record, keyer
 
   def switch(self) -> None:
-    """Takes the gists of the last `rebuild` into use."""
-    new, self._record = self._rebuilt
+    """Takes what the last `rebuild` wrote into use."""
+    new, self._record, self.keyer = self._rebuilt
+    self._drop_lens_columns()
     self._columns.update(new)

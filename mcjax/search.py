@@ -12,10 +12,14 @@ from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING, span_width
 
 _LEVEL_DISCOUNT = 0.7  # 1, 0.9, 0.8 and 0.6 found fewer within 256 nodes
+_SCAN = 8192  # blocks of a brute-force chunk
 
 
 class TreeSearch:
   """Finds the L1 blocks with the best keys, from the roots downwards.
+
+  Searches lexical keys, or lens keys with their `read_keys` and a `floor` of
+  -inf, since their scores may be negative.
 
   The roots are the maximal complete nodes, at most 31 per level. A node's
   bound is the smallest score on the path to it, so it bounds every descendant.
@@ -37,22 +41,26 @@ class TreeSearch:
     k: int = 16,
     stop_block: int | None = None,
     floor: float = 0.0,
+    read_keys: Callable[[int, int, int], np.ndarray] | None = None,
+    read_bytes: Callable[[int, int], int] = lexical.key_read_bytes,
   ):
     """Prepares a search of the blocks that are complete now.
 
     Args:
       tree: the history; it may grow meanwhile, newer blocks are not seen.
-      score_keys: uint8 [n, key_dim(level)] -> [n]; a parent's score must not
-        be below a child's, up to the hash collisions of the child's key.
+      score_keys: keys [n, width of the level] -> [n]; a parent's score must
+        not be below a child's, up to the hash collisions of the child's key.
       k: blocks to certify before `run` stops early.
       stop_block: only blocks before this one.
       floor: blocks that score no more than this are no results.
+      read_keys: keys of nodes [start, stop) of a level, from (level, start,
+        stop): `tree.keys` by default, or `tree.lens_keys`.
+      read_bytes: bytes behind the keys of so many nodes, from (level, nodes).
     """
-    self._tree, self._score_keys = tree, score_keys
+    self._score_keys = score_keys
+    self._read_keys, self._read_bytes = read_keys or tree.keys, read_bytes
     self._k, self._floor = k, floor
-    self._blocks = tree.num_nodes(1)
-    if stop_block is not None:
-      self._blocks = max(0, min(self._blocks, stop_block))
+    self._blocks = _blocks_before(tree, stop_block)
     self.touched = 0
     self.bytes_read = 0
     # Chunks of siblings not yet read, as heaps: by what to read next, and by
@@ -74,7 +82,8 @@ class TreeSearch:
 
   def _push(self, bound: float, level: int, first: int, last: int) -> None:
     newest = last * span_width(level - 1) - 1
-    urgency = bound * _LEVEL_DISCOUNT**level if bound > 0 else bound
+    discount = _LEVEL_DISCOUNT**level
+    urgency = bound * discount if bound > 0 else bound / discount
     chunk = (-urgency, -newest, level, first, last, bound)
     heapq.heappush(self._frontier, chunk)
     heapq.heappush(self._bounds, (-bound, -newest, level))
@@ -97,9 +106,9 @@ class TreeSearch:
       self._expand(bound, level, first, last)
 
   def _expand(self, bound: float, level: int, first: int, last: int) -> None:
-    keys = self._tree.keys(level, first, last)
+    keys = self._read_keys(level, first, last)
     self.touched += last - first
-    self.bytes_read += lexical.key_read_bytes(level, last - first)
+    self.bytes_read += self._read_bytes(level, last - first)
     scores = np.minimum(np.asarray(self._score_keys(keys), np.float64), bound)
     for index, score in zip(range(first, last), scores.tolist(), strict=True):
       if score <= self._floor:
@@ -129,3 +138,42 @@ class TreeSearch:
   def best(self, k: int) -> list[tuple[int, float]]:
     """Up to k (block, score) found so far; best first, ties newer first."""
     return [(b, s) for s, b in heapq.nlargest(k, self._found)]
+
+
+def brute_force(
+  tree: MegaContextTree,
+  score_keys: Callable[[np.ndarray], np.ndarray],
+  *,
+  k: int = 16,
+  stop_block: int | None = None,
+) -> list[tuple[int, float]]:
+  """The best blocks by their own lens keys, all of which are read, in chunks.
+
+  Args:
+    tree: the history.
+    score_keys: int8 [n, K] -> [n].
+    k: blocks wanted.
+    stop_block: only blocks before this one.
+
+  Returns:
+    Up to k (block, score); best first, ties newer first.
+
+  Raises:
+    McjaxError: the tree keeps no lens keys.
+  """
+  blocks, scores = np.zeros(0, np.int64), np.zeros(0)
+  stop = _blocks_before(tree, stop_block)
+  for start in range(0, stop, _SCAN):
+    end = min(start + _SCAN, stop)
+    new = np.asarray(score_keys(tree.lens_keys(1, start, end)), np.float64)
+    blocks = np.concatenate([blocks, np.arange(start, end)])
+    scores = np.concatenate([scores, new])
+    best = np.lexsort([-blocks, -scores])[:k]
+    blocks, scores = blocks[best], scores[best]
+  return list(zip(blocks.tolist(), scores.tolist(), strict=True))
+
+
+def _blocks_before(tree: MegaContextTree, stop_block: int | None) -> int:
+  """Complete blocks, only those before `stop_block` if it is given."""
+  blocks = tree.num_nodes(1)
+  return blocks if stop_block is None else max(0, min(blocks, stop_block))

@@ -17,11 +17,12 @@ import numpy as np
 
 from mcjax import tree_format
 from mcjax.columns import AccessCounts, TokenFrequency
+from mcjax.lens_keys import Keyer
 from mcjax.levels import SLICE_TOKENS, Encoder, Levels
 from mcjax.store import Store, decode_record, encode_record
 from mcjax.types import BRANCHING, McjaxError, span_width
 
-__all__ = ["Encoder", "MegaContextTree"]
+__all__ = ["Encoder", "Keyer", "MegaContextTree"]
 
 
 class MegaContextTree:
@@ -33,14 +34,16 @@ class MegaContextTree:
     record: dict,
     generation: bytes,
     encoder: Encoder | None,
+    keyer: Keyer | None,
   ):
     """Use `create` or `open`."""
     self._store, self._generation = store, generation
     self._record, self._encoder = record, encoder
     self._closed = False
     self._transient = 0
-    self._reads = dict.fromkeys(("tokens", "gists", "keys", "access"), 0)
-    self._levels = Levels(store, record)
+    kinds = ("tokens", "gists", "keys", "lens", "access")
+    self._reads = dict.fromkeys(kinds, 0)
+    self._levels = Levels(store, record, keyer)
     self._access = AccessCounts(store)
     self._frequency = TokenFrequency(
       store, record["vocab_size"], **record["frequency"]
@@ -59,6 +62,7 @@ class MegaContextTree:
     vocab_size: int,
     gist_dtype: str = "bfloat16",
     extra: dict | None = None,
+    keyer: Keyer | None = None,
   ) -> MegaContextTree:
     """Makes an empty tree.
 
@@ -70,13 +74,14 @@ class MegaContextTree:
       vocab_size: token ids are below it.
       gist_dtype: "bfloat16", "float32", or "int8" with a scale per vector.
       extra: small JSON to keep with the tree, as for `commit`.
+      keyer: makes the lens keys; None keeps none.
 
     Raises:
       McjaxError: something is there already, or it cannot be written; nothing
         is left behind.
     """
     record = tree_format.new_record(
-      base_fingerprint, base_name, encoder, vocab_size, gist_dtype
+      base_fingerprint, base_name, encoder, vocab_size, gist_dtype, keyer
     )
     record["extra"] = extra or record["extra"]
     store = Store(url)
@@ -87,7 +92,7 @@ class MegaContextTree:
       raise McjaxError(f"{store.url} is not empty: give a new or empty folder")
     with store.removed_on_error():
       generation = store.write_record(encode_record(record), generation)
-    return cls(store, record, generation, encoder)
+    return cls(store, record, generation, encoder, keyer)
 
   @classmethod
   def open(
@@ -97,6 +102,7 @@ class MegaContextTree:
     base_fingerprint: str,
     base_name: str,
     encoder: Encoder | None,
+    keyer: Keyer | None = None,
   ) -> MegaContextTree:
     """Opens a tree at its last commit.
 
@@ -106,6 +112,9 @@ class MegaContextTree:
       base_name: for messages.
       encoder: its fingerprint must be the tree's; None opens the tree of any
         GistNet, without `append`.
+      keyer: goes on with the lens keys if it made those stored. Otherwise, and
+        with None, the stored ones can be read until the first append, which
+        drops them; `rebuild_lens_keys` makes new ones.
 
     Raises:
       McjaxError: missing, damaged, of a newer format, or made with another base
@@ -119,7 +128,7 @@ class MegaContextTree:
     tree_format.check_record(
       record, store.url, base_fingerprint, base_name, encoder
     )
-    return cls(store, record, generation, encoder)
+    return cls(store, record, generation, encoder, keyer)
 
   @staticmethod
   def exists(url: str | os.PathLike[str]) -> bool:
@@ -149,6 +158,11 @@ class MegaContextTree:
   @property
   def vocab_size(self) -> int:
     return self._record["vocab_size"]
+
+  @property
+  def lens_fingerprint(self) -> str | None:
+    """Identity of what made the lens keys held; None if there are none."""
+    return self._levels.lens["fingerprint"] if self._levels.lens else None
 
   @property
   def extra(self) -> dict:
@@ -229,15 +243,17 @@ class MegaContextTree:
       raise McjaxError("a transient append cannot be committed")
     self._check_not_changed()
     self._levels.flush(everything=True)
-    record = dict(self._record, cursor=self.cursor)
+    record = dict(self._record, cursor=self.cursor, lens=self._levels.lens)
     if extra is not None:
       try:
         record["extra"] = json.loads(json.dumps(extra))
       except (TypeError, ValueError) as error:
         raise McjaxError(f"commit extra is not JSON: {error}") from error
     record["frequency"] = self._frequency.save()
+    before = self._record
     self._write_record(record)
     self._frequency.saved(record["frequency"])
+    self._delete_unused(before)
     self._access.flush(self.num_nodes)
 
   def _write_record(self, record: dict) -> None:
@@ -245,6 +261,13 @@ class MegaContextTree:
       encode_record(record), self._generation
     )
     self._record = record
+
+  def _delete_unused(self, before: dict) -> None:
+    """Deletes the epochs that an older record names and this one does not."""
+    epochs = tree_format.epoch_folders
+    with contextlib.suppress(McjaxError):  # the next rebuild tries again
+      for folder in epochs(before) - epochs(self._record):
+        self._store.delete(folder + "/")
 
   def _check_not_changed(self) -> None:
     if self._store.read_record()[1] != self._generation:
@@ -300,6 +323,22 @@ class MegaContextTree:
       return self._levels.sketch(1, start, stop)
     return self._levels.column("keys", level).read(start, stop)
 
+  def lens_keys(self, level: int, start: int, stop: int) -> np.ndarray:
+    """Lens keys of nodes [start, stop) of a level >= 1.
+
+    Returns:
+      int8 [n, K] at level 1; [n, 2K], minimum then maximum, above.
+
+    Raises:
+      McjaxError: the tree keeps no lens keys.
+      IndexError: no such nodes.
+    """
+    self._check_nodes(level, start, stop)
+    if self._levels.lens is None:
+      raise McjaxError(f"{self.url} has no lens keys: tools/rekey writes them")
+    self._reads["lens"] += stop - start
+    return self._levels.column("lens", level).read(start, stop)
+
   @property
   def reads(self) -> dict[str, int]:
     """Rows read so far: per kind by the methods here, "ingest" by `append`."""
@@ -328,8 +367,9 @@ class MegaContextTree:
     return self._access.read(level, start, stop)
 
   def nbytes_on_disk(self) -> dict[str, int]:
-    """Stored bytes per kind: tokens, gists, keys, access, other."""
-    total = dict.fromkeys(("tokens", "gists", "keys", "access", "other"), 0)
+    """Stored bytes per kind: tokens, gists, keys, lens, access, other."""
+    kinds = ("tokens", "gists", "keys", "lens", "access", "other")
+    total = dict.fromkeys(kinds, 0)
     for key, size in self._store.sizes().items():
       kind = key.split("/")[0]
       total[kind if kind in total else "other"] += size
@@ -351,6 +391,8 @@ class MegaContextTree:
 
     The new gists are written beside the old ones and one commit switches over,
     so a crash leaves a tree that opens with the old GistNet or the new one.
+    Lens keys may depend on gists: the tree's keyer makes them anew; without
+    one they are dropped.
 
     Args:
       encoder: the GistNet the tree belongs to from then on.
@@ -359,24 +401,49 @@ class MegaContextTree:
       McjaxError: a failed write; the tree then keeps its gists.
     """
     self.commit()
-    current = self._record["gist_epoch"]
-    for epoch in range(current + 2):  # also what a crash left behind
-      if epoch != current:
-        self._store.delete(f"gists/{epoch}/")
-    record = dict(self._record, gist_epoch=current + 1)
+    keyer = self._levels.keyer
+    record = tree_format.with_lens(self._record, keyer)
+    record["gist_epoch"] += 1
     record["gistnet"] = tree_format.gistnet_fields(encoder)
+    self._rebuild(record, encoder, keyer)
+    self._encoder = encoder
+
+  def attach_keyer(self, keyer: Keyer | None) -> None:
+    """As `open` with this keyer, for callers that choose it afterwards."""
+    self._levels.keyer = keyer
+
+  def rebuild_lens_keys(self, keyer: Keyer) -> None:
+    """Writes the lens keys of every node anew, as `rebuild_gists` does gists.
+
+    Args:
+      keyer: makes them, and those of later appends.
+
+    Raises:
+      McjaxError: a failed write; the tree then keeps the keys it has.
+    """
+    self.commit()
+    record = tree_format.with_lens(self._record, keyer)
+    self._rebuild(record, None, keyer)
+
+  def _rebuild(
+    self, record: dict, encoder: Encoder | None, keyer: Keyer | None
+  ) -> None:
+    """Writes the epochs that `record` adds and switches to it."""
+    before = self._record
+    used = tree_format.epoch_folders(before)
+    for folder in tree_format.past_folders(record) - used:
+      self._store.delete(folder + "/")  # what a crash left behind
     try:
-      self._levels.rebuild(encoder, record)
+      self._levels.rebuild(record, encoder, keyer)
       self._write_record(record)
     except BaseException:
       with contextlib.suppress(McjaxError):
-        self._check_not_changed()  # else the new gists are in use already
-        self._store.delete(f"gists/{current + 1}/")
+        self._check_not_changed()  # else the new epochs are in use already
+        for folder in tree_format.epoch_folders(record) - used:
+          self._store.delete(folder + "/")
       raise
     self._levels.switch()
-    self._encoder = encoder
-    with contextlib.suppress(McjaxError):  # the next rebuild tries again
-      self._store.delete(f"gists/{current}/")
+    self._delete_unused(before)
 
   def close(self) -> None:
     """Keeps the access counts; drops appends that were not committed."""

@@ -4,8 +4,14 @@ mcjax_tree.json   the record: who made it, how long it is; written last
 tokens            [cursor] uint16, or uint32 above 65,536 ids
 gists/E/L1, L2..  [nodes, D] of gist epoch E (`rebuild_gists` counts it up)
 keys/L2, L3..     [nodes, key_dim(level)] uint8; level 1 is in the tokens
+lens/E/L1, L2..   [nodes, K] and [nodes, 2K] int8 of lens epoch E, if the tree
+                  keeps lens keys
 access/L0, L1..   [nodes] uint32
 frequency         [2, vocab_size] uint32, two slots
+
+The record's "lens" is {"fingerprint", "key_dim", "epoch"}, or None in a tree
+without lens keys; records from before there were any lack it. "lens_epochs"
+counts the epochs that a tree ever had, so that none is used twice.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 import tensorstore as ts
 
-from mcjax import keys
+from mcjax import keys, lens_keys
 from mcjax.store import ArraySpec
 from mcjax.types import McjaxError
 
@@ -30,12 +36,38 @@ def tokens_spec(vocab_size: int) -> ArraySpec:
   return ArraySpec("uint32" if wide else "uint16", 0, 1024, 2**15)
 
 
-def column_spec(kind: str, level: int, d_model: int, dtype: str) -> ArraySpec:
-  """Layout of one level of "gists" or "keys"; a search reads 32 rows."""
+def folder(kind: str, record: dict) -> str:
+  """Where the columns of a kind ("gists", "keys", "lens") lie."""
+  if kind == "gists":
+    return f"gists/{record['gist_epoch']}"
+  if kind == "lens":
+    return f"lens/{record['lens']['epoch']}"
+  return kind
+
+
+def column_spec(kind: str, level: int, record: dict) -> ArraySpec:
+  """Layout of one level of a kind; a search reads 32 rows."""
   if kind == "keys":
     return ArraySpec("uint8", keys.key_dim(level), 32, 256)
-  width = d_model + (_SCALE_BYTES if dtype == "int8" else 0)
+  if kind == "lens":
+    width = lens_keys.key_width(level, record["lens"]["key_dim"])
+    return ArraySpec("int8", width, 128, 1024, compress=False)
+  dtype = record["gist_dtype"]
+  width = record["gistnet"]["d_model"]
+  width += _SCALE_BYTES if dtype == "int8" else 0
   return ArraySpec(dtype, width, 32, 256, compress=False)
+
+
+def epoch_folders(record: dict) -> set[str]:
+  """The folders of epochs that the record names."""
+  kinds = ["gists"] + ["lens"] * bool(record.get("lens"))
+  return {folder(kind, record) for kind in kinds}
+
+
+def past_folders(record: dict) -> set[str]:
+  """The folders of every epoch up to those of the record."""
+  gists = {f"gists/{e}" for e in range(record["gist_epoch"] + 1)}
+  return gists | {f"lens/{e}" for e in range(record.get("lens_epochs", 0))}
 
 
 def pack_gists(gists: np.ndarray, dtype: str) -> np.ndarray:
@@ -64,19 +96,33 @@ def gistnet_fields(encoder: object) -> dict[str, object]:
   }
 
 
+def with_lens(record: dict, keyer: lens_keys.Keyer | None) -> dict:
+  """The record with a new epoch of lens keys, or without any."""
+  if keyer is None:
+    return {**record, "lens": None}
+  epoch = record.get("lens_epochs", 0)
+  lens = {
+    "fingerprint": keyer.fingerprint,
+    "key_dim": int(keyer.key_dim),
+    "epoch": epoch,
+  }
+  return {**record, "lens": lens, "lens_epochs": epoch + 1}
+
+
 def new_record(
   base_fingerprint: str,
   base_name: str,
   encoder: object,
   vocab_size: int,
   gist_dtype: str,
+  keyer: lens_keys.Keyer | None,
 ) -> dict:
   """The record of an empty tree. Raises: McjaxError on a bad argument."""
   if gist_dtype not in GIST_DTYPES:
     raise McjaxError(f"gist_dtype {gist_dtype!r} is not one of {GIST_DTYPES}")
   if not 0 < vocab_size <= 2**31:
     raise McjaxError(f"vocab_size {vocab_size} is not in 1..2**31")
-  return {
+  record = {
     "format": FORMAT,
     "version": FORMAT_VERSION,
     "base": {"fingerprint": base_fingerprint, "name": base_name},
@@ -89,6 +135,7 @@ def new_record(
     "frequency": {"slot": 0, "blocks": 0},
     "extra": {},
   }
+  return with_lens(record, keyer)
 
 
 def check_record(

@@ -6,11 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
-from tree_reference import BASE, VOCAB, TinyEncoder, random_ids
+from tree_reference import BASE, VOCAB, TinyEncoder, TinyKeyer, random_ids
 
-from mcjax import keys
+from mcjax import keys, lens_keys
 from mcjax.search import TreeSearch
+from mcjax.search import brute_force as scan
 from mcjax.tree import MegaContextTree
+from mcjax.types import McjaxError
 
 _TREES = {}
 
@@ -144,3 +146,107 @@ def test_a_query_that_nothing_holds_costs_one_look_at_the_roots():
 def test_a_run_needs_room_for_one_chunk():
   with pytest.raises(ValueError, match="32"):
     TreeSearch(tree_of(500), query_of(0)).run(31)
+
+
+# Over lens keys.
+
+_KEY_DIM = 4
+
+
+def lens_tree_of(n, spread):
+  """As `tree_of`, with lens keys in -spread..spread."""
+  if (n, "lens", spread) not in _TREES:
+    tree = MegaContextTree.create(
+      f"memory://search-{uuid.uuid4()}", encoder=TinyEncoder(d_model=1),
+      vocab_size=VOCAB, keyer=TinyKeyer(_KEY_DIM, spread=spread), **BASE,
+    )  # fmt: skip
+    tree.append(random_ids(n))
+    _TREES[n, "lens", spread] = tree
+  return _TREES[n, "lens", spread]
+
+
+def lens_search(tree, score, **kwargs):
+  return TreeSearch(
+    tree, score, floor=-np.inf, read_keys=tree.lens_keys,
+    read_bytes=lambda level, n: n * lens_keys.key_width(level, _KEY_DIM),
+    **kwargs,
+  )  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+  st.sampled_from([0, 31, 32, 500, 1500, 5000, 33_000, 40_000]),
+  st.sampled_from([1, 127]),  # 1: many ties
+  st.lists(st.integers(-9, 9), min_size=_KEY_DIM, max_size=_KEY_DIM),
+  st.sampled_from([1, 4, 16, 100]),
+  st.sampled_from([None, 0, 1, 33, 700, 1249]),
+  st.sampled_from([32, 256, 10**6]),
+)
+def test_lens_search_equals_brute_force(n, spread, query, k, stop, max_nodes):
+  tree = lens_tree_of(n, spread)
+  score = lens_keys.scorer(np.array(query))
+  search, runs = lens_search(tree, score, k=k, stop_block=stop), 0
+  while not search.certified:
+    search.run(max_nodes)
+    runs += 1
+    assert runs < 10**4
+  blocks = n // 32 if stop is None else min(n // 32, stop)
+  own = tree.lens_keys(1, 0, blocks).astype(int) @ np.array(query)
+  every = sorted(zip(own.tolist(), range(blocks)), reverse=True)[:k]
+  assert search.best(k) == [(b, s) for s, b in every]
+  assert search.best(k) == scan(tree, score, k=k, stop_block=stop)
+
+
+def test_brute_force_in_several_chunks(monkeypatch):
+  tree, score = lens_tree_of(40_000, 127), lens_keys.scorer(np.arange(-2, 2))
+  at_once = scan(tree, score, k=40)
+  monkeypatch.setattr("mcjax.search._SCAN", 37)
+  before = tree.reads
+  assert scan(tree, score, k=40) == at_once
+  assert tree.reads["lens"] - before["lens"] == 1250
+  assert tree.reads["keys"] == before["keys"]
+  with pytest.raises(McjaxError, match="no lens keys"):
+    scan(tree_of(500), score)
+
+
+def test_lens_search_counts_the_bytes_of_lens_keys():
+  tree = lens_tree_of(1024 * 32, 127)  # one root of level 3
+  search = lens_search(tree, lens_keys.scorer(np.arange(-2, 2)), k=1)
+  search.run(33)
+  assert search.touched == 33 and search.bytes_read == 33 * 2 * _KEY_DIM
+
+
+@pytest.mark.parametrize("bound", [-50.0, 50.0])
+def test_of_equal_bounds_the_finer_node_is_read_first(bound):
+  """A coarse bound is the looser one, below zero as above."""
+  tree, order = tree_of(40_000), []
+
+  def read(level, first, last):
+    order.append(level)
+    return np.full((last - first, 1), bound)
+
+  search = TreeSearch(
+    tree, lambda k: k[:, 0], k=10**4, floor=-np.inf, read_keys=read
+  )
+  search.run(64 + 32 * 3)
+  assert order[:3] == [1, 2, 3]  # the roots, newest first
+  assert set(order[3:]) == {1}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_planted_block_is_found_though_every_score_is_negative(seed):
+  tree = lens_tree_of(40_000, 127)
+  rng, blocks = np.random.default_rng(seed), tree.num_nodes(1)
+  planted = int(rng.integers(blocks))
+  own = rng.integers(-1000, -900, blocks).astype(float)
+  own[planted] = -5
+
+  def read(level, first, last):
+    width = 32 ** (level - 1)
+    return own[first * width : last * width].reshape(-1, width)
+
+  search = TreeSearch(
+    tree, lambda k: k.max(axis=1), k=1, floor=-np.inf, read_keys=read
+  )
+  search.run(256)
+  assert search.certified and search.best(1) == [(planted, -5.0)]

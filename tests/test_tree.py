@@ -18,6 +18,7 @@ from tree_reference import (
   VOCAB,
   FailingWrites,
   TinyEncoder,
+  TinyKeyer,
   random_ids,
   reference_gists,
 )
@@ -54,7 +55,7 @@ def round_trip(dtype):
   return lambda x: tree_format.unpack_gists(tree_format.pack_gists(x, dtype))
 
 
-def check(tree, ids, encoder=None, dtype="bfloat16"):
+def check(tree, ids, encoder=None, dtype="bfloat16", keyer=None):
   """The tree holds exactly the history `ids`, by content."""
   encoder = encoder or TinyEncoder()
   assert tree.cursor == len(ids) == tree.num_nodes(0)
@@ -76,6 +77,25 @@ def check(tree, ids, encoder=None, dtype="bfloat16"):
   blocks = ids[: len(ids) // 32 * 32].reshape(-1, 32)
   held = [(blocks == token).any(axis=1).sum() for token in range(VOCAB)]
   np.testing.assert_array_equal(tree.block_frequency(np.arange(VOCAB)), held)
+  if keyer is None:
+    assert tree.lens_fingerprint is None
+  else:
+    assert tree.lens_fingerprint == keyer.fingerprint
+    if levels:
+      check_lens_keys(tree, keyer, blocks, levels[0])
+
+
+def check_lens_keys(tree, keyer, blocks, gists):
+  own = keyer.encode_keys(blocks.astype(np.int32), gists)
+  for level in range(1, tree.top_level + 1):
+    n = tree.num_nodes(level)
+    rows = own
+    if level > 1:
+      below = own[: n * 32 ** (level - 1)].reshape(n, -1, keyer.key_dim)
+      rows = np.concatenate([below.min(axis=1), below.max(axis=1)], axis=1)
+    found = tree.lens_keys(level, 0, n)
+    assert found.dtype == np.int8
+    np.testing.assert_array_equal(found, rows)
 
 
 def test_append_is_readable_at_once_and_durable_after_commit(url):
@@ -306,8 +326,9 @@ def test_access_counts(url):
     tree.record_access(1, np.array([tree.num_nodes(1)]))
 
 
-def test_reads_are_counted_and_do_not_grow_with_the_history():
-  tree = create(memory_url())
+@pytest.mark.parametrize("keyer", [None, TinyKeyer()])
+def test_reads_are_counted_and_do_not_grow_with_the_history(keyer):
+  tree = create(memory_url(), keyer=keyer)
   costs = []
   for _ in range(3):
     tree.append(random_ids(65_536))
@@ -316,11 +337,14 @@ def test_reads_are_counted_and_do_not_grow_with_the_history():
     tree.tokens(0, 64)
     tree.gists(1, 5, 9)
     tree.keys(2, 0, 2)
+    if keyer is not None:
+      tree.lens_keys(1, 3, 6)
     costs.append({kind: tree.reads[kind] - n for kind, n in before.items()})
     tree.append(random_ids(992))
   assert costs[0] == costs[1] == costs[2]
   assert costs[0] == {
-    "tokens": 64, "gists": 4, "keys": 2, "access": 0, "ingest": 32,
+    "tokens": 64, "gists": 4, "keys": 2, "access": 0,
+    "lens": 3 if keyer else 0, "ingest": 64 if keyer else 32,
   }  # fmt: skip
 
 
@@ -606,10 +630,16 @@ def test_a_stored_tree_of_version_1_opens(tmp_path):
   assert tree.access_counts(1, 7, 8) == [2]
   tree.append(ids[:100])
   tree.commit()
-  check(
-    reopen(tmp_path / "t", encoder), np.concatenate([ids, ids[:100]]), encoder
-  )
-  assert json.loads((ARTEFACT / RECORD_KEY).read_text())["version"] == 1
+  ids = np.concatenate([ids, ids[:100]])
+  check(reopen(tmp_path / "t", encoder), ids, encoder)
+  record = json.loads((ARTEFACT / RECORD_KEY).read_text())
+  assert record["version"] == 1 and "lens" not in record
+  tree = reopen(tmp_path / "t", encoder, keyer=TinyKeyer())
+  tree.append(ids[:100])  # a keyer alone makes no keys
+  ids = np.concatenate([ids, ids[:100]])
+  check(tree, ids, encoder)
+  tree.rebuild_lens_keys(TinyKeyer())
+  check(reopen(tmp_path / "t", encoder), ids, encoder, keyer=TinyKeyer())
 
 
 def test_memory_is_bounded_in_a_long_append(tmp_path):
@@ -626,3 +656,246 @@ def test_memory_is_bounded_in_a_long_append(tmp_path):
     for part in column._tail
   )
   assert held < 8 << 20 and (after - before) << 10 < 64 << 20
+
+
+# Lens keys.
+
+
+def lens_files(tree):
+  return {k.split("/")[1] for k in tree._store.sizes() if k[:5] == "lens/"}
+
+
+def lens_tree(url, ids, keyer):
+  tree = create(url, keyer=keyer)
+  tree.append(ids)
+  tree.commit({"n": 1})
+  return tree
+
+
+def test_a_tree_without_a_keyer_stores_nothing_of_lens_keys(url):
+  tree = create(url)
+  tree.append(random_ids(1100))
+  tree.commit()
+  assert not lens_files(tree) and tree.nbytes_on_disk()["lens"] == 0
+  record = decode_record(tree._store.read_record()[0], url)
+  assert record["lens"] is None and "lens_epochs" not in record
+  with pytest.raises(McjaxError, match="no lens keys.*rekey"):
+    tree.lens_keys(1, 0, 1)
+  with pytest.raises(IndexError):
+    tree.lens_keys(0, 0, 1)
+
+
+@pytest.mark.parametrize("dtype", tree_format.GIST_DTYPES)
+def test_lens_keys_in_pieces_equal_those_at_once(url, dtype):
+  ids, keyer = random_ids(70_000), TinyKeyer(key_dim=3)
+  tree, at = create(url, gist_dtype=dtype, keyer=keyer), 0
+  for n in (7, 25, 1, 1000, 40_000, 28_967):
+    tree.append(ids[at : at + n])
+    at += n
+  check(tree, ids, dtype=dtype, keyer=keyer)
+  tree.commit()
+  tree.close()
+  check(reopen(url), ids, dtype=dtype, keyer=keyer)
+  tree = reopen(url, keyer=keyer)
+  assert tree.nbytes_on_disk()["lens"] < 2400 * 3 + 8192
+  tree.append(ids[:5000])
+  tree.commit()
+  ids = np.concatenate([ids, ids[:5000]])
+  check(reopen(url, keyer=keyer), ids, dtype=dtype, keyer=keyer)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+  st.lists(
+    st.tuples(
+      st.sampled_from(
+        ["append", "commit", "transient", "crash", "reopen", "rebuild"]
+      ),
+      st.sampled_from([0, 1, 31, 32, 100, 1023, 1500]),
+      st.sampled_from([0, 0, 0, 1, None]),
+    ),
+    max_size=14,
+  )
+)
+def test_any_history_of_lens_keys_equals_the_reference(steps):
+  """Each reopening has a keyer of some seed, or none."""
+  url, pool, encoder = memory_url(), random_ids(40_000), TinyEncoder()
+  keyers = {0: TinyKeyer(), 1: TinyKeyer(6, 1), None: None}
+  tree, own = create(url, keyer=keyers[0]), 0  # the seed of its keyer
+  now = committed = pool[:0], 0  # tokens, the seed of its keys
+  at = 0
+  for step, n, seed in steps:
+    new = pool[at : at + n]
+    at += n
+    ids, held = now
+    grown = np.concatenate([ids, new]), held if held == own or not n else None
+    if step == "append":
+      tree.append(new)
+      now = grown
+    elif step == "transient":
+      with tree.transient():
+        tree.append(new)
+        check(tree, grown[0], encoder, keyer=keyers[grown[1]])
+    elif step == "rebuild" and seed is not None:
+      tree.rebuild_lens_keys(keyers[seed])
+      now = committed = ids, seed
+      own = seed
+    else:
+      if step != "crash":
+        tree.commit()
+        committed = now
+      if step != "commit":
+        tree, own, now = reopen(url, keyer=keyers[seed]), seed, committed
+    check(tree, now[0], encoder, keyer=keyers[now[1]])
+
+
+@pytest.mark.parametrize("keyer", [None, TinyKeyer(4, 1), TinyKeyer(5, 0)])
+def test_the_first_append_without_its_keyer_drops_lens_keys(url, keyer):
+  ids, own = random_ids(2000), TinyKeyer()
+  lens_tree(url, ids, own).close()
+  tree = reopen(url, keyer=keyer)
+  check(tree, ids, keyer=own)
+  tree.commit()
+  with tree.transient():
+    tree.append(ids[:1])
+    assert tree.lens_fingerprint is None
+  check(tree, ids, keyer=own)
+  tree.append([])
+  check(reopen(url, keyer=own), ids, keyer=own)
+  tree.append(ids[:1])
+  check(tree, np.append(ids, ids[0]))
+  check(reopen(url), ids, keyer=own)  # not committed yet
+  tree.commit()
+  assert not lens_files(tree)
+  ids = np.append(ids, ids[0])
+  check(reopen(url, keyer=own), ids)
+  tree = reopen(url)
+  tree.rebuild_lens_keys(own)
+  assert lens_files(tree) == {"1"}  # no epoch is used twice
+  check(reopen(url), ids, keyer=own)
+
+
+def test_without_a_gistnet_lens_keys_are_read():
+  url, ids, keyer = memory_url(), random_ids(1100), TinyKeyer()
+  lens_tree(url, ids, keyer).close()
+  tree = MegaContextTree.open(url, encoder=None, **BASE)
+  check(tree, ids, keyer=keyer)
+  tree.rebuild_lens_keys(TinyKeyer(7, 2))
+  check(reopen(url), ids, keyer=TinyKeyer(7, 2))
+
+
+def test_a_keyer_that_fails_leaves_the_tree_as_it_was():
+  keyer, ids = TinyKeyer(), random_ids(1500)
+  tree = lens_tree(memory_url(), ids, keyer)
+  keyer.encode_keys = lambda tokens, gists: np.zeros((len(tokens), 5), np.int8)
+  with pytest.raises(ValueError, match=r"int8\[2, 5\], not int8\[2, 4\]"):
+    tree.append(ids[:40])
+  check(tree, ids, keyer=TinyKeyer())
+
+
+def test_rebuild_lens_keys(url):
+  ids, new = random_ids(70_000), TinyKeyer(6, 3)
+  tree = lens_tree(url, ids, TinyKeyer())
+  tree.append(ids[:100])
+  ids = np.concatenate([ids, ids[:100]])
+  tree.rebuild_lens_keys(new)
+  check(tree, ids, keyer=new)
+  assert lens_files(tree) == {"1"}
+  check(reopen(url), ids, keyer=new)
+  tree.append(ids[:3000])  # the new keyer goes on
+  tree.commit()
+  ids = np.concatenate([ids, ids[:3000]])
+  check(reopen(url), ids, keyer=new)
+  tree.rebuild_lens_keys(TinyKeyer())
+  assert lens_files(tree) == {"2"}
+  check(reopen(url), ids, keyer=TinyKeyer())
+
+
+def test_rebuild_lens_keys_of_an_empty_tree(url):
+  tree, ids = create(url), random_ids(1100)
+  tree.rebuild_lens_keys(TinyKeyer())
+  tree.append(ids)
+  tree.commit()
+  check(reopen(url), ids, keyer=TinyKeyer())
+
+
+def test_rebuild_gists_makes_lens_keys_anew_or_drops_them(url):
+  ids, keyer = random_ids(34_000), TinyKeyer()
+  tree = lens_tree(url, ids, keyer)
+  tree.rebuild_gists(TinyEncoder(seed=3))
+  check(tree, ids, TinyEncoder(seed=3), keyer=keyer)
+  tree = reopen(url, TinyEncoder(seed=3))
+  check(tree, ids, TinyEncoder(seed=3), keyer=keyer)
+  assert lens_files(tree) == {"1"}
+  tree.rebuild_gists(TinyEncoder())
+  check(tree, ids)
+  assert not lens_files(tree)
+  check(reopen(url), ids)
+
+
+@pytest.mark.parametrize("kind", ["gists", "lens"])
+@pytest.mark.parametrize("allowed", range(0, 11))
+def test_crash_in_a_rebuild_keeps_the_old_lens_keys(monkeypatch, kind, allowed):
+  url, ids, keyer = memory_url(), random_ids(34_000), TinyKeyer()
+  rebuild = {
+    "gists": lambda tree: tree.rebuild_gists(TinyEncoder(seed=3)),
+    "lens": lambda tree: tree.rebuild_lens_keys(TinyKeyer(6, 3)),
+  }[kind]
+  lens_tree(url, ids, keyer).close()
+  done = False
+  with monkeypatch.context() as patch:
+    tree = reopen(url, keyer=keyer)
+    FailingWrites(patch, allowed)
+    try:
+      rebuild(tree)
+      done = True
+    except McjaxError as error:
+      assert "No space" in str(error)
+      check(tree, ids, keyer=keyer)
+  if not done:
+    assert lens_files(tree) == {"0"}
+    tree = reopen(url, keyer=keyer)
+    check(tree, ids, keyer=keyer)
+    rebuild(tree)
+  assert lens_files(tree) == {"1"}
+  if kind == "gists":
+    encoder = TinyEncoder(seed=3)
+    check(reopen(url, encoder), ids, encoder, keyer=keyer)
+  else:
+    check(reopen(url), ids, keyer=TinyKeyer(6, 3))
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("allowed", range(0, 14))
+def test_crash_at_any_write_of_a_commit_with_lens_keys(
+  monkeypatch, allowed, own
+):
+  url, ids, keyer = memory_url(), random_ids(36_000), TinyKeyer()
+  lens_tree(url, ids[:1500], keyer).close()
+  done = False
+  with monkeypatch.context() as patch:
+    FailingWrites(patch, allowed)
+    tree = reopen(url, keyer=keyer if own else None)
+    try:
+      tree.append(ids[1500:])
+      tree.commit({"n": 2})
+      done = True
+    except McjaxError:
+      assert tree.cursor in (1500, 36_000)
+      held = keyer if own or tree.cursor == 1500 else None
+      check(tree, ids[: tree.cursor], keyer=held)
+  crashed = reopen(url, keyer=keyer)
+  n = crashed.extra["n"]
+  assert n == 2 or not done
+  held = keyer if own or n == 1 else None
+  check(crashed, ids[: crashed.cursor], keyer=held)
+  crashed.append(ids[crashed.cursor :])
+  crashed.commit({"n": 3})
+  check(reopen(url), ids, keyer=held)
+
+
+def test_damaged_lens_keys_are_told(tmp_path):
+  lens_tree(tmp_path / "t", random_ids(1100), TinyKeyer()).close()
+  shutil.rmtree(tmp_path / "t" / "lens")
+  with pytest.raises(McjaxError, match="could not"):
+    reopen(tmp_path / "t")

@@ -31,6 +31,23 @@ class TinyEncoder:
     return np.tanh((gists * self._mix).sum(axis=1)) + np.float32(level)
 
 
+class TinyKeyer:
+  """Keys in -spread..spread out of tokens and gists, whatever the batch."""
+
+  def __init__(self, key_dim=4, seed=0, spread=127):
+    self.key_dim, self.spread = key_dim, spread
+    self.fingerprint = f"lens-{seed}"
+    rng = np.random.default_rng(seed)
+    self._table = rng.integers(0, 10**6, (2**16, key_dim))
+
+  def encode_keys(self, token_ids, gists):
+    assert token_ids.dtype == np.int32 and token_ids.shape[1:] == (32,)
+    assert gists.dtype == np.float32 and len(gists) == len(token_ids)
+    mixed = self._table[token_ids].sum(axis=1)
+    mixed += np.rint(1000 * gists[:, :1]).astype(np.int64)
+    return (mixed % (2 * self.spread + 1) - self.spread).astype(np.int8)
+
+
 def reference_gists(encoder, ids, pack):
   """Gists per level of a history; `pack` rounds as the store does."""
   levels = []

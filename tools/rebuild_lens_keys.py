@@ -1,0 +1,42 @@
+"""Rewrites a tree's lens keys with a LensNet; see tools/rekey."""
+
+from __future__ import annotations
+
+import time
+
+from absl import flags
+
+import mcjax
+from mcjax import commands, lensnet_policy
+from mcjax.tree import MegaContextTree
+
+_TREE = flags.DEFINE_string("tree", None, "The tree.", required=True)
+_LENSNET = flags.DEFINE_string(
+  "lensnet", None, "Weights (safetensors); the shipped ones by default."
+)
+_GISTNET = flags.DEFINE_string(
+  "gistnet", None, "The tree's GistNet; the shipped one by default."
+)
+_BASE = flags.DEFINE_string("base", "smollm2-135m", "Base LM of the tree.")
+
+
+def main(argv) -> None:
+  del argv
+  lm = mcjax.load_base_lm(_BASE.value)
+  encoder = mcjax.load_gistnet(lm, _GISTNET.value)
+  keyer = lensnet_policy.load_keyer(lm, encoder, source=_LENSNET.value)
+  tree = MegaContextTree.open(
+    _TREE.value, base_fingerprint=lm.fingerprint, base_name=lm.name,
+    encoder=encoder,
+  )
+  begin = time.perf_counter()
+  tree.rebuild_lens_keys(keyer)
+  nodes = sum(tree.num_nodes(l) for l in range(1, tree.top_level + 1))
+  tree.close()
+  print(f"{_TREE.value}: {nodes:,} lens keys of {tree.cursor:,} tokens "
+        f"rewritten by LensNet {keyer.fingerprint[:12]} in "
+        f"{time.perf_counter() - begin:.1f} s")
+
+
+if __name__ == "__main__":
+  commands.run(main)
