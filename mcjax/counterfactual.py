@@ -4,7 +4,9 @@ For every candidate edit the swapped-in entries, the newest token and the true
 continuation are run against the cached window with the swapped-out entries
 hidden, exactly as a splice would, and nothing is stored: 32 + 1 + H
 token-forwards for an expand, 1 + 1 + H for a collapse. Candidates need no free
-slots, so they can be asked of a full window.
+slots, so they can be asked of a full window, also of blocks that are hidden
+below a coarse entry. `slot_gradients` is the cheap estimate: one backward
+pass for all raw entries at once.
 """
 
 from __future__ import annotations
@@ -21,14 +23,19 @@ from mcjax.base import model
 from mcjax.context_lm import ContextLM
 from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING
-from mcjax.working_context import COLLAPSE, EXPAND
+from mcjax.working_context import COLLAPSE, EXPAND, Entries
 
 
 class Candidate(NamedTuple):
-  """An edit: EXPAND of an entry, or COLLAPSE of the 32 siblings from it on."""
+  """An edit: EXPAND of an entry, or COLLAPSE of the 32 siblings from it on.
+
+  An EXPAND with a `block` brings in the 32 tokens of that L1 node behind the
+  coarse entry above it: what a path of expands would show in the end.
+  """
 
   action: int
   entry: int
+  block: int | None = None
 
 
 class _Batch(NamedTuple):
@@ -123,41 +130,84 @@ def _layout(context: ContextLM, candidate: Candidate | None, tail: int,
 
   The newest token is swapped out too: it is run again with the continuation.
   """
-  window = context.window
-  e = window.entries
-  d_model = context.lm.config.d_model
-  if candidate is None:
-    at, gone, size, level, first = len(e) - 1, 0, 1, 0, 0
-    inputs, shown = np.zeros((1, d_model), np.float32), 0
-  else:
-    action, at = candidate
-    size = BRANCHING if action == EXPAND else 1
-    gone = 1 if action == EXPAND else BRANCHING
-    level = int(e.level[at]) - action
-    first = int(e.index[at]) * BRANCHING
-    if action == COLLAPSE:
-      first = int(e.index[at]) // BRANCHING
-    inputs, shown = context.node_inputs(tree, level, first, size), size
-    if level > 0 and not context.show_gists:
-      shown = 0
+  e = context.window.entries
+  at, gone, level, first, size = len(e) - 1, 0, 0, 0, 0
+  if candidate is not None:
+    at, gone, level, first, size = _swap(e, candidate)
+  inputs = np.zeros((max(1, size), context.lm.config.d_model), np.float32)
+  if size:
+    inputs = context.node_inputs(tree, level, first, size)
   levels = np.concatenate([
-    e.level[:at], np.full(size if candidate else 0, level),
-    e.level[at + gone : -1], np.zeros(tail, e.level.dtype),
+    e.level[:at], np.full(size, level), e.level[at + gone : -1],
+    np.zeros(tail, e.level.dtype),
   ])
   places = context.positions_of(levels)
-  new = size if candidate else 0
   positions, visible = context.slot_arrays()
-  before, after = e.slot[:at], e.slot[at + gone : -1]
-  positions[before] = places[:at]
-  positions[after] = places[at + new : len(levels) - tail]
+  positions[e.slot[:at]] = places[:at]
+  positions[e.slot[at + gone : -1]] = places[at + size : len(levels) - tail]
   visible[e.slot[at : at + gone]] = False
   visible[e.slot[-1]] = False
-  swapped = places[at : at + new] if candidate else np.zeros(1, np.int32)
-  own_visible = np.zeros(size + tail, bool)
-  own_visible[:shown] = True
-  own_visible[size:] = True
+  swapped = places[at : at + size] if size else np.zeros(1, np.int32)
+  own_visible = np.ones(len(inputs) + tail, bool)
+  own_visible[: len(inputs)] = size > 0 and (level == 0 or context.show_gists)
   return _Batch(
     positions, visible, inputs,
     np.concatenate([swapped, places[len(levels) - tail :]]).astype(np.int32),
     own_visible,
   )
+
+
+def _swap(e: Entries, candidate: Candidate) -> tuple[int, int, int, int, int]:
+  """Where, how many entries go, and level, first node and count of the new."""
+  action, at, block = candidate
+  if action == COLLAPSE:
+    parent = int(e.index[at]) // BRANCHING
+    return at, BRANCHING, int(e.level[at]) + 1, parent, 1
+  if block is not None and e.level[at] > 1:
+    return at + 1, 0, 0, block * BRANCHING, BRANCHING
+  return at, 1, int(e.level[at]) - 1, int(e.index[at]) * BRANCHING, BRANCHING
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _gate_gradient(params, config, state: kv_slots.KVSlots, positions, visible,
+                   token_ids, own_positions) -> jax.Array:
+  """Gradient [S] of the continuation's NLL for a gain on each slot's values."""
+
+  def nll(gain: jax.Array) -> jax.Array:
+    scale = (1 + gain).astype(state.values.dtype)
+    values = state.values * scale[None, None, :, None]
+    window = model.Segment(state.keys, values, positions, visible)
+    hidden, _, _ = model.forward(
+      params, config, model.embed(params, token_ids), own_positions, (window,)
+    )
+    return jnp.mean(model.token_nll(params, hidden[:-1], token_ids[1:]))
+
+  return jax.grad(nll)(jnp.zeros(state.keys.shape[-2], jnp.float32))
+
+
+def slot_gradients(context: ContextLM, tree: MegaContextTree,
+                   continuation: np.ndarray) -> np.ndarray:
+  """First-order estimate of what every entry is worth, from one backward pass.
+
+  The continuation is run against the cached window, whose values carry a gain
+  per slot; minus the gradient for that gain says, to first order, how many
+  nats a token the continuation would lose without the entry.
+
+  Args:
+    context: a synced window; nothing in it changes.
+    tree: gives the newest token.
+    continuation: [H] int32 true next tokens.
+
+  Returns:
+    [E] float32 nats a token, in the entries' order.
+  """
+  e = context.window.entries
+  newest = int(tree.tokens(int(e.index[-1]), int(e.index[-1]) + 1)[0])
+  ids = np.concatenate([[newest], continuation]).astype(np.int32)
+  stay = _layout(context, None, len(ids))
+  slopes = _gate_gradient(
+    context.lm.params, context.lm.config, context.state, stay.positions,
+    stay.visible, ids, stay.own_positions[1:],
+  )
+  context.tokens_run += len(ids)
+  return -np.asarray(slopes)[e.slot]

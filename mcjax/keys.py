@@ -29,7 +29,7 @@ SCHEME = "lexical-bitmap-1"  # stored with a tree; change it with the bits
 LOOKBACK = 16  # tokens before a span that its key also covers
 PAIR = 1.0  # weight of two adjacent query tokens, of the smaller one's
 _BYTES = (0, 1024, 2048, 16384)  # key bytes at level 1, 2, and 3 and up
-_IDF_POWER = 1.5  # of the idf in a query weight; 1, 2, 3 did worse
+IDF_POWER = 1.5  # of the idf in a query weight; 1, 2, 3 did worse
 _SCALE = 1024  # scores are sums of integers: exact, so that bounds and ties are
 
 
@@ -104,7 +104,7 @@ def query_weights(
   """
   blocks = tree.num_nodes(1)
   held = tree.block_frequency(query_ids)
-  idf = np.maximum(np.log((blocks + 1) / (held + 0.5)), 0) ** _IDF_POWER
+  idf = np.maximum(np.log((blocks + 1) / (held + 0.5)), 0) ** IDF_POWER
   return np.where(held > 0, weights * idf, 0).astype(np.float32)
 
 

@@ -1,11 +1,16 @@
-"""LensNet: a signed focus score for every entry of the working context.
+"""LensNet: a signed focus score for every block that an edit could concern.
 
-Entries and tail attend to each other (dual cross-attention, cost O(W * tail)),
-not causally: the tail says what the next tokens will need, so an old entry
-must see it. The score is bounded by tanh: positive asks for finer detail,
-negative for coarser. A Flax Linen module used as a pure function.
+Blocks and tail attend to each other (dual cross-attention, cost O(R * tail)),
+not causally: the tail says what the next tokens will need, so an old block
+must see it. Token statistics of block and query, computed on the device, and
+the match of learned keys come in as features. The score is bounded by tanh:
+positive asks for the block's raw tokens, negative does without them.
 
-Source: MegaContext, "LensNet"; design brief, section 2.9.
+The key and query heads give every block a small vector, stored in the tree,
+with which blocks anywhere in the history are found. Flax Linen modules, used
+as pure functions.
+
+Source: MegaContext, "LensNet"; design brief, sections 2.9 and 2.12.
 """
 
 from __future__ import annotations
@@ -18,29 +23,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mcjax.lens_rows import MARGIN, SPAN, TAIL, LensInputs
 from mcjax.types import BRANCHING
 
-FEATURES = 10
-_MAX_LEVEL = 6  # one-hot levels; coarser ones share the last
-TAIL_GISTS = 6
-TAIL = TAIL_GISTS + 1 + BRANCHING  # gists, provisional gist, newest tokens
+FEATURES = 25
+KEY_SCALE = 254.0  # of a unit vector's components before rounding to int8
+_RARITY_POWER = 1.5  # as in `keys.query_weights`
 
 
 @dataclasses.dataclass(frozen=True)
 class LensNetConfig:
-  """Sizes of LensNet; hashable.
+  """Sizes of LensNet; hashable, a jit static.
 
   Attributes:
-    d_model: width D of entries and tail (the base's embeddings).
+    d_model: width D of embeddings and gists.
     width: inner width.
     heads: attention heads.
-    layers: rounds of entries -> tail -> entries.
+    layers: rounds of blocks -> tail -> blocks.
+    feature_width: hidden width of the features' own path to the score.
+    key_dim: K, length of a block's key.
   """
 
   d_model: int
-  width: int = 192
-  heads: int = 6
+  width: int = 96
+  heads: int = 4
   layers: int = 2
+  feature_width: int = 48
+  key_dim: int = 64
 
 
 class _CrossAttention(nn.Module):
@@ -68,69 +77,187 @@ class _CrossAttention(nn.Module):
 
 
 class LensNet(nn.Module):
-  """Scores [W] in (-1, 1) of entries [W, D] given features and a tail."""
+  """Logits [R] of blocks; their tanh is the score."""
 
   config: LensNetConfig
 
   @nn.compact
-  def __call__(self, entries, features, entry_mask, tail, tail_mask):
-    """Scores every entry.
+  def __call__(self, gists, features, mask, tail, tail_mask):
+    """Scores every block.
 
     Args:
-      entries: [W, D] input embeddings, tokens and gists mixed.
-      features: [W, FEATURES] float32, see `entry_features`.
-      entry_mask: [W] bool, False for empty slots.
+      gists: [R, D] of the blocks.
+      features: [R, FEATURES] float32, see `block_features`.
+      mask: [R] bool, False for padding.
       tail: [T, D] what happens now: gists and newest tokens.
       tail_mask: [T] bool.
     """
     c = self.config
     unit = nn.RMSNorm(use_scale=False, name="unit")
-    x = nn.Dense(c.width, use_bias=False, name="project_entries")(unit(entries))
-    x = x + nn.Dense(c.width, use_bias=False, name="project_features")(features)
+    x = nn.Dense(c.width, use_bias=False, name="project_gists")(unit(gists))
+    x = x + nn.Dense(c.width, name="project_features")(features)
     y = nn.Dense(c.width, use_bias=False, name="project_tail")(unit(tail))
     y = y + self.param(
       "tail_position", nn.initializers.normal(0.02), (TAIL, c.width)
     )
     for i in range(c.layers):
-      y = _CrossAttention(c, name=f"tail_reads_entries_{i}")(y, x, entry_mask)
-      x = _CrossAttention(c, name=f"entries_read_tail_{i}")(x, y, tail_mask)
+      y = _CrossAttention(c, name=f"tail_reads_blocks_{i}")(y, x, mask)
+      x = _CrossAttention(c, name=f"blocks_read_tail_{i}")(x, y, tail_mask)
     x = nn.RMSNorm(name="final_norm")(x)
-    return jnp.tanh(nn.Dense(1, use_bias=False, name="score")(x)[:, 0])
+    own = nn.Dense(c.feature_width, name="feature_up")(features)
+    own = nn.Dense(1, name="feature_score")(nn.gelu(own))[:, 0]
+    return own + nn.Dense(1, use_bias=False, name="score")(x)[:, 0]
+
+
+class KeyHeads(nn.Module):
+  """Tables over the vocabulary from which keys and queries are summed.
+
+  Every token has a vector [K] and two saliences: how much it counts in a
+  block's key and in a query.
+  """
+
+  config: LensNetConfig
+
+  @nn.compact
+  def __call__(self, embeddings):
+    """[V, D] -> vectors [V, K], saliences in keys [V] and in queries [V]."""
+    c = self.config
+    # Embeddings share a large common part, which tells nothing.
+    centred = embeddings - jnp.mean(embeddings, axis=0, keepdims=True)
+    unit = nn.RMSNorm(use_scale=False, name="unit")(centred)
+    vectors = nn.Dense(c.key_dim, use_bias=False, name="vectors")(unit)
+    salience = nn.Dense(
+      2, name="salience", kernel_init=nn.initializers.zeros
+    )(unit)
+    weights = jax.nn.softplus(salience)
+    return vectors, weights[:, 0], weights[:, 1]
 
 
 def init_params(config: LensNetConfig, seed: int = 0):
-  """Deterministic untrained parameters."""
+  """Deterministic untrained parameters: {"score": …, "keys": …}."""
   d = config.d_model
-  return jax.jit(LensNet(config).init)(
-    jax.random.key(seed), jnp.zeros((BRANCHING, d)),
-    jnp.zeros((BRANCHING, FEATURES)), jnp.ones(BRANCHING, bool),
-    jnp.zeros((TAIL, d)), jnp.ones(TAIL, bool),
+  lens, heads = jax.random.split(jax.random.key(seed))
+  score = jax.jit(LensNet(config).init)(
+    lens, jnp.zeros((BRANCHING, d)), jnp.zeros((BRANCHING, FEATURES)),
+    jnp.ones(BRANCHING, bool), jnp.zeros((TAIL, d)), jnp.ones(TAIL, bool),
   )["params"]
+  keys = jax.jit(KeyHeads(config).init)(heads, jnp.zeros((BRANCHING, d)))
+  return {"score": score, "keys": keys["params"]}
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def apply(params, config: LensNetConfig, entries, features, entry_mask, tail,
-          tail_mask):
-  """Pure LensNet; see `LensNet.__call__`."""
-  return LensNet(config).apply(
-    {"params": params}, entries.astype(jnp.float32), features, entry_mask,
-    tail, tail_mask,
+def key_tables(params, config: LensNetConfig, embeddings: jax.Array):
+  """`KeyHeads` over a base's embeddings [V, D]; see there."""
+  return KeyHeads(config).apply(
+    {"params": params["keys"]}, embeddings.astype(jnp.float32)
   )
 
 
-def entry_features(
-  level: np.ndarray, start: np.ndarray, width: np.ndarray, cursor: int
-) -> np.ndarray:
-  """Level (one-hot), span width and distance to the cursor, log-scaled.
+def block_keys(tables, token_ids: jax.Array) -> jax.Array:
+  """Unit keys [n, K] of blocks of token ids [n, T]; -1 is no token."""
+  vectors, salience, _ = tables
+  return _summed(vectors, salience, token_ids, jnp.ones(token_ids.shape))
+
+
+def query_key(tables, token_ids: jax.Array, weights: jax.Array) -> jax.Array:
+  """Unit query [..., K] of token ids [..., Q], -1 for none, with weights."""
+  vectors, _, salience = tables
+  return _summed(vectors, salience, token_ids, weights)
+
+
+def _summed(vectors, salience, token_ids, weights) -> jax.Array:
+  at = jnp.maximum(token_ids, 0)
+  weights = salience[at] * jnp.where(token_ids >= 0, weights, 0.0)
+  total = jnp.einsum("...t,...tk->...k", weights, vectors[at])
+  length = jnp.sqrt(jnp.sum(jnp.square(total), -1, keepdims=True) + 1e-6)
+  return total / length
+
+
+def block_features(inputs: LensInputs, match: jax.Array) -> jax.Array:
+  """What token statistics say of every block, [R, FEATURES] float32.
+
+  Args:
+    inputs: see `LensInputs`.
+    match: [R] cosine of the blocks' keys and the query's.
+  """
+  x = inputs
+  ids = x.ids
+  weights = x.query_weights * x.query_rarity**_RARITY_POWER
+  cover, pairs, strongest = _overlap(
+    ids, x.query_ids, weights, x.query_rarity)
+  fading = 0.5 ** (jnp.arange(BRANCHING - 1, -1, -1) / 8.0)
+  rare = x.newest_rarity**_RARITY_POWER
+  now, now_pairs, now_strongest = _overlap(
+    ids, x.newest_ids, rare, x.newest_rarity)
+  ending, ending_pairs, _ = _overlap(
+    ids, x.newest_ids, rare * fading.astype(jnp.float32), x.newest_rarity)
+
+  def best(v: jax.Array) -> jax.Array:
+    return v / (jnp.max(jnp.where(x.mask, v, 0.0)) + 1e-3)
+
+  strong = [cover, pairs, best(cover), best(pairs), match, best(match)]
+  columns = [
+    *jnp.moveaxis(jax.nn.one_hot(x.state, 3), 1, 0),
+    jnp.log2(1 + jnp.maximum(x.distance, 0) / BRANCHING) / 16,
+    jnp.minimum(x.distance, 2048) / 2048,
+    jnp.where(x.distance < 256, 1 - x.distance / 256, 0.0),
+    *strong, strongest / 10, now, now_pairs, best(now), now_strongest / 10,
+    ending, ending_pairs,
+    jnp.broadcast_to(x.asked, cover.shape), *(x.asked * v for v in strong[:5]),
+  ]
+  return jnp.stack(columns, axis=1).astype(jnp.float32)
+
+
+def _overlap(ids, query_ids, weights, rarity):
+  """Share of the query's tokens and pairs in each block, and its rarest.
+
+  Args:
+    ids: [R, SPAN] int32; the margins count half.
+    query_ids: [Q] int32, -1 for none.
+    weights: [Q] float32.
+    rarity: [Q] float32 nats.
 
   Returns:
-    [E, FEATURES] float32.
+    three [R] float32.
   """
-  features = np.zeros((len(level), FEATURES), np.float32)
-  rows = np.arange(len(level))
-  features[rows, np.minimum(level, _MAX_LEVEL)] = 1.0
-  distance = np.maximum(cursor - start - width, 0)
-  features[:, 7] = np.log2(width) / 10.0
-  features[:, 8] = np.log2(1.0 + distance) / 20.0
-  features[:, 9] = 1.0 - (start + width / 2) / max(cursor, 1)
-  return features
+  near = np.full(SPAN, 0.5, np.float32)
+  near[MARGIN : MARGIN + BRANCHING] = 1.0
+  known = query_ids >= 0
+  same = (ids[:, :, None] == query_ids[None, None]) & known[None, None]
+  held = jnp.max(same * near[None, :, None], axis=1)
+  cover = held @ weights / (jnp.sum(weights) + 1e-6)
+  strongest = jnp.max(held * rarity[None], axis=1)
+  both = same[:, :-1, :-1] & same[:, 1:, 1:]
+  near = np.maximum(near[:-1], near[1:])
+  held = jnp.max(both * near[None, :, None], axis=1)
+  pair = jnp.minimum(weights[:-1], weights[1:])
+  return cover, held @ pair / (jnp.sum(pair) + 1e-6), strongest
+
+
+def logits(params, config: LensNetConfig, inputs: LensInputs,
+           match: jax.Array) -> jax.Array:
+  """Logits [R]: about ten times the nats a token that raw tokens are worth."""
+  features = block_features(inputs, match)
+  return LensNet(config).apply(
+    {"params": params["score"]}, inputs.gists, features, inputs.mask,
+    inputs.tail, inputs.tail_mask,
+  )
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def apply(params, config: LensNetConfig, inputs: LensInputs,
+          match: jax.Array) -> jax.Array:
+  """Scores [R] in (-1, 1); 0 for padding."""
+  scores = jnp.tanh(logits(params, config, inputs, match))
+  return jnp.where(inputs.mask, scores, 0.0)
+
+
+def flops(config: LensNetConfig, rows: int) -> int:
+  """Multiply-adds x 2 of one forward over `rows` blocks."""
+  c, w = config, config.width
+  inputs = (rows + TAIL) * c.d_model * w + rows * FEATURES * (
+    w + c.feature_width)
+  one = 2 * w * w + 4 * w * w  # query, out; feed-forward
+  attention = 2 * rows * TAIL * w
+  layer = 2 * attention + (rows + TAIL) * (one + 2 * w * w)
+  overlap = rows * SPAN * (128 + 2 * BRANCHING) * 2
+  return 2 * (inputs + c.layers * layer) + overlap

@@ -1,91 +1,255 @@
-"""LensNet as a focus policy: gathers entries and tail, returns scores."""
+"""LensNet as a focus policy: finds blocks, scores them, scores entries.
+
+Two searches, both within a fixed number of nodes, say which blocks may matter:
+by token statistics (`policies.Similarity`) and by learned keys. LensNet scores
+these and the window's own blocks; a coarse entry inherits the best score found
+below it, so that an expand path leads down to it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 import numpy as np
 
-from mcjax import lensnet
+from mcjax import lens_keys, lens_rows, lensnet, pretrained
 from mcjax.base.load import BaseLM
 from mcjax.context_lm import ContextLM
 from mcjax.gistnet import GistEncoder
-from mcjax.lensnet import FEATURES, TAIL, TAIL_GISTS
-from mcjax.policies import FocusView
-from mcjax.types import BRANCHING
+from mcjax.lens_rows import GIST, RAW, LensInputs
+from mcjax.policies import FocusView, Similarity, age_scores
+from mcjax.search import TreeSearch, brute_force
+from mcjax.types import BRANCHING, McjaxError
+
+_KEY_BATCH = 2048  # blocks per call of the key head
+_FOUND = 8  # blocks taken from each search
+_SCAN = 1 << 15  # blocks up to which all keys are read: 1M tokens, 4 MFLOP
+_THRESHOLD = 0.2  # as the allocator's; scores below it are no wishes
+_PRESSURE = 0.21  # taken from what is not wished for once slots are short
+
+
+class LensKeyer:
+  """Writes a block's key; `lens_keys.Keyer` of a LensNet on a base.
+
+  Attributes:
+    fingerprint: of weights, configuration and base.
+    key_dim: K.
+  """
+
+  def __init__(self, params, config: lensnet.LensNetConfig, lm: BaseLM):
+    self.key_dim = config.key_dim
+    self.fingerprint = pretrained.fingerprint(
+      params["keys"], dataclasses.asdict(config) | {"base": lm.fingerprint})
+    tables = jax.jit(
+      lambda p, e: lensnet.key_tables(p, config, e)
+    )(params, lm.params["embed"])
+    self._vectors, self._salience, self._asking = map(np.asarray, tables)
+
+  def encode_keys(self, token_ids: np.ndarray, gists: np.ndarray | None = None
+                  ) -> np.ndarray:
+    """int32 [n, 32] -> int8 [n, K]; the gists are not looked at."""
+    del gists
+    out = np.empty((len(token_ids), self.key_dim), np.int8)
+    for a in range(0, len(token_ids), _KEY_BATCH):
+      ids = token_ids[a : a + _KEY_BATCH]
+      total = np.einsum("nt,ntk->nk", self._salience[ids], self._vectors[ids])
+      out[a : a + _KEY_BATCH] = _rounded(total)
+    return out
+
+  def query(self, token_ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """int32 [K] query of token ids [Q] with weights [Q]."""
+    total = (weights * self._asking[token_ids]) @ self._vectors[token_ids]
+    return _rounded(total[None])[0].astype(np.int32)
+
+
+def _rounded(total: np.ndarray) -> np.ndarray:
+  """Unit vectors [n, K] of `total` as int8."""
+  length = np.sqrt(np.sum(np.square(total), axis=1, keepdims=True) + 1e-6)
+  scaled = np.rint(total / length * lensnet.KEY_SCALE)
+  return np.clip(scaled, -127, 127).astype(np.int8)
 
 
 class LensNetPolicy:
-  """Focus scores from LensNet, in slot order on the device.
+  """Focus scores from LensNet.
 
   Attributes:
     trained: False for the deterministic untrained weights.
+    keyer: of the learned keys.
+    touched, bytes_read: nodes and bytes of the last call's searches.
   """
 
-  touched = 0
-  bytes_read = 0
-
-  def __init__(self, config: lensnet.LensNetConfig, params,
-               encoder: GistEncoder, trained: bool):
+  def __init__(self, config: lensnet.LensNetConfig, params, lm: BaseLM,
+               encoder: GistEncoder, trained: bool, max_nodes: int = 256):
     self.config, self.params, self.trained = config, params, trained
+    self.keyer = LensKeyer(params, config, lm)
     self._encoder = encoder
+    self._max_nodes = max_nodes
+    self._lexical = Similarity(max_nodes)
+    self._query: np.ndarray | None = None
+    self._blocks = 0
+    self._search: TreeSearch | None = None
+    self._best: list[int] = []
+    self.touched = 0
+    self.bytes_read = 0
 
   def score(self, view: FocusView) -> np.ndarray:
     """Signed score per entry, [E] float32."""
-    lens_lm: ContextLM = view.context_lm
-    lens_lm.load_unready(view.tree)
-    e = view.entries
-    slots = lens_lm.window.window
-    features = np.zeros((slots, FEATURES), np.float32)
-    mask = np.zeros(slots, bool)
-    features[e.slot] = lensnet.entry_features(
-      e.level, e.start(), e.width(), view.tree.cursor
-    )
-    mask[e.slot] = True
-    tail, tail_mask = self._tail(view, lens_lm)
-    scores = lensnet.apply(
-      self.params, self.config, lens_lm.state.inputs, features, mask, tail,
-      tail_mask,
-    )
-    return np.asarray(scores)[e.slot]
+    found = self.found(view)
+    window = view.context_lm.window
+    rows = lens_rows.window_rows(window, found)
+    scores = self.score_rows(view, rows)
+    return entry_scores(view, rows, scores)
+
+  def found(self, view: FocusView) -> list[int]:
+    """Blocks that either search proposes."""
+    lexical = [b for b, _ in self._lexical.targets(view)]
+    self.touched = self._lexical.touched
+    self.bytes_read = self._lexical.bytes_read
+    return list(dict.fromkeys(lexical + self._by_keys(view)))
+
+  def score_rows(self, view: FocusView, rows: lens_rows.Rows) -> np.ndarray:
+    """Scores [R] float32 of the blocks of `rows`."""
+    context: ContextLM = view.context_lm
+    size = next(s for s in _sizes(context.window.window) if s >= len(rows))
+    inputs = lens_rows.gather(
+      view, rows, size, context.token_embeddings, self._encoder)
+    match = np.zeros(size, np.float32)
+    query = self.keyer.query(view.query_ids, view.query_weights)
+    keys = self.keyer.encode_keys(
+      np.maximum(inputs.ids[: len(rows), lens_rows.MARGIN : -lens_rows.MARGIN],
+                 0))
+    match[: len(rows)] = keys.astype(np.int32) @ query / lensnet.KEY_SCALE**2
+    scores = lensnet.apply(self.params, self.config, inputs, match)
+    return np.asarray(scores)[: len(rows)]
+
+  def _by_keys(self, view: FocusView) -> list[int]:
+    """The blocks with the best learned keys.
+
+    Bounds of 32 unlike keys are loose, so all keys are read as long as that
+    is cheap; beyond, the best-first search goes as far as its nodes reach.
+    """
+    tree, last = view.tree, view.query_start // BRANCHING
+    if not len(view.query_ids) or not last:
+      return []
+    blocks = tree.num_nodes(1)
+    if view.query_ids is not self._query or blocks != self._blocks:
+      self._query, self._blocks = view.query_ids, blocks
+      self._start_search(view, last)
+    if self._search is not None:
+      before = self._search.touched, self._search.bytes_read
+      self._search.run(self._max_nodes)
+      self.touched += self._search.touched - before[0]
+      self.bytes_read += self._search.bytes_read - before[1]
+      self._best = [b for b, _ in self._search.best(_FOUND)]
+    return self._best
+
+  def _start_search(self, view: FocusView, last: int) -> None:
+    tree, width = view.tree, self.keyer.key_dim
+    query = self.keyer.query(view.query_ids, view.query_weights)
+    score = lens_keys.scorer(query)
+    self._search = None
+    if last <= _SCAN:
+      found = brute_force(tree, score, k=_FOUND, stop_block=last)
+      self._best = [b for b, _ in found]
+      self.touched += last
+      self.bytes_read += last * width
+    else:
+      self._search = TreeSearch(
+        tree, score, k=_FOUND, stop_block=last, floor=-np.inf,
+        read_keys=tree.lens_keys,
+        read_bytes=lambda level, n: n * lens_keys.key_width(level, width))
 
   def warm_up(self, context: ContextLM) -> None:
     """Compiles LensNet for this window."""
-    slots = context.window.window
-    lensnet.apply(
-      self.params, self.config, context.state.inputs,
-      np.zeros((slots, FEATURES), np.float32), np.zeros(slots, bool),
-      np.zeros((TAIL, self.config.d_model), np.float32), np.zeros(TAIL, bool),
-    )
+    for size in _sizes(context.window.window):
+      lensnet.apply(self.params, self.config,
+                    empty_inputs(size, self.config.d_model),
+                    np.zeros(size, np.float32))
     context.token_embeddings(np.zeros(BRANCHING, np.int32))
 
-  def _tail(self, view: FocusView, lens_lm: ContextLM):
-    """Coarsest and newest gists, the provisional gist, the newest tokens."""
-    tree = view.tree
-    d = self.config.d_model
-    tail = np.zeros((TAIL, d), np.float32)
-    mask = np.zeros(TAIL, bool)
-    gists = []
-    if tree.top_level > 1:
-      count = tree.num_nodes(tree.top_level)
-      gists.append(tree.gists(tree.top_level, max(0, count - 2), count))
-    count = tree.num_nodes(1)
-    gists.append(tree.gists(1, max(0, count - 4), count))
-    rows = np.concatenate(gists)[:TAIL_GISTS]
-    tail[: len(rows)] = rows
-    mask[: len(rows)] = True
-    newest = tree.tokens(max(0, tree.cursor - BRANCHING), tree.cursor)
-    if len(newest) == BRANCHING:
-      tail[TAIL_GISTS] = self._encoder.encode_tokens(newest[None])[0]
-      mask[TAIL_GISTS] = True
-    ids = np.zeros(BRANCHING, np.int32)
-    ids[: len(newest)] = newest
-    tail[TAIL_GISTS + 1 :] = lens_lm.token_embeddings(ids)
-    mask[TAIL_GISTS + 1 : TAIL_GISTS + 1 + len(newest)] = True
-    return tail, mask
+
+def _sizes(window: int) -> tuple[int, ...]:
+  """Padded numbers of rows: usual ones, and all a window can hold."""
+  return (128, 256, window + 4 * _FOUND)
 
 
-def load_lensnet(lm: BaseLM, encoder: GistEncoder) -> LensNetPolicy:
-  """The lens for a base; deterministic untrained weights."""
-  config = lensnet.LensNetConfig(d_model=lm.config.d_model)
-  return LensNetPolicy(
-    config, lensnet.init_params(config), encoder, trained=False
+def empty_inputs(size: int, d_model: int) -> LensInputs:
+  """Inputs of `size` rows that hold nothing."""
+  none = np.full
+  return LensInputs(
+    none((size, lens_rows.SPAN), -1, np.int32),
+    np.zeros((size, d_model), np.float32), np.zeros(size, np.int32),
+    np.zeros(size, np.float32), np.zeros(size, bool),
+    none(lens_rows.QUERY, -1, np.int32),
+    *np.zeros((2, lens_rows.QUERY), np.float32), none(BRANCHING, -1, np.int32),
+    np.zeros(BRANCHING, np.float32), np.float32(0),
+    np.zeros((lens_rows.TAIL, d_model), np.float32),
+    np.zeros(lens_rows.TAIL, bool),
   )
+
+
+def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
+                 ) -> np.ndarray:
+  """Scores of entries [E] from scores of blocks [R].
+
+  A block's raw tokens and its gist take its score. A coarse entry takes the
+  best wish found below it, else its age's score, which never asks for detail.
+  Under pressure everything that is not wished for scores lower.
+  """
+  out = age_scores(view)
+  wished = scores > _THRESHOLD
+  calm = scores - np.float32(_PRESSURE if view.pressure else 0.0)
+  block = np.where(wished, scores, calm).astype(np.float32)
+  for at, state, score in zip(rows.entry.tolist(), rows.state.tolist(), block):
+    if state == RAW:
+      out[at : at + BRANCHING] = score
+    elif state == GIST:
+      # A gist costs one slot; without a wish only its age counts.
+      out[at] = max(score, out[at])
+    elif score > _THRESHOLD:
+      out[at] = max(score, out[at])
+  return out
+
+
+def _load(lm: BaseLM, source):
+  config = lensnet.LensNetConfig(d_model=lm.config.d_model)
+  path = source or pretrained.shipped(lm.name, "lensnet")
+  if path is not None:
+    params, fields, card = pretrained.read_weights(path, "lensnet")
+    config = lensnet.LensNetConfig(**fields)
+    if config.d_model == lm.config.d_model:
+      return params, config, card
+    if source is not None:
+      raise McjaxError(f"{source}: this LensNet reads vectors of "
+                       f"{config.d_model}, but {lm.name} embeds in "
+                       f"{lm.config.d_model}")
+    config = lensnet.LensNetConfig(d_model=lm.config.d_model)
+  return lensnet.init_params(config), config, None
+
+
+def load_lensnet(lm: BaseLM, encoder: GistEncoder, source=None,
+                 max_nodes: int = 256) -> LensNetPolicy:
+  """The LensNet of a base: the given weights, else the shipped, else fresh.
+
+  Args:
+    lm: the base.
+    encoder: its GistNet.
+    source: path of a `lensnet.safetensors`; None takes the weights shipped for
+      a base of this name, or else deterministic untrained ones.
+    max_nodes: nodes each search may touch per refocus step.
+
+  Raises:
+    McjaxError: `source` is missing, unreadable or made for another width.
+  """
+  params, config, card = _load(lm, source)
+  return LensNetPolicy(
+    config, params, lm, encoder, trained=card is not None, max_nodes=max_nodes
+  )
+
+
+def load_keyer(lm: BaseLM, encoder: GistEncoder, source=None) -> LensKeyer:
+  """The key head of `load_lensnet`'s weights."""
+  del encoder  # keys are made of tokens alone
+  params, config, _ = _load(lm, source)
+  return LensKeyer(params, config, lm)

@@ -71,7 +71,7 @@ class Oracle:
       context, view.tree, candidates, view.continuation[:_HORIZON],
       pad_to=_CANDIDATES,
     )
-    for (action, at), loss in zip(candidates, losses):
+    for (action, at, _), loss in zip(candidates, losses):
       if action == EXPAND:
         scores[at] = np.tanh(_SCALE * (base - loss))
       else:

@@ -12,13 +12,13 @@ import time
 
 import numpy as np
 
-from mcjax import policies
+from mcjax import policies, pretrained
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.context_lm import ContextLM
 from mcjax.focus_loop import FocusLoop, Query
 from mcjax.gistnet import GistEncoder, load_gistnet
-from mcjax.lensnet_policy import load_lensnet
+from mcjax.lensnet_policy import LensNetPolicy, load_keyer, load_lensnet
 from mcjax.oracle import Oracle
 from mcjax.telemetry import Telemetry
 from mcjax.tree import MegaContextTree
@@ -73,7 +73,8 @@ class MegaContext:
   """
 
   def __init__(self, tree: MegaContextTree, lm: BaseLM, config: Config,
-               encoder: GistEncoder, telemetry: Telemetry):
+               encoder: GistEncoder, telemetry: Telemetry,
+               lensnet: LensNetPolicy | None = None):
     self.lm = lm
     self.config = config
     self.tree = tree
@@ -83,7 +84,7 @@ class MegaContext:
     )
     self._loop = FocusLoop(
       tree, ContextLM(lm, config, show_gists),
-      _make_policy(config, lm, encoder), encoder, config, self.telemetry,
+      lensnet or _make_policy(config), encoder, config, self.telemetry,
     )
     self._loop.restore_focus(tree.extra.get("focus"))
     self._closed = False
@@ -92,7 +93,8 @@ class MegaContext:
 
   @classmethod
   def create(cls, url: str, lm: BaseLM, config: Config | None = None,
-             gistnet: GistEncoder | None = None) -> MegaContext:
+             gistnet: GistEncoder | None = None,
+             lensnet: LensNetPolicy | None = None) -> MegaContext:
     """Starts an empty history at `url`.
 
     Args:
@@ -100,6 +102,7 @@ class MegaContext:
       lm: the frozen base.
       config: of the loop; defaults.
       gistnet: the compressor; the shipped one by default.
+      lensnet: for policy lensnet; the shipped one by default.
 
     Raises:
       McjaxError: a tree is there already, or the place cannot be written.
@@ -107,21 +110,23 @@ class MegaContext:
     config = config or Config()
     encoder = gistnet or load_gistnet(lm)
     _check_window(lm, config)
+    lensnet, keyer = _make_lensnet(config, lm, encoder, lensnet)
     telemetry = Telemetry(config.telemetry_path)
     try:
       tree = MegaContextTree.create(
         url, base_fingerprint=lm.fingerprint, base_name=lm.name,
         encoder=encoder, vocab_size=lm.config.vocab_size,
-        extra={"config": dataclasses.asdict(config)},
+        extra={"config": dataclasses.asdict(config)}, keyer=keyer,
       )
     except BaseException:
       telemetry.close()
       raise
-    return cls(tree, lm, config, encoder, telemetry)
+    return cls(tree, lm, config, encoder, telemetry, lensnet)
 
   @classmethod
   def open(cls, url: str, lm: BaseLM, config: Config | None = None,
-           gistnet: GistEncoder | None = None) -> MegaContext:
+           gistnet: GistEncoder | None = None,
+           lensnet: LensNetPolicy | None = None) -> MegaContext:
     """Resumes a history with the focus and configuration it was closed with.
 
     Raises:
@@ -136,8 +141,15 @@ class MegaContext:
       saved = tree.extra.get("config", {})
       config = Config(**{k: v for k, v in saved.items() if k in known})
     _check_window(lm, config)
+    lensnet, keyer = _make_lensnet(config, lm, encoder, lensnet)
+    tree.attach_keyer(keyer)
+    if lensnet is not None and tree.lens_fingerprint != keyer.fingerprint:
+      raise McjaxError(
+        f"{tree.url} holds no keys of this LensNet: run tools/rekey, or take "
+        "another policy"
+      )
     telemetry = Telemetry(config.telemetry_path)
-    return cls(tree, lm, config, encoder, telemetry)
+    return cls(tree, lm, config, encoder, telemetry, lensnet)
 
   def close(self) -> None:
     """Commits and releases the tree; the object is of no use afterwards."""
@@ -349,16 +361,31 @@ def _check_window(lm: BaseLM, config: Config) -> None:
     )
 
 
-def _make_policy(config: Config, lm: BaseLM, encoder: GistEncoder):
+def _make_policy(config: Config):
+  """The hand-written policy of a configuration."""
   if config.policy == "similarity":
     return policies.Similarity(config.search_nodes)
   if config.policy == "recency":
     return policies.Recency()
   if config.policy == "random":
     return policies.Random(config.seed)
-  if config.policy == "oracle":
-    return Oracle(config)
-  return load_lensnet(lm, encoder)
+  return Oracle(config)
+
+
+def _make_lensnet(config: Config, lm: BaseLM, encoder: GistEncoder,
+                  given: LensNetPolicy | None):
+  """The learned policy where it is asked for, and who writes lens keys.
+
+  Keys of a shipped LensNet are written under every policy, so that the policy
+  can be changed later.
+  """
+  if config.policy == "lensnet":
+    policy = given or load_lensnet(lm, encoder, max_nodes=config.search_nodes)
+    return policy, policy.keyer
+  if given is not None:
+    return None, given.keyer
+  shipped = pretrained.shipped(lm.name, "lensnet") is not None
+  return None, load_keyer(lm, encoder) if shipped else None
 
 
 def _unsaid(closing: np.ndarray, said: list[int]) -> np.ndarray:

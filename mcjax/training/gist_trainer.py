@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import signal
 import time
 from typing import Any
 
@@ -23,6 +22,7 @@ from mcjax.evaluation import recovery
 from mcjax.training import data, level_loss, losses
 from mcjax.training.losses import Objective
 from mcjax.training.metrics import MetricWriter
+from mcjax.training.stop_signal import StopSignal
 from mcjax.types import McjaxError
 
 
@@ -205,24 +205,6 @@ def train_step(state, base_params, ids, *, config: TrainConfig, gist_config,
     "gradient_norm": optax.global_norm(gradient), "learning_rate": rate}
   return {"params": optax.apply_updates(state["params"], updates),
           "optimizer": moments, "step": state["step"] + 1}, metrics
-
-
-class StopSignal:
-  """Turns SIGTERM and SIGINT into a flag while its block runs."""
-
-  def __enter__(self):
-    self.raised = False
-    self._before = {
-      s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-    return self
-
-  def _note(self, number, frame):
-    del number, frame
-    self.raised = True
-
-  def __exit__(self, *unused):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
 
 
 class GistTrainer:

@@ -1,0 +1,40 @@
+"""Trains a LensNet: python -m experiments.train_lensnet --config=… --workdir=…
+
+Every round labels windows that the policy of the round before reaches, and
+trains on all labels so far. Labelled tasks and checkpoints are kept in the
+workdir, so the same command resumes; SIGTERM or Ctrl-C leaves a checkpoint.
+"""
+
+import pathlib
+
+from absl import flags, logging
+
+from mcjax import commands
+from mcjax.base.load import load_base_lm
+from mcjax.gistnet import load_gistnet
+from mcjax.training import data, lens_rounds
+
+_CONFIG = commands.define_config(
+  str(pathlib.Path(__file__).parent / "configs/lensnet.py"))
+_WORKDIR = flags.DEFINE_string("workdir", None, "Labels, checkpoints, metrics.")
+_EXPORT = flags.DEFINE_string("export", None, "Write the final weights there.")
+flags.mark_flag_as_required("workdir")
+
+
+def main(argv) -> None:
+  del argv
+  c = _CONFIG.value
+  logging.set_verbosity(logging.WARNING)
+  workdir = pathlib.Path(_WORKDIR.value)
+  commands.use_compilation_cache(workdir / "compiled")
+  settings = lens_rounds.read_config(c.to_dict())
+  lm = load_base_lm(c.base, dtype=c.dtype)
+  encoder = load_gistnet(lm, c.gistnet or None)
+  stores = data.open_split(c.data or data.default_folder(), "train")
+  rounds = lens_rounds.LensRounds(lm, encoder, settings, stores, workdir)
+  if rounds.run() and _EXPORT.value:
+    rounds.export(_EXPORT.value, {"config": c.to_dict()})
+
+
+if __name__ == "__main__":
+  commands.run(main, _CONFIG)
