@@ -3,7 +3,8 @@
 `PlainDecoder` is a tight JAX decoder with a contiguous cache of rotated keys,
 decoding a block of tokens in one device loop; `prefill` fills such a cache in
 chunks, each attending only to what precedes it. `TorchDecoder` is PyTorch
-transformers on the same weights, as a user runs it.
+transformers on the same weights, as a user runs it. `sliding_window_nll` keeps
+the first and the newest tokens only (StreamingLLM, Xiao et al. 2024).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import numpy as np
 
 from mcjax.base import model
 from mcjax.base.load import BaseLM
-from mcjax.types import McjaxError
+from mcjax.config import Config
+from mcjax.context_lm import ContextLM
+from mcjax.types import BRANCHING, McjaxError
 
 CHUNK = 256  # tokens per prefill step
 _PREFIX = 1024  # a chunk attends to the cache up to a multiple of this
@@ -276,3 +279,42 @@ def _torch_weights(lm: BaseLM, torch) -> dict:
                       ("mlp_norm", "post_attention_layernorm")):
       out[f"{prefix}{name}.weight"] = tensor(p["layers"][key][i])
   return out
+
+
+class _Text:
+  """Token ids where a `ContextLM` looks for a tree: L0 only."""
+
+  def __init__(self, token_ids: np.ndarray):
+    self._ids = token_ids
+
+  def tokens(self, start: int, stop: int) -> np.ndarray:
+    return self._ids[start:stop]
+
+
+def sliding_window_nll(lm: BaseLM, config: Config, token_ids: np.ndarray,
+                       start: int) -> np.ndarray:
+  """NLL [T - start] in nats of ids [start:] behind a sliding window.
+
+  `config.window` slots hold the first `sink_tokens` and the newest tokens, the
+  block being scored included; positions are relative to the window, keys and
+  values of tokens that stay are kept.
+
+  Args:
+    lm: the base.
+    config: window and sink.
+    token_ids: [T] int32.
+    start: first token scored, at least 1.
+  """
+  context = ContextLM(lm, config, show_gists=False)
+  text = _Text(np.asarray(token_ids, np.int32))
+  out = []
+  for a in range(start, len(token_ids), BRANCHING):
+    chunk = text.tokens(a, a + BRANCHING)
+    stop = a + len(chunk)
+    newest = max(0, stop - (config.window - config.sink_tokens))
+    kept = [*range(min(config.sink_tokens, newest)), *range(newest, stop)]
+    context.window.retile([(0, i) for i in kept])
+    context.load_unready(text)
+    context.sync(renew=len(chunk) + 1)
+    out.append(context.newest_nll(chunk))
+  return np.concatenate(out)
