@@ -23,6 +23,7 @@ from mcjax.config import Config
 from mcjax.evaluation import recovery
 from mcjax.evaluation.report import Report, make_folder, progress
 from mcjax.gistnet import GistEncoder, load_gistnet
+from mcjax.lensnet_policy import LensNetPolicy, load_lensnet
 from mcjax.policies import Policy
 from mcjax.runtime import MegaContext
 from mcjax.training.data import TokenStore
@@ -30,6 +31,7 @@ from mcjax.tree import MegaContextTree
 from mcjax.types import McjaxError
 
 PARTS = ("planted", "labels", "text", "shift")
+_SLICE = 1 << 17  # tokens ingested between two commits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Settings:
     parts: of the suite, see PARTS.
     policies: to compare; the first sets the retriever's budget and leads the
       window whose edits are labelled.
+    lensnet: a lensnet.safetensors; the shipped weights if empty.
     window: slots.
     seed: of documents, facts, places and candidates.
     history: planted: tokens of each history.
@@ -68,6 +71,7 @@ class Settings:
   parts: tuple[str, ...] = PARTS
   policies: tuple[str, ...] = ("similarity", "lensnet", "recency", "random",
                                "oracle")
+  lensnet: str = ""
   window: int = 1024
   seed: int = 0
   history: int = 32768
@@ -128,6 +132,10 @@ class Bench:
     self.lm, self.stores, self.settings = lm, stores, settings
     self.folder = make_folder(folder)
     self.encoder: GistEncoder = load_gistnet(lm)
+    # Its keys are written with every history, whoever leads the window.
+    self._lensnet = None
+    if "lensnet" in settings.policies:
+      self._lensnet = self._load_lensnet()
     bos = lm.tokenizer.bos_id
     self._bos = np.array([] if bos is None else [bos], np.int32)
 
@@ -143,19 +151,27 @@ class Bench:
     return np.concatenate([self._bos, ids]).astype(np.int32)
 
   def tree(self, timeline: np.ndarray) -> str:
-    """Place of a tree that holds just these tokens; ingested once."""
+    """Place of a tree that holds just these tokens; ingested once.
+
+    In slices, each committed, so that a killed ingest goes on too.
+    """
+    keys = self._lensnet.keyer.fingerprint if self._lensnet else ""
     key = digest(timeline.tobytes(), self.lm.fingerprint,
-                 self.encoder.fingerprint)
+                 self.encoder.fingerprint, keys)
     url = str(make_folder(self.folder / "trees") / f"{len(timeline)}-{key}")
-    config = self.config("recency")
-    known = (url, self.lm, config, self.encoder)
-    make = MegaContext.open if MegaContextTree.exists(url) else (
-      MegaContext.create)
-    with make(*known) as mc:
-      if not mc.cursor:
+    there = MegaContextTree.exists(url)
+    make = MegaContext.open if there else MegaContext.create
+    with make(*self._known(url)) as mc:
+      if mc.cursor < len(timeline):
         progress(f"ingesting {len(timeline):,} tokens")
-        mc.ingest_tokens(timeline[self.first :])
+      while mc.cursor < len(timeline):
+        start = mc.cursor or self.first
+        mc.ingest_tokens(timeline[start : start + _SLICE])
     return url
+
+  def _known(self, url: str) -> tuple:
+    """What `MegaContext` needs to make or open a history here."""
+    return (url, self.lm, self.config("recency"), self.encoder, self._lensnet)
 
   # --- policies -----------------------------------------------------------
 
@@ -166,16 +182,29 @@ class Bench:
 
   def policy(self, name: str) -> Policy:
     """A policy as the loop makes it, with nothing searched yet."""
+    if name == "lensnet":
+      return self._load_lensnet()
     url = f"memory://{uuid.uuid4()}/tree"
     with MegaContext.create(url, self.lm, self.config(name),
                             self.encoder) as mc:
       return mc._loop._policy
 
+  def _load_lensnet(self) -> LensNetPolicy:
+    return load_lensnet(
+      self.lm, self.encoder, self.settings.lensnet or None,
+      max_nodes=self.config("lensnet").search_nodes,
+    )
+
   @contextlib.contextmanager
   def opened(self, url: str, policy: Policy) -> Iterator[MegaContext]:
-    """A history led by `policy`; nothing that is added to it stays."""
-    mc = MegaContext.open(url, self.lm, self.config("recency"), self.encoder)
+    """A history led by `policy`; nothing that is added to it stays.
+
+    The window starts as after an ingest, with the newest tokens as the query.
+    """
+    mc = MegaContext.open(*self._known(url))
     mc._loop._policy = policy
+    mc._loop.cold_start(mc.config.recent_tokens)
+    mc._loop.follow()
     try:
       yield mc
     finally:

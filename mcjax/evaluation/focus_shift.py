@@ -22,7 +22,7 @@ from mcjax.evaluation.known_places import KnownPlaces
 from mcjax.evaluation.report import Report, Table, plot_lines
 from mcjax.focus_loop import FocusLoop
 from mcjax.policies import Policy
-from mcjax.types import BRANCHING
+from mcjax.types import BRANCHING, McjaxError
 
 WITHIN = 4  # refocus steps after which a shift is judged
 RECENT = WITHIN * BRANCHING  # newest tokens that are not counted
@@ -83,6 +83,10 @@ def _passages(bench: Bench) -> list[Passage]:
   # Neighbours in this order are of different kinds where there are several.
   order = sorted(range(len(excerpts.ids)), key=lambda i: (
     excerpts.kinds[:i].count(excerpts.kinds[i]), excerpts.kinds[i]))
+  if len(order) < 2:
+    raise McjaxError(
+      f"a shift needs two documents of {topic + topic // 2} tokens"
+    )
   length = max(BRANCHING, s.shift_history - topic) // BRANCHING * BRANCHING
   out = []
   for number in range(min(s.shifts, len(order) // 2)):

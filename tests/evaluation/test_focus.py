@@ -157,6 +157,18 @@ def test_a_killed_run_goes_on(planted_run, monkeypatch):
   }
 
 
+def test_an_ingest_goes_on_where_it_was_killed(
+  tiny_lm, stores, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(focus_bench, "_SLICE", 300)
+  bench = focus_bench.Bench(tiny_lm, stores, settings_of(), tmp_path)
+  timeline = bench.timeline(stores["prose"].document(1)[:1000])
+  url = bench.tree(timeline)
+  with bench.opened(url, KnownPlaces()) as mc:
+    np.testing.assert_array_equal(mc.tree.tokens(0, mc.cursor), timeline)
+  assert bench.tree(timeline) == url
+
+
 def test_unknown_parts_and_policies_are_named(tiny_lm, stores, tmp_path):
   with pytest.raises(McjaxError, match="no part 'plantd'"):
     focus.Settings(parts=("plantd",))
@@ -365,6 +377,19 @@ def test_known_topics_are_followed_and_recency_never_looks_back(
                "of A brought back after the return"):
     assert value[f"shift/recency/{what}"] <= 0
   assert (tmp_path / "shift-0-oracle.json").exists()
+
+
+def test_histories_hold_the_keys_of_the_lensnet_that_is_measured(
+  tiny_lm, stores, tmp_path
+):
+  settings = settings_of(parts=(), policies=("lensnet",))
+  bench = focus_bench.Bench(tiny_lm, stores, settings, tmp_path)
+  url = bench.tree(bench.timeline(stores["code"].document(0)[:511]))
+  policy = bench.policy("lensnet")
+  with bench.opened(url, policy) as mc:
+    assert mc.tree.lens_fingerprint == policy.keyer.fingerprint
+  report = focus.measure(tiny_lm, stores, settings, tmp_path)
+  assert report.notes == ["lensnet is untrained."]
 
 
 def test_known_places_want_whole_blocks(tiny_lm, stores, tmp_path):
