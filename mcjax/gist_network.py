@@ -91,33 +91,56 @@ def _norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
   return model.rms_norm(x, scale, 1e-6)
 
 
+def _kernel(module: nn.Module, name: str, inputs: int, outputs: int,
+            zero: bool = False) -> jax.Array:
+  init = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
+  return module.param(name, init, (inputs, outputs), jnp.float32)
+
+
 def _dense(module: nn.Module, name: str, x: jax.Array, size: int,
            zero: bool = False) -> jax.Array:
-  init = nn.initializers.zeros if zero else nn.initializers.lecun_normal()
-  kernel = module.param(name, init, (x.shape[-1], size), jnp.float32)
-  return x @ kernel
+  return x @ _kernel(module, name, x.shape[-1], size, zero)
 
 
 class Attention(nn.Module):
-  """Pre-norm residual attention of x [n, T, w] over y [n, S, w], unmasked."""
+  """Pre-norm residual attention of x [n, T, w] over y [n, S, w], unmasked.
+
+  Between the children and the few parts of the slot only the slot is
+  projected: q (y Wk)' is (q Wk') y', and the weights of the values move the
+  same way. That is a quarter of the work, and the same function.
+  """
 
   heads: int
 
   @nn.compact
   def __call__(self, x: jax.Array, y: jax.Array | None = None) -> jax.Array:
     width = x.shape[-1]
-    q_in = _norm(self, "norm_q", x)
-    kv_in = q_in if y is None else _norm(self, "norm_kv", y)
-
-    def split(name, inputs):
-      z = _dense(self, name, inputs, width)
-      return z.reshape(z.shape[:-1] + (self.heads, width // self.heads))
-
-    q, k, v = split("wq", q_in), split("wk", kv_in), split("wv", kv_in)
-    scores = jnp.einsum("nthd,nshd->nhts", q, k) / np.float32(
-      np.sqrt(width // self.heads))
-    mixed = jnp.einsum("nhts,nshd->nthd", jax.nn.softmax(scores, axis=-1), v)
-    return x + _dense(self, "wo", mixed.reshape(x.shape), width)
+    size = width // self.heads
+    x_in = _norm(self, "norm_q", x)
+    y_in = x_in if y is None else _norm(self, "norm_kv", y)
+    wq, wk, wv = (
+      _kernel(self, name, width, width).reshape(width, self.heads, size)
+      for name in ("wq", "wk", "wv"))
+    wo = _kernel(self, "wo", width, width)
+    out = wo.reshape(self.heads, size, width)
+    scale = np.float32(np.sqrt(size))
+    if y is None:
+      q, k, v = (jnp.einsum("ntw,whd->nthd", x_in, z) for z in (wq, wk, wv))
+      scores = jnp.einsum("nthd,nshd->nhts", q, k) / scale
+      mixed = jnp.einsum("nhts,nshd->nthd", jax.nn.softmax(scores), v)
+      return x + mixed.reshape(x.shape) @ wo
+    if x.shape[1] < y.shape[1]:  # the slot reads the children
+      q = jnp.einsum("ntw,whd->nthd", x_in, wq) / scale
+      probe = jnp.einsum("nthd,whd->nthw", q, wk)
+      scores = jnp.einsum("nthw,nsw->nths", probe, y_in)
+      mixed = jnp.einsum("nths,nsw->nthw", jax.nn.softmax(scores), y_in)
+      mixed = jnp.einsum("nthw,whd->nthd", mixed, wv)
+      return x + mixed.reshape(x.shape) @ wo
+    k, v = (jnp.einsum("nsw,whd->nshd", y_in, z) for z in (wk, wv))
+    probe = jnp.einsum("nshd,whd->nhsw", k / scale, wq)
+    values = jnp.einsum("nshd,hdw->nhsw", v, out)
+    scores = jnp.einsum("ntw,nhsw->nths", x_in, probe)
+    return x + jnp.einsum("nths,nhsw->ntw", jax.nn.softmax(scores), values)
 
 
 class FeedForward(nn.Module):

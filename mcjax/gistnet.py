@@ -7,8 +7,10 @@ of its parameters. `GistEncoder` binds it to a base model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent import futures
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import jax
@@ -20,7 +22,10 @@ from mcjax.base import model
 from mcjax.gist_network import GistNet, GistNetConfig
 from mcjax.types import BRANCHING, McjaxError
 
-BATCH_SIZES = (1, 16, 256)  # padded batches, so that nothing recompiles
+# Padded batches, so that nothing recompiles; 64 blocks fit a CPU core's cache.
+BATCH_SIZES = (1, 16, 64)
+# XLA's CPU backend runs these small products on one core, a batch each.
+_THREADS = min(8, os.cpu_count() or 1)
 
 
 def init_params(config: GistNetConfig, seed: int = 0):
@@ -100,11 +105,10 @@ def flops_per_token(config: GistNetConfig,
   children = c * (config.d_model * w        # w_in
                   + 4 * w * w + 2 * c * w   # self-attention
                   + 2 * w * config.mlp_width
-                  + (4 * r + 2) * w * w     # down: k, v; up: q, o
                   + copies * (w + config.d_model))
-  slot = p * ((r + 1) * (2 * w * w + 2 * w * config.slot_mlp_width)  # q, o, mlp
-              + r * 2 * w * w                                        # up: k, v
-              + (2 * r + 1) * 2 * c * w)  # scores, mixes
+  slot = p * ((r + 1) * 2 * w * config.slot_mlp_width
+              + (2 * r + 1) * (4 * w * w  # of every down and up
+                               + 2 * config.heads * c * w))  # scores, mixes
   out = (p * w * config.slots_per_gist + copies) * config.d_model
   total = 2 * (children + slot + out) // c
   if base_config is not None and config.input_layer:
@@ -194,15 +198,21 @@ class GistEncoder:
     """Applies `run` to padded batches of fixed sizes; drops the padding."""
     out = np.empty(
       (len(inputs), self.slots_per_gist, self.d_model), np.float32)
-    start = 0
-    while start < len(inputs):
-      left = len(inputs) - start
-      size = next((s for s in BATCH_SIZES if s >= left), BATCH_SIZES[-1])
-      take = min(size, left)
-      batch = np.zeros((size,) + inputs.shape[1:], inputs.dtype)
-      batch[:take] = inputs[start : start + take]
-      out[start : start + take] = np.asarray(run(batch))[:take]
-      start += take
+
+    def fill(start: int) -> None:
+      batch = inputs[start : start + BATCH_SIZES[-1]]
+      size = next(s for s in BATCH_SIZES if s >= len(batch))
+      padding = np.zeros((size - len(batch), *inputs.shape[1:]), inputs.dtype)
+      gists = run(np.concatenate([batch, padding]))
+      out[start : start + len(batch)] = np.asarray(gists)[: len(batch)]
+
+    starts = range(0, len(inputs), BATCH_SIZES[-1])
+    if len(starts) <= 1:
+      for start in starts:
+        fill(start)
+    else:
+      with futures.ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(fill, starts))
     return out
 
   def encode(self, token_ids) -> np.ndarray:
