@@ -32,7 +32,8 @@ class Settings:
     window: W.
     history: tokens in the tree before the first step.
     steps: refocus steps at which drift is measured.
-    probes: measurements per mark, taken at the steps just before it.
+    probes: measurements per mark, spread over the steps up to it from half of
+      it on; fewer where there are fewer steps.
     horizon: tokens scored, a multiple of 32.
     refresh: values of `Config.refresh_every`; 0 is never.
     gist_attention: as in `Config`.
@@ -44,7 +45,7 @@ class Settings:
   window: int = 1024
   history: int = 32768
   steps: tuple[int, ...] = (16, 64, 256, 1024)
-  probes: int = 8
+  probes: int = 64
   horizon: int = 64
   refresh: tuple[int, ...] = (0, 64, 256)
   gist_attention: str = "auto"
@@ -78,7 +79,8 @@ def run(settings: Settings, folder) -> Report:
     for mark in settings.steps:
       values = saved["drift"][str(mark)]
       mean, spread = float(np.mean(values)), _standard_error(values)
-      rows.append([label, mark, mean, spread, float(np.mean(np.abs(values))),
+      rows.append([label, mark, len(values), mean, spread,
+                   float(np.mean(np.abs(values))),
                    float(np.mean(saved["exact"][str(mark)]))])
       out.add(f"refresh {label}: drift after {mark} steps", mean, "nats")
     out.add(f"refresh {label}: edits per refocus", saved["edits"], "edits")
@@ -86,9 +88,9 @@ def run(settings: Settings, folder) -> Report:
             "expands")
   out.tables.append(Table(
     f"NLL of splice minus exact, {settings.horizon} tokens, "
-    f"{settings.probes} probes a mark, W={settings.window}",
-    ("refresh", "after steps", "drift, nats", "± s.e.", "mean |drift|",
-     "exact NLL"), rows,
+    f"W={settings.window}",
+    ("refresh", "after steps", "probes", "drift, nats", "± s.e.",
+     "mean |drift|", "exact NLL"), rows,
   ))
   out.notes.append(
     f"Edits per refocus: {cells[settings.refresh[0]]['edits']:.2f}; gists "
@@ -113,8 +115,8 @@ def _measure(settings: Settings, lm, folder, every: int) -> dict:
   loop.cold_start(config.window // 2)
   loop.sync()
   marks = {
-    step: mark for mark in sorted(settings.steps, reverse=True)
-    for step in range(max(1, mark - settings.probes + 1), mark + 1)
+    step: mark for mark in settings.steps
+    for step in _probed(mark, settings.probes)
   }
   drift = {str(m): [] for m in settings.steps}
   exact = {str(m): [] for m in settings.steps}
@@ -138,6 +140,14 @@ def _measure(settings: Settings, lm, folder, every: int) -> dict:
   return {"drift": drift, "exact": exact, "visible": loop.context.show_gists,
           "edits": counters["edits"] / steps,
           "expands": counters["expands"] / steps}
+
+
+def _probed(mark: int, probes: int) -> list[int]:
+  """Steps at which the drift "after `mark` steps" is measured."""
+  half = mark // 2
+  count = min(probes, mark - half)
+  return [half + int((k + 0.5) * (mark - half) / count) + 1
+          for k in range(count)]
 
 
 def _ahead_nll(loop: FocusLoop, ids: np.ndarray, rebuild: bool) -> float:

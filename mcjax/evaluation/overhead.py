@@ -12,6 +12,7 @@ less.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import multiprocessing
 import pathlib
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mcjax import commands
 from mcjax.base.load import BaseLM, load_base_lm
 from mcjax.config import Config
 from mcjax.evaluation import baselines, report, texts
@@ -75,28 +77,58 @@ class Settings:
 
 
 def run(settings: Settings, folder) -> Report:
-  """Measures everything and writes the report into `folder`."""
+  """Measures everything; what is finished in `folder` already is kept."""
   folder = report.make_folder(folder)
   lm = load_base_lm(settings.base, dtype=settings.dtype)
+  asked = dataclasses.asdict(settings)
+
+  def cell(name: str, measure):
+    return report.cell(folder, name, asked, measure)
+
   memory = {
-    h: _in_own_process(settings, folder, h) for h in settings.memory_histories
+    h: cell(f"memory-{h}",
+            functools.partial(_own_peak, settings, folder, h))
+    for h in settings.memory_histories
   }
+  decoding = cell("decoding", lambda: _decoding(settings, lm, folder))
+  times, before = (
+    {name: Times(*values) for name, values in decoding[key].items()}
+    for key in ("times", "before")
+  )
+  out = Report("overhead", asked)
+  _tabulate(out, settings, decoding["facts"], times, before)
+  _count(out, settings, lm, decoding["facts"], times)
+  _add_memory(out, memory)
+  if settings.torch:
+    _add_torch(out, cell("torch", lambda: _torch_pairs(settings, lm)))
+  out.write(folder)
+  _plot(folder, settings, times, before)
+  return out
+
+
+def _decoding(settings: Settings, lm: BaseLM, folder) -> dict:
+  """Times of every arm and of plain decoding beside it; the arms' phases."""
   arms, plain = _make_arms(settings, lm, folder)
   for arm in arms.values():
     arm.decode(1)
     arm.reset()
-  times, plain_times = _interleave(settings, arms, plain)
-  out = Report("overhead", dataclasses.asdict(settings))
-  _tabulate(out, settings, arms, times, plain_times)
-  _count(out, settings, lm, arms, times)
-  _add_memory(out, memory)
-  if settings.torch:
-    _add_torch(out, settings, lm, plain)
+  times, before = _interleave(settings, arms, plain)
+  facts = {name: _facts(arm) for name, arm in arms.items()}
   for arm in arms.values():
     arm.close()
-  out.write(folder)
-  _plot(folder, settings, times, plain_times)
-  return out
+  return {"times": times, "before": before, "facts": facts}
+
+
+def _facts(arm: LoopArm) -> dict:
+  counters = arm.loop.telemetry.counters
+  return {
+    "refocus_ms": arm.refocus_ms(),
+    "edits": arm.per_refocus("edits"),
+    "expands": arm.per_refocus("expands"),
+    "nodes_touched": arm.per_refocus("nodes_touched"),
+    "extra": counters["lm_tokens"] / max(1, counters["decoded_tokens"]),
+    "phases_ms": arm.phases_ms(),
+  }
 
 
 def _make_arms(settings: Settings, lm: BaseLM, folder):
@@ -143,7 +175,7 @@ def _interleave(settings: Settings, arms, plain):
   return times, before
 
 
-def _tabulate(out: Report, settings, arms, times, before) -> None:
+def _tabulate(out: Report, settings, facts, times, before) -> None:
   """Rates and phases; ratios against the plain decoding beside each arm."""
   plain = Times(*(
     [t for b in before.values() for t in b[k]] for k in range(2)
@@ -153,24 +185,23 @@ def _tabulate(out: Report, settings, arms, times, before) -> None:
   out.add("plain: decode rate", 1 / median(plain.wall), "tokens/s")
   out.add("plain: host CPU time", 1e3 * median(plain.cpu), "ms/token")
   phase_rows = []
-  for name, arm in arms.items():
+  for name, fact in facts.items():
     rate = 1 / median(times[name].wall)
     ratio = report.ratio_median(before[name].wall, times[name].wall)
     cpu = 1e3 * median(times[name].cpu)
     cpu_ratio = report.ratio_median(before[name].cpu, times[name].cpu)
-    edits = arm.per_refocus("edits")
     rows.append([
-      name, rate, ratio, cpu, cpu_ratio, arm.refocus_ms(), edits,
-      arm.per_refocus("expands"), arm.per_refocus("nodes_touched"),
+      name, rate, ratio, cpu, cpu_ratio, fact["refocus_ms"], fact["edits"],
+      fact["expands"], fact["nodes_touched"],
     ])
-    phase_rows.append([name, *arm.phases_ms().values()])
+    phase_rows.append([name, *fact["phases_ms"].values()])
     out.add(f"{name}: decode rate", rate, "tokens/s")
     out.add(f"{name}: rate relative to plain", ratio, "ratio")
     out.add(f"{name}: host CPU time", cpu, "ms/token")
     out.add(f"{name}: CPU time of plain relative to it", cpu_ratio, "ratio")
-    out.add(f"{name}: refocus latency", arm.refocus_ms(), "ms")
-    out.add(f"{name}: edits per refocus", edits, "edits")
-    for phase, ms in arm.phases_ms().items():
+    out.add(f"{name}: refocus latency", fact["refocus_ms"], "ms")
+    out.add(f"{name}: edits per refocus", fact["edits"], "edits")
+    for phase, ms in fact["phases_ms"].items():
       out.add(f"{name}: {phase}", ms, "ms/token")
   out.tables.append(Table(
     f"Decoding at W={settings.window}, refocus every "
@@ -192,10 +223,11 @@ def _tabulate(out: Report, settings, arms, times, before) -> None:
     out.add(f"longest history relative to shortest{kind}",
             median(above) / median(below), "ratio")
   out.add("exact refocus latency relative to moving splice",
-          arms["exact"].refocus_ms() / arms["moving"].refocus_ms(), "ratio")
+          facts["exact"]["refocus_ms"] / facts["moving"]["refocus_ms"],
+          "ratio")
 
 
-def _count(out: Report, settings, lm, arms, times) -> None:
+def _count(out: Report, settings, lm, facts, times) -> None:
   """FLOPs and bytes per token, beside what the device can do."""
   c = lm.config
   attention = 4 * c.n_layers * c.n_heads * c.head_dim * settings.window
@@ -207,9 +239,8 @@ def _count(out: Report, settings, lm, arms, times) -> None:
   kv = 2 * c.n_layers * c.n_kv_heads * c.head_dim * settings.window * item
   flops_peak, bytes_peak = roofline(lm.params["embed"].dtype)
   rows = []
-  for name, arm in arms.items():
-    counters = arm.loop.telemetry.counters
-    extra = counters["lm_tokens"] / max(1, counters["decoded_tokens"])
+  for name, fact in facts.items():
+    extra = fact["extra"]
     flops = decode * (1 + extra)
     moved = (weights + kv) * (1 + (extra > 0) / settings.refocus_every)
     rate = 1 / median(times[name].wall)
@@ -245,17 +276,27 @@ def roofline(dtype) -> tuple[float, float]:
   return 2 * 1024**3 / best(product, a), big.nbytes / best(read, big)
 
 
-def _add_torch(out: Report, settings, lm, plain) -> None:
+def _torch_pairs(settings, lm) -> list | str:
+  """Seconds a token of PyTorch and of plain decoding, or why there are none."""
   try:
     torch = baselines.TorchDecoder(lm)
   except McjaxError as error:
-    out.notes.append(f"PyTorch was not measured: {error}")
-    return
-  torch.prefill(texts.tokens(lm.tokenizer, settings.window, settings.text))
+    return str(error)
+  ids = texts.tokens(lm.tokenizer, settings.window, settings.text)
+  plain = baselines.PlainDecoder(lm, ids)
+  torch.prefill(ids)
   torch.decode(2)
-  pairs = []
-  for _ in range(settings.repeats):
-    pairs.append((torch.decode(8) / 8, plain.decode(1) / plain.block))
+  plain.decode(1)
+  return [
+    (torch.decode(8) / 8, plain.decode(1) / plain.block)
+    for _ in range(settings.repeats)
+  ]
+
+
+def _add_torch(out: Report, pairs: list | str) -> None:
+  if isinstance(pairs, str):
+    out.notes.append(f"PyTorch was not measured: {pairs}")
+    return
   ours, theirs = median([p for _, p in pairs]), median([t for t, _ in pairs])
   out.add("PyTorch transformers: decode rate", 1 / theirs, "tokens/s")
   out.add("plain relative to PyTorch", median([t / p for t, p in pairs]),
@@ -268,6 +309,7 @@ def _add_torch(out: Report, settings, lm, plain) -> None:
 
 def memory_probe(settings: Settings, folder: str, history: int, pipe) -> None:
   """Body of a process of its own: decodes a while, sends its peak memory."""
+  commands.use_compilation_cache(pathlib.Path(folder) / "compiled")
   lm = load_base_lm(settings.base, dtype=settings.dtype)
   tree = make_tree(lm, pathlib.Path(folder), history, settings.text)
   arm = LoopArm(lm, tree, Config(window=settings.window), moving=True)
@@ -282,11 +324,17 @@ def _device_peak_mib() -> float | None:
   return None if peak is None else peak / 2**20
 
 
-def _in_own_process(settings: Settings, folder, history: int):
+def _own_peak(settings: Settings, folder, history: int):
+  """Peak memory of a process of its own that compiles nothing."""
   progress(f"peak memory at {history:,} tokens")
   lm = load_base_lm(settings.base, dtype=settings.dtype)
   make_tree(lm, folder, history, settings.text).close()  # ingest apart
   del lm
+  _in_own_process(settings, folder, history)  # fills the compilation cache
+  return _in_own_process(settings, folder, history)
+
+
+def _in_own_process(settings: Settings, folder, history: int):
   context = multiprocessing.get_context("spawn")
   ours, theirs = context.Pipe(duplex=False)
   process = context.Process(

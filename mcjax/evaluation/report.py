@@ -6,7 +6,7 @@ git commit and the device, so that a number can be traced to what made it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import datetime
 import importlib.metadata
@@ -17,7 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -98,6 +98,27 @@ class Report:
       f"{record['device']['host_cores']} host cores); {versions}."
     )
     return "\n".join(parts) + "\n"
+
+
+def cell(folder: str | os.PathLike, name: str, settings: Mapping,
+         measure: Callable[[], Any]) -> Any:
+  """`measure()`, or what it returned in a run before with equal settings.
+
+  So a long suite that was cut off goes on where it stopped.
+
+  Args:
+    folder: of the suite; the cell is `folder/NAME.json`.
+    name: of the cell.
+    settings: everything that the measurement depends on, plain values.
+    measure: returns plain values.
+  """
+  path = pathlib.Path(folder) / f"{name}.json"
+  asked = json.loads(json.dumps(settings))
+  saved = json.loads(path.read_text()) if path.exists() else {}
+  if saved.get("settings") != asked:
+    saved = {"settings": asked, "result": measure()}
+    path.write_text(json.dumps(saved), encoding="utf-8")
+  return json.loads(json.dumps(saved["result"]))
 
 
 def markdown_table(table: Table) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import pathlib
 import shutil
 import time
@@ -25,6 +26,12 @@ from mcjax.runtime import MegaContext
 from mcjax.types import McjaxError
 
 _QUESTION = "Which function of the modules above parses a date, and how?"
+# The standard library's first file, within every length, answers this one.
+_ANSWERED = (
+  "Which argument of the builtin function compile() takes the CompilerFlag of "
+  "a feature?"
+)
+_FROM_TREE = "MegaContext, from its tree"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +69,11 @@ class Settings:
 
 
 class Contestants:
-  """Every way to the first token; each call returns seconds."""
+  """Every way to the first token; each call returns seconds.
+
+  Attributes:
+    tokens_run: token-forwards that a length and a question took.
+  """
 
   def __init__(self, settings: Settings, lm: BaseLM, folder: pathlib.Path):
     self.settings, self.lm, self._folder = settings, lm, folder
@@ -72,6 +83,7 @@ class Contestants:
     self._embedder = rag.Embedder()
     self._torch = None
     self._indices: dict[int, rag.Index] = {}
+    self.tokens_run: dict[tuple[int, str], int] = {}
     longest = max(settings.lengths)
     ids = texts.tokens(lm.tokenizer, longest, settings.text)
     self._texts = {
@@ -97,7 +109,8 @@ class Contestants:
       out["RAG, from text"] = self.rag_from_text
       out["RAG, from its index"] = self.rag_from_index
     out["MegaContext, from text"] = self.from_text
-    out["MegaContext, from its tree"] = self.from_tree
+    out[_FROM_TREE] = self.from_tree
+    out[f"{_FROM_TREE}, asked what the text answers"] = self.from_tree_answered
     return out
 
   def _ids(self, n: int) -> np.ndarray:
@@ -168,7 +181,11 @@ class Contestants:
     shutil.rmtree(place)
     return seconds
 
-  def from_tree(self, n: int) -> float:
+  def from_tree_answered(self, n: int) -> float:
+    """The same with a question that one place of the text answers."""
+    return self.from_tree(n, _ANSWERED)
+
+  def from_tree(self, n: int, question: str = _QUESTION) -> float:
     """Open a tree that was closed, settle, read the window."""
     kept, place = self._folder / f"tree-{n}", self._folder / "opened"
     if not kept.exists():
@@ -179,46 +196,39 @@ class Contestants:
     shutil.copytree(kept, place)
     begin = time.perf_counter()
     mc = MegaContext.open(str(place), self.lm, self._config, self._encoder)
-    seconds = _answer(mc) - begin
+    seconds = _answer(mc, question) - begin
+    self.tokens_run[n, question] = mc.telemetry.counters["lm_tokens"]
     mc.close()
     shutil.rmtree(place)
     return seconds
 
 
-def _answer(mc: MegaContext) -> float:
+def _answer(mc: MegaContext, question: str = _QUESTION) -> float:
   """The moment the first token of the answer is there."""
   moments: list[float] = []
   mc.generate(
-    _QUESTION, max_new_tokens=1,
+    question, max_new_tokens=1,
     on_text=lambda _: moments.append(time.perf_counter()),
   )
   return moments[0]
 
 
 def run(settings: Settings, folder) -> Report:
-  """Measures every contestant and writes the report into `folder`."""
+  """Measures every contestant; what is finished in `folder` is kept."""
   folder = report.make_folder(folder)
   lm = load_base_lm(settings.base, dtype=settings.dtype)
   field = Contestants(settings, lm, folder)
+  asked = dataclasses.asdict(settings)
+  asked.pop("lengths")
   out = Report("ttft", dataclasses.asdict(settings))
-  times: dict[int, dict[str, list[float]]] = {}
-  for n in settings.lengths:
-    arms = dict(field.arms(n))
-    times[n] = {name: [] for name in arms}
-    for repeat in range(-1, settings.repeats):  # the first one compiles
-      for name, arm in list(arms.items()):
-        slow = name.startswith("PyTorch")
-        if slow and not 0 <= repeat < settings.torch_repeats:
-          continue
-        try:
-          seconds = arm(n)
-        except McjaxError as error:
-          out.notes.append(f"{name} was not measured: {error}")
-          del arms[name], times[n][name]
-          continue
-        progress(f"ttft {n:,}: {name} {seconds:.2f} s")
-        if repeat >= 0:
-          times[n][name].append(seconds)
+  cells = {
+    n: report.cell(folder, f"length-{n}", asked | {"length": n},
+                   functools.partial(_measure, settings, field, n))
+    for n in settings.lengths
+  }
+  for found in cells.values():
+    out.notes += found["notes"]
+  times = {n: found["times"] for n, found in cells.items()}
   _tabulate(out, settings, times)
   out.write(folder)
   report.plot_lines(
@@ -226,6 +236,31 @@ def run(settings: Settings, folder) -> Report:
     f"Time to the first token, W={settings.window}", log_x=True, log_y=True,
   )
   return out
+
+
+def _measure(settings: Settings, field: Contestants, n: int) -> dict:
+  """Seconds of every contestant and repeat, at one length."""
+  arms = field.arms(n)
+  times: dict[str, list[float]] = {name: [] for name in arms}
+  notes = []
+  for repeat in range(-1, settings.repeats):  # the first one compiles
+    for name, arm in list(arms.items()):
+      slow = name.startswith("PyTorch")
+      if slow and not 0 <= repeat < settings.torch_repeats:
+        continue
+      try:
+        seconds = arm(n)
+      except McjaxError as error:
+        notes.append(f"{name} was not measured: {error}")
+        del arms[name], times[name]
+        continue
+      progress(f"ttft {n:,}: {name} {seconds:.2f} s")
+      if repeat >= 0:
+        times[name].append(seconds)
+  for question in (_QUESTION, _ANSWERED):
+    notes.append(f"N={n:,}: {field.tokens_run[n, question]} token-forwards "
+                 f"for “{question}”")
+  return {"times": times, "notes": notes}
 
 
 def _tabulate(out: Report, settings: Settings, times) -> None:
@@ -246,16 +281,16 @@ def _tabulate(out: Report, settings: Settings, times) -> None:
   for n, arms in times.items():
     if "full attention" not in arms:
       continue
-    for name in ("MegaContext, from text", "MegaContext, from its tree"):
+    for name in ("MegaContext, from text", _FROM_TREE):
       out.add(f"full attention relative to {name} at {n}",
               report.ratio_median(arms["full attention"], arms[name]), "ratio")
-  tree = "MegaContext, from its tree"
   shorter = 8192 if 8192 in times else settings.lengths[0]
-  out.add(
-    f"{tree}: {settings.lengths[-1]} relative to {shorter}",
-    median(times[settings.lengths[-1]][tree]) / median(times[shorter][tree]),
-    "ratio",
-  )
+  longest = settings.lengths[-1]
+  for tree in (n for n in names if n.startswith(_FROM_TREE)):
+    out.add(
+      f"{tree}: {longest} relative to {shorter}",
+      median(times[longest][tree]) / median(times[shorter][tree]), "ratio",
+    )
   out.tables.append(Table(
     "Ratios", ("what", "ratio"),
     [[k, v.value] for k, v in out.figures.items() if v.unit == "ratio"],

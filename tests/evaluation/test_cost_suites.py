@@ -59,7 +59,11 @@ def _figures(folder):
   return json.loads((folder / "results.json").read_text())["figures"]
 
 
-def test_overhead(tmp_path, text):
+def _roofline(figures):
+  return {k: v for k, v in figures.items() if k.startswith("device:")}
+
+
+def test_overhead(tmp_path, text, monkeypatch):
   settings = overhead.Settings.quick(
     window=512, histories=(1024, 2048), moving_history=2048,
     exact_history=1024, text=text,
@@ -71,6 +75,9 @@ def test_overhead(tmp_path, text):
     assert found[f"{arm}: edits per refocus"]["value"] > 0
   assert found["longest history relative to shortest"]["value"] > 0
   assert (tmp_path / "results.md").read_text().startswith("# overhead")
+  monkeypatch.setattr(overhead, "_make_arms", None)
+  overhead.run(settings, tmp_path)  # what is known is not measured again
+  assert _figures(tmp_path) | _roofline(found) == found
 
 
 def test_an_answer_never_ends_in_a_measurement(tmp_path, tiny_lm, text):
@@ -122,6 +129,9 @@ def test_ttft(tmp_path, text, monkeypatch):
     assert found[f"{name}: TTFT at 700"]["value"] > 0
   assert "full attention: TTFT at 700" not in found
   assert found["RAG, from text: TTFT at 300"]["value"] > 0
+  monkeypatch.setattr(ttft, "_measure", pytest.fail)
+  ttft.run(settings, tmp_path)  # what is known is not measured again
+  assert _figures(tmp_path) == found
 
 
 def test_text_repeats_where_it_is_short(tiny_lm, text):
