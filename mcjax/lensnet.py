@@ -106,7 +106,11 @@ class LensNet(nn.Module):
     x = nn.RMSNorm(name="final_norm")(x)
     own = nn.Dense(c.feature_width, name="feature_up")(features)
     own = nn.Dense(1, name="feature_score")(nn.gelu(own))[:, 0]
-    return own + nn.Dense(1, use_bias=False, name="score")(x)[:, 0]
+    # Content starts at no say: statistics carry the score until it has learned.
+    zero = nn.initializers.zeros
+    return own + nn.Dense(
+      1, use_bias=False, kernel_init=zero, name="score"
+    )(x)[:, 0]
 
 
 class KeyHeads(nn.Module):
@@ -184,12 +188,13 @@ def block_features(inputs: LensInputs, match: jax.Array) -> jax.Array:
   weights = x.query_weights * x.query_rarity**_RARITY_POWER
   cover, pairs, strongest = _overlap(
     ids, x.query_ids, weights, x.query_rarity)
-  fading = 0.5 ** (jnp.arange(BRANCHING - 1, -1, -1) / 8.0)
+  fading = np.float32(0.5) ** (
+    np.arange(BRANCHING - 1, -1, -1, dtype=np.float32) / 8)
   rare = x.newest_rarity**_RARITY_POWER
   now, now_pairs, now_strongest = _overlap(
     ids, x.newest_ids, rare, x.newest_rarity)
   ending, ending_pairs, _ = _overlap(
-    ids, x.newest_ids, rare * fading.astype(jnp.float32), x.newest_rarity)
+    ids, x.newest_ids, rare * fading, x.newest_rarity)
 
   def best(v: jax.Array) -> jax.Array:
     return v / (jnp.max(jnp.where(x.mask, v, 0.0)) + 1e-3)
@@ -223,12 +228,12 @@ def _overlap(ids, query_ids, weights, rarity):
   near[MARGIN : MARGIN + BRANCHING] = 1.0
   known = query_ids >= 0
   same = (ids[:, :, None] == query_ids[None, None]) & known[None, None]
-  held = jnp.max(same * near[None, :, None], axis=1)
+  held = jnp.max(jnp.where(same, near[None, :, None], 0.0), axis=1)
   cover = held @ weights / (jnp.sum(weights) + 1e-6)
   strongest = jnp.max(held * rarity[None], axis=1)
   both = same[:, :-1, :-1] & same[:, 1:, 1:]
   near = np.maximum(near[:-1], near[1:])
-  held = jnp.max(both * near[None, :, None], axis=1)
+  held = jnp.max(jnp.where(both, near[None, :, None], 0.0), axis=1)
   pair = jnp.minimum(weights[:-1], weights[1:])
   return cover, held @ pair / (jnp.sum(pair) + 1e-6), strongest
 

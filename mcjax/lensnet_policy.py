@@ -212,6 +212,13 @@ def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
   return out
 
 
+def save_lensnet(path, params, config: lensnet.LensNetConfig, card: dict
+                 ) -> None:
+  """Writes weights, configuration and the facts of `card` as safetensors."""
+  pretrained.save_weights(
+    path, "lensnet", params, dataclasses.asdict(config), card)
+
+
 def _load(lm: BaseLM, source):
   config = lensnet.LensNetConfig(d_model=lm.config.d_model)
   path = source or pretrained.shipped(lm.name, "lensnet")

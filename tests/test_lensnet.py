@@ -1,4 +1,4 @@
-"""LensNet: bounded, not causal, blind to padding; its gathering policy."""
+"""LensNet: bounded, not causal, blind to padding; its rows, keys and policy."""
 
 import jax
 import jax.numpy as jnp
@@ -6,18 +6,23 @@ import numpy as np
 import pytest
 import tiny_base
 
-from mcjax import Config, MegaContext, lensnet
-from mcjax.lensnet import FEATURES, TAIL, TAIL_GISTS
-from mcjax.lensnet_policy import LensNetPolicy
+from mcjax import Config, MegaContext, lens_rows, lensnet, lensnet_policy
+from mcjax.lens_rows import BURIED, GIST, MARGIN, RAW, SPAN, TAIL, TAIL_GISTS
+from mcjax.lensnet_policy import LensKeyer
+from mcjax.policies import FocusView
+from mcjax.types import McjaxError
+from mcjax.working_context import WorkingContext
 
-CONFIG = lensnet.LensNetConfig(d_model=16, width=16, heads=2, layers=2)
-SLOTS = 24
+CONFIG = lensnet.LensNetConfig(
+  d_model=16, width=16, heads=2, layers=2, feature_width=8, key_dim=8
+)
+ROWS = 24
 
 
 @pytest.fixture(scope="module")
 def params():
   """Untrained, and moved a bit so that no branch is silent."""
-  start = jax.jit(lambda: lensnet.init_params(CONFIG))()
+  start = lensnet.init_params(CONFIG)
   rng = np.random.RandomState(0)
   return jax.tree.map(
     lambda a: a + np.float32(0.1) * rng.standard_normal(a.shape).astype(
@@ -32,40 +37,53 @@ def inputs(seed=0):
   def draw(*shape):
     return jnp.asarray(rng.standard_normal(shape).astype(np.float32))
 
-  entry_mask = np.ones(SLOTS, bool)
-  entry_mask[18:] = False
+  mask = np.ones(ROWS, bool)
+  mask[18:] = False
   tail_mask = np.ones(TAIL, bool)
   tail_mask[[3, 30]] = False
-  return dict(
-    entries=draw(SLOTS, 16), features=draw(SLOTS, FEATURES),
-    entry_mask=jnp.asarray(entry_mask), tail=draw(TAIL, 16),
-    tail_mask=jnp.asarray(tail_mask),
+  query = np.full(lens_rows.QUERY, -1, np.int32)
+  query[:9] = rng.randint(0, 40, 9)
+  rarity = np.zeros(lens_rows.QUERY, np.float32)
+  rarity[:9] = rng.uniform(1, 5, 9)
+  given = lens_rows.LensInputs(
+    rng.randint(0, 40, (ROWS, SPAN)).astype(np.int32), draw(ROWS, 16),
+    rng.randint(0, 3, ROWS).astype(np.int32),
+    rng.uniform(0, 4000, ROWS).astype(np.float32), mask, query,
+    (rarity > 0).astype(np.float32), rarity,
+    rng.randint(0, 40, 32).astype(np.int32),
+    rng.uniform(1, 5, 32).astype(np.float32), np.float32(1), draw(TAIL, 16),
+    tail_mask,
   )
+  return jax.tree.map(jnp.asarray, given), draw(ROWS)
 
 
 def reach(params, name):
-  """|d score_i / d input_j| summed over channels: [SLOTS, rows]."""
-  given = inputs()
+  """|d score_i / d input_j| summed over channels: [ROWS, rows]."""
+  given, match = inputs()
 
   def scores(x):
-    return lensnet.apply(params, CONFIG, **{**given, name: x})
+    if name == "match":
+      return lensnet.apply(params, CONFIG, given, x)
+    return lensnet.apply(params, CONFIG, given._replace(**{name: x}), match)
 
-  return np.abs(np.asarray(jax.jacrev(scores)(given[name]))).sum(-1)
+  x = match[:, None] if name == "match" else getattr(given, name)
+  run = (lambda x: scores(x[:, 0])) if name == "match" else scores
+  return np.abs(np.asarray(jax.jacrev(run)(x))).sum(-1)
 
 
-@pytest.mark.parametrize("name", ["tail", "entries", "features"])
+@pytest.mark.parametrize("name", ["tail", "gists", "match"])
 def test_every_input_reaches_every_score_and_masked_ones_none(params, name):
-  """No causal mask: an old entry sees the newest token, and the reverse."""
-  given = inputs()
-  mask = given["tail_mask" if name == "tail" else "entry_mask"]
-  seen = np.asarray(given["entry_mask"])
-  got = reach(params, name)[seen]
-  assert (got[:, np.asarray(mask)] > 1e-7).all()
-  assert (got[:, ~np.asarray(mask)] == 0).all()
+  """No causal mask: an old block sees the newest token, and the reverse."""
+  given, _ = inputs()
+  mask = np.asarray(given.tail_mask if name == "tail" else given.mask)
+  seen = np.asarray(given.mask)
+  got = reach(params, name)
+  assert (got[seen][:, mask] > 1e-8).all()
+  assert (got[:, ~mask] == 0).all() and (got[~seen] == 0).all()
 
 
 def test_a_causal_mask_would_be_noticed(params, monkeypatch):
-  """The trap: entries that see only what stands before them."""
+  """The trap: blocks that see only what stands before them."""
   real = jax.nn.softmax
 
   def causal(scores, axis):
@@ -76,134 +94,263 @@ def test_a_causal_mask_would_be_noticed(params, monkeypatch):
   monkeypatch.setattr(jax.nn, "softmax", causal)
   lensnet.apply.clear_cache()
   try:
-    got = reach(params, "tail")[np.asarray(inputs()["entry_mask"])]
+    got = reach(params, "tail")
   finally:
     lensnet.apply.clear_cache()
-  assert not (got[:, np.asarray(inputs()["tail_mask"])] > 1e-7).all()
+  given, _ = inputs()
+  got = got[np.asarray(given.mask)][:, np.asarray(given.tail_mask)]
+  assert not (got > 1e-8).all()
 
 
 def test_scores_are_bounded_and_signed(params):
-  given = inputs()
-  scores = np.asarray(lensnet.apply(params, CONFIG, **given))
-  assert scores.shape == (SLOTS,) and np.abs(scores).max() < 1
+  given, match = inputs()
+  scores = np.asarray(lensnet.apply(params, CONFIG, given, match))
+  assert scores.shape == (ROWS,) and np.abs(scores).max() < 1
   assert scores.min() < 0 < scores.max()
-  huge = {**given, "entries": given["entries"] * np.float32(1e6)}
-  assert np.isfinite(lensnet.apply(params, CONFIG, **huge)).all()
+  assert (scores[18:] == 0).all()
+  huge = given._replace(gists=given.gists * np.float32(1e6))
+  assert np.isfinite(lensnet.apply(params, CONFIG, huge, match)).all()
 
 
-def test_the_order_of_slots_is_nothing(params):
-  given = inputs()
-  order = np.random.RandomState(1).permutation(SLOTS)
-  mixed = {
-    k: v[order] if k in ("entries", "features", "entry_mask") else v
-    for k, v in given.items()
-  }
+def test_the_order_of_rows_is_nothing_and_that_of_the_tail_matters(params):
+  given, match = inputs()
+  order = np.random.RandomState(1).permutation(ROWS)
+  mixed = given._replace(**{
+    k: getattr(given, k)[order]
+    for k in ("ids", "gists", "state", "distance", "mask")
+  })
+  want = lensnet.apply(params, CONFIG, given, match)
   np.testing.assert_allclose(
-    lensnet.apply(params, CONFIG, **mixed),
-    lensnet.apply(params, CONFIG, **given)[order], atol=1e-6,
-  )
-
-
-def test_the_order_of_the_tail_matters(params):
-  given = inputs()
-  rolled = {**given, "tail": jnp.roll(given["tail"], 1, axis=0),
-            "tail_mask": jnp.ones(TAIL, bool)}
-  whole = {**given, "tail_mask": jnp.ones(TAIL, bool)}
-  difference = lensnet.apply(params, CONFIG, **rolled) - lensnet.apply(
-    params, CONFIG, **whole
-  )
+    lensnet.apply(params, CONFIG, mixed, match[order]), want[order], atol=1e-6)
+  whole = given._replace(tail_mask=jnp.ones(TAIL, bool))
+  rolled = whole._replace(tail=jnp.roll(given.tail, 1, axis=0))
+  difference = lensnet.apply(params, CONFIG, rolled, match) - lensnet.apply(
+    params, CONFIG, whole, match)
   assert np.abs(difference).max() > 1e-4
 
 
-def test_every_parameter_has_a_gradient(params):
-  given = inputs()
-  weights = jnp.asarray(
-    np.random.RandomState(3).standard_normal(SLOTS).astype(np.float32)
-  )
+def test_every_score_parameter_has_a_gradient(params):
+  given, match = inputs()
+  weights = np.random.RandomState(3).standard_normal(ROWS).astype(np.float32)
   gradients = jax.grad(
-    lambda p: jnp.sum(lensnet.apply(p, CONFIG, **given) * weights)
-  )(params)
+    lambda p: jnp.sum(lensnet.apply(p, CONFIG, given, match) * weights)
+  )(params)["score"]
   for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]:
     assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
 
 def test_features_by_hand():
-  level = np.array([0, 1, 2, 9])
-  width = 32**level.astype(np.int64)
-  start = np.array([0, 32, 1024, 0])
-  features = lensnet.entry_features(level, start, width, cursor=5000)
-  assert features.shape == (4, FEATURES) and features.dtype == np.float32
-  np.testing.assert_array_equal(
-    features[:, :7].argmax(axis=1), [0, 1, 2, 6]
+  ids = np.full((3, SPAN), -1, np.int32)
+  ids[0, MARGIN : MARGIN + 2] = [5, 6]  # the query's pair, inside
+  ids[1, 0:2] = [5, 6]  # in the margin
+  ids[2, MARGIN] = 9
+  given, _ = inputs()
+  query = np.full(lens_rows.QUERY, -1, np.int32)
+  query[:3] = [5, 6, 7]
+  rarity = np.zeros(lens_rows.QUERY, np.float32)
+  rarity[:3] = [4, 1, 1]
+  given = given._replace(
+    ids=ids, state=np.array([RAW, GIST, BURIED], np.int32),
+    distance=np.array([0, 128, 4096], np.float32), mask=np.ones(3, bool),
+    query_ids=query, query_weights=(rarity > 0).astype(np.float32),
+    query_rarity=rarity, newest_ids=np.full(32, 9, np.int32),
+    newest_rarity=np.ones(32, np.float32), asked=np.float32(1))
+  match = np.array([0.5, 0.0, -0.5], np.float32)
+  x = np.asarray(lensnet.block_features(given, match))
+  assert x.shape == (3, lensnet.FEATURES) and x.dtype == np.float32
+  np.testing.assert_array_equal(x[:, :3], np.eye(3))
+  np.testing.assert_allclose(x[1, 3], np.log2(5) / 16, rtol=1e-6)
+  np.testing.assert_allclose(x[:, 5], [1, 0.5, 0])
+  np.testing.assert_allclose(x[:, 6], [0.9, 0.45, 0], rtol=1e-5)  # 9 of 10
+  np.testing.assert_allclose(x[:, 7], [0.5, 0.25, 0], rtol=1e-5)  # 1 of 2 pairs
+  np.testing.assert_allclose(x[:, 10], match)
+  np.testing.assert_allclose(x[:, 12], [0.4, 0.2, 0], rtol=1e-6)
+  np.testing.assert_allclose(x[:, 13], [0, 0, 1], atol=1e-6)
+  np.testing.assert_array_equal(x[:, 19], 1)
+  plain = given._replace(asked=np.float32(0))
+  assert not np.asarray(lensnet.block_features(plain, match))[:, 19:].any()
+
+
+# --- Keys --------------------------------------------------------------------
+
+
+def test_keys_are_the_same_on_host_and_device(tiny_lm):
+  config = lensnet.LensNetConfig(d_model=32, key_dim=8)
+  params = lensnet.init_params(config)
+  keyer = LensKeyer(params, config, tiny_lm)
+  ids = np.random.RandomState(0).randint(0, 300, (70, 32)).astype(np.int32)
+  keys = keyer.encode_keys(ids)
+  assert keys.dtype == np.int8 and keys.min() >= -127
+  tables = lensnet.key_tables(params, config, tiny_lm.params["embed"])
+  want = np.asarray(lensnet.block_keys(tables, ids)) * lensnet.KEY_SCALE
+  np.testing.assert_allclose(keys, np.clip(want, -127, 127), atol=0.51)
+  np.testing.assert_array_equal(keyer.encode_keys(ids[3:5]), keys[3:5])
+  query = keyer.query(ids[0], np.ones(32, np.float32))
+  padded = np.full(40, -1, np.int32)
+  padded[:32] = ids[0]
+  want = np.asarray(lensnet.query_key(
+    tables, padded, jnp.ones(40))) * lensnet.KEY_SCALE
+  np.testing.assert_allclose(query, np.clip(want, -127, 127), atol=0.51)
+
+
+def test_a_query_finds_the_block_it_is_made_of(tiny_lm):
+  config = lensnet.LensNetConfig(d_model=32, key_dim=32)
+  keyer = LensKeyer(lensnet.init_params(config), config, tiny_lm)
+  ids = np.random.RandomState(0).randint(0, 300, (70, 32)).astype(np.int32)
+  keys = keyer.encode_keys(ids).astype(np.int32)
+  for block in range(0, 70, 7):
+    query = keyer.query(ids[block][:28], np.ones(28, np.float32))
+    assert np.argmax(keys @ query) == block
+
+
+# --- Rows --------------------------------------------------------------------
+
+
+def test_rows_are_blocks_raw_as_gists_or_buried():
+  window = WorkingContext(512)
+  nodes = [(0, i) for i in range(32)] + [(1, i) for i in range(1, 32)]
+  nodes += [(2, 1)] + [(0, 2048 + i) for i in range(40)]
+  window.retile(nodes)
+  rows = lens_rows.window_rows(window, [33, 5, 63, 64])
+  np.testing.assert_array_equal(rows.block, [0, 64, *range(1, 32), 33, 63])
+  np.testing.assert_array_equal(rows.state, [RAW] * 2 + [GIST] * 31
+                                + [BURIED] * 2)
+  np.testing.assert_array_equal(rows.entry[[0, 1, 2, -1]], [0, 64, 32, 63])
+
+
+def view_of(mc, query_start=None):
+  window = mc._loop.context.window
+  query = mc._loop.query
+  return FocusView(
+    window.entries, mc.tree, query.ids, query.weights,
+    query.start if query_start is None else query_start, False, 0, False,
+    context_lm=mc._loop.context)
+
+
+def opened(tiny_lm, tiny_gistnet, count, **config):
+  mc = MegaContext.create(
+    tiny_base.memory_url(), tiny_lm,
+    Config(**{"window": 512, "policy": "lensnet", "recent_tokens": 64,
+              "gists_per_level": 8, **config}),
+    gistnet=tiny_gistnet,
   )
-  np.testing.assert_array_equal(features[:, :7].sum(axis=1), 1)
-  np.testing.assert_allclose(features[:, 7], [0, 0.5, 1, 4.5])
-  np.testing.assert_allclose(features[1, 8], np.log2(1 + 5000 - 64) / 20)
-  assert features[3, 8] == 0  # reaches beyond the cursor
-  np.testing.assert_allclose(features[0, 9], 1 - 0.5 / 5000)
+  mc.ingest(tiny_base.text(count))
+  return mc
+
+
+def test_inputs_hold_tokens_gists_and_tail(tiny_lm, tiny_gistnet):
+  mc = opened(tiny_lm, tiny_gistnet, 2109)  # with <bos> 65 blocks, 30 tokens
+  view = view_of(mc)
+  rows = lens_rows.Rows(np.array([0, 1, 64]), np.zeros(3, np.int32),
+                        np.zeros(3, np.int64))
+  got = lens_rows.gather(
+    view, rows, 8, mc._loop.context.token_embeddings, tiny_gistnet)
+  ids = mc.tree.tokens(0, mc.cursor)
+  np.testing.assert_array_equal(got.ids[0, :MARGIN], -1)
+  np.testing.assert_array_equal(got.ids[0, MARGIN:], ids[: SPAN - MARGIN])
+  np.testing.assert_array_equal(got.ids[1], ids[16:80])
+  np.testing.assert_array_equal(got.ids[2, : 32 + MARGIN], ids[2032:2080])
+  assert (got.ids[3:] == -1).all() and not got.mask[3:].any()
+  np.testing.assert_array_equal(got.gists[1], mc.tree.gists(1, 1, 2)[0])
+  np.testing.assert_array_equal(got.distance[:3], [2078, 2046, 30])
+  np.testing.assert_array_equal(got.newest_ids, ids[-32:])
+  coarse, fine = mc.tree.gists(2, 0, 2), mc.tree.gists(1, 61, 65)
+  np.testing.assert_array_equal(got.tail[:2], coarse)
+  np.testing.assert_array_equal(got.tail[2:TAIL_GISTS], fine)
+  table = np.asarray(tiny_lm.params["embed"])
+  np.testing.assert_array_equal(got.tail[TAIL_GISTS + 1 :], table[ids[-32:]])
+  np.testing.assert_allclose(
+    got.tail[TAIL_GISTS], tiny_gistnet.encode_tokens(ids[None, -32:])[0],
+    rtol=1e-5)
+  assert got.tail_mask.all()
+
+
+def test_a_short_history_has_a_short_tail(tiny_lm, tiny_gistnet):
+  mc = opened(tiny_lm, tiny_gistnet, 20)
+  rows = lens_rows.window_rows(mc._loop.context.window, [])
+  got = lens_rows.gather(
+    view_of(mc), rows, 8, mc._loop.context.token_embeddings, tiny_gistnet)
+  assert not got.tail_mask[: TAIL_GISTS + 1].any()
+  assert got.tail_mask[TAIL_GISTS + 1 :].sum() == 21
+  assert (got.newest_ids >= 0).sum() == 21
 
 
 # --- The policy --------------------------------------------------------------
 
 
-class Spy(LensNetPolicy):
-  """Keeps what LensNet was last given."""
-
-  def score(self, view):
-    self.tail = self._tail(view, view.context_lm)
-    self.scores = super().score(view)
-    self.entries = view.entries
-    return self.scores
-
-
-def spied(tiny_lm, tiny_gistnet, count):
-  mc = MegaContext.create(
-    tiny_base.memory_url(), tiny_lm,
-    Config(window=512, policy="lensnet", recent_tokens=64, gists_per_level=8),
-    gistnet=tiny_gistnet,
-  )
-  mc.ingest(tiny_base.text(count))
-  policy = mc._loop._policy
-  mc._loop._policy = Spy(
-    policy.config, policy.params, tiny_gistnet, trained=False
-  )
-  mc._loop.refocus(need=32)
-  return mc, mc._loop._policy
-
-
-def test_the_tail_holds_gists_a_provisional_one_and_newest_tokens(
+def test_every_entry_has_a_score_and_a_coarse_one_inherits(
   tiny_lm, tiny_gistnet
 ):
-  mc, spy = spied(tiny_lm, tiny_gistnet, 2109)  # 65 blocks and 30 tokens
-  tail, mask = spy.tail
-  assert mask.all()
-  coarse, fine = mc.tree.gists(2, 0, 2), mc.tree.gists(1, 61, 65)
-  np.testing.assert_array_equal(tail[:2], coarse)
-  np.testing.assert_array_equal(tail[2:TAIL_GISTS], fine)
-  newest = mc.tree.tokens(mc.cursor - 32, mc.cursor)
-  table = np.asarray(tiny_lm.params["embed"])
-  np.testing.assert_array_equal(tail[TAIL_GISTS + 1 :], table[newest])
-  np.testing.assert_allclose(
-    tail[TAIL_GISTS], tiny_gistnet.encode_tokens(newest[None])[0], rtol=1e-5
-  )
-  assert len(spy.scores) == len(spy.entries)
-  assert len(np.unique(spy.scores)) > 10
+  mc = opened(tiny_lm, tiny_gistnet, 4000)
+  view = view_of(mc)
+  e = view.entries
+  coarse = int(np.flatnonzero(e.level == 2)[0])
+  found = [int(e.index[coarse]) * 32 + 3, int(e.index[coarse]) * 32 + 9]
+  rows = lens_rows.window_rows(mc._loop.context.window, found)
+  scores = np.linspace(-0.9, 0.1, len(rows)).astype(np.float32)
+  scores[-2:] = [0.4, 0.7]
+  out = lensnet_policy.entry_scores(view, rows, scores)
+  assert len(out) == len(e)
+  assert out[coarse] == np.float32(0.7)
+  others = np.flatnonzero((e.level > 1) & (np.arange(len(e)) != coarse))
+  assert (out[others] <= 0).all()
+  raw = int(rows.entry[0])
+  np.testing.assert_array_equal(out[raw : raw + 32], scores[0])
 
 
-def test_a_short_history_has_a_short_tail(tiny_lm, tiny_gistnet):
-  _, spy = spied(tiny_lm, tiny_gistnet, 20)
-  mask = spy.tail[1]
-  assert not mask[: TAIL_GISTS + 1].any()
-  assert mask[TAIL_GISTS + 1 :].sum() == 21
+def test_the_policy_scores_what_is_there(tiny_lm, tiny_gistnet):
+  mc = opened(tiny_lm, tiny_gistnet, 4000)
+  policy = mc._loop._policy
+  scores = policy.score(view_of(mc))
+  assert len(scores) == len(mc.focus()) and np.abs(scores).max() <= 1
+  assert not policy.trained
+  assert 0 < policy.touched <= 256 + mc.tree.num_nodes(1)
+  assert policy.bytes_read > 0
 
 
-def test_the_newest_token_moves_old_scores(tiny_lm, tiny_gistnet):
-  """A question at the end must reach the first entries."""
-  scores = []
-  for last in "xy":
-    mc, spy = spied(tiny_lm, tiny_gistnet, 2000)
-    mc.ingest(last)
-    mc._loop.refocus(need=32)
-    scores.append(spy.scores)
-  old = slice(0, 40)
-  assert np.abs(scores[0][old] - scores[1][old]).min() > 0
+def test_beyond_the_scan_a_bounded_search_takes_over(
+  tiny_lm, tiny_gistnet, monkeypatch
+):
+  mc = opened(tiny_lm, tiny_gistnet, 5000)
+  policy = mc._loop._policy
+  all_read = policy._by_keys(view_of(mc))
+  monkeypatch.setattr(lensnet_policy, "_SCAN", 0)
+  policy._query = None
+  policy._max_nodes = 1 << 20
+  assert policy._by_keys(view_of(mc)) == all_read
+  policy._query, policy._max_nodes, policy.touched = None, 64, 0
+  policy._by_keys(view_of(mc))
+  assert policy.touched <= 64
+
+
+def test_a_tree_without_its_keys_is_refused_in_one_line(
+  tiny_lm, tiny_gistnet, tmp_path
+):
+  place = str(tmp_path / "tree")
+  with MegaContext.create(place, tiny_lm, Config(window=512),
+                          tiny_gistnet) as mc:
+    mc.ingest(tiny_base.text(3000))
+  config = Config(window=512, policy="lensnet")
+  with pytest.raises(McjaxError, match="tools/rekey"):
+    MegaContext.open(place, tiny_lm, config, tiny_gistnet)
+  mc = MegaContext.open(place, tiny_lm, gistnet=tiny_gistnet)
+  mc.tree.rebuild_lens_keys(lensnet_policy.load_keyer(tiny_lm, tiny_gistnet))
+  mc.close()
+  with MegaContext.open(place, tiny_lm, config, tiny_gistnet) as mc:
+    mc.ingest(tiny_base.text(100))
+    assert mc.tree.lens_fingerprint == mc._loop._policy.keyer.fingerprint
+
+
+def test_weights_are_saved_and_loaded(tiny_lm, tiny_gistnet, tmp_path):
+  config = lensnet.LensNetConfig(d_model=32, width=16, heads=2)
+  params = lensnet.init_params(config, seed=5)
+  path = tmp_path / "lensnet.safetensors"
+  lensnet_policy.save_lensnet(path, params, config, {"note": "x"})
+  policy = lensnet_policy.load_lensnet(tiny_lm, tiny_gistnet, path)
+  assert policy.trained and policy.config == config
+  same = LensKeyer(params, config, tiny_lm)
+  assert policy.keyer.fingerprint == same.fingerprint
+  other = lensnet.LensNetConfig(d_model=16)
+  lensnet_policy.save_lensnet(path, lensnet.init_params(other), other, {})
+  with pytest.raises(McjaxError, match="reads vectors of 16"):
+    lensnet_policy.load_lensnet(tiny_lm, tiny_gistnet, path)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import dataclasses
 import json
 import pathlib
+import uuid
 
 import numpy as np
 
@@ -129,7 +130,7 @@ class Labeller:
 
   def _loop(self, task: Task, start: int, number: int):
     tree = MegaContextTree.create(
-      f"memory://labels-{number}-{start}",
+      f"memory://{uuid.uuid4()}/labels",
       base_fingerprint=self._lm.fingerprint, base_name=self._lm.name,
       encoder=self._encoder,
       vocab_size=self._lm.config.vocab_size, keyer=self._keyer,

@@ -157,29 +157,34 @@ def loss(params, config: lensnet.LensNetConfig, o: LensObjective,
   worth = jnp.where(known, windows.worth, 0.0)
   guessed = jnp.isfinite(windows.cheap) & ~known
   target = jnp.where(guessed, jnp.nan_to_num(windows.cheap), worth)
-  weight = known + o.cheap * guessed
+  weight = _real(known) + o.cheap * _real(guessed)
   error = jnp.square(score - jnp.tanh(target / UNIT)) * weight
   raw = windows.inputs.state == RAW
   mask = windows.inputs.mask
-  wishes = jnp.sum(jax.nn.relu(score) * (mask & ~raw), axis=1)
-  offers = jnp.sum(jax.nn.relu(-score) * (mask & raw), axis=1)
-  rows = jnp.maximum(jnp.sum(mask, axis=1), 1)
+  wishes = jnp.sum(jax.nn.relu(score) * _real(mask & ~raw), axis=1)
+  offers = jnp.sum(jax.nn.relu(-score) * _real(mask & raw), axis=1)
+  rows = jnp.maximum(jnp.sum(_real(mask), axis=1), 1)
+  pinned = _real(windows.pinned)
   terms = {
     "regression": jnp.sum(error) / (jnp.sum(weight) + 1e-6),
     "ranking": _ranking(z, worth, known, o.margin),
     "budget": jnp.mean(jnp.square((wishes - offers) / rows)),
-    "illegality": jnp.sum(jnp.square(jax.nn.relu(-score)) * windows.pinned)
-    / (jnp.sum(windows.pinned) + 1e-6),
+    "illegality": jnp.sum(jnp.square(jax.nn.relu(-score)) * pinned)
+    / (jnp.sum(pinned) + 1e-6),
     "match": _matching(match, worth, known, o) + _pairing(tables, pairs, o),
   }
   total = sum(getattr(o, name) * value for name, value in terms.items())
   return total, terms | {"loss": total}
 
 
+def _real(mask: jax.Array) -> jax.Array:
+  return mask.astype(jnp.float32)
+
+
 def _ranking(z, worth, known, margin) -> jax.Array:
   """Logistic loss over pairs of a window that differ by the margin."""
   difference = worth[:, :, None] - worth[:, None]
-  pair = known[:, :, None] & known[:, None] & (difference > margin)
+  pair = _real(known[:, :, None] & known[:, None] & (difference > margin))
   cost = jax.nn.softplus(z[:, None] - z[:, :, None])
   return jnp.sum(cost * pair) / (jnp.sum(pair) + 1e-6)
 
@@ -192,7 +197,7 @@ def _matching(match, worth, known, o: LensObjective) -> jax.Array:
   chosen = jax.nn.log_softmax(scores, axis=1)
   cost = -jnp.sum(gain * jnp.where(known, chosen, 0.0), axis=1) / (
     total + 1e-6)
-  some = total > 0
+  some = _real(total > 0)
   return jnp.sum(cost * some) / (jnp.sum(some) + 1e-6)
 
 

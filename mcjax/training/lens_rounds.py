@@ -93,6 +93,10 @@ class LensRounds:
     stores: {kind: TokenStore} of the training split.
     workdir: of labels, checkpoints and metrics.
     initial: LensNet parameters to start from.
+
+  Attributes:
+    params: the best parameters of the last round; `initial` before.
+    held: labelled windows kept for validation.
   """
 
   def __init__(self, lm, encoder, config: LensRoundsConfig,
@@ -105,32 +109,32 @@ class LensRounds:
       [np.asarray(s.tokens[:_HOST], np.int32) for s in stores.values()])
     self.lens = lensnet.LensNetConfig(
       **{"d_model": lm.config.d_model, **dict(config.lens)})
-    self._params = initial
+    self.params = initial
+    self.held: list[Labelled] = []
     self._trainer: LensTrainer | None = None
 
   def run(self) -> bool:
     """All rounds; False if stopped by a signal."""
     windows: list[Labelled] = []
-    held: list[Labelled] = []
-    first = 0
+    self.held, first = [], 0
     for number, one in enumerate(self._config.rounds):
-      if not self._label(number, one, first, windows, held):
+      if not self._label(number, one, first, windows):
         return False
       first += one.tasks
       self._trainer = self._make_trainer(number, one, windows)
-      if not self._trainer.run(held):
+      if not self._trainer.run(self.held):
         return False
-      self._params = self._trainer.params
+      self.params = self._trainer.best_params()
     return True
 
   def policy(self) -> LensNetPolicy | None:
     """The policy with the current weights; None before there are any."""
-    if self._params is None:
+    if self.params is None:
       return None
     return LensNetPolicy(
-      self.lens, self._params, self._lm, self._encoder, trained=True)
+      self.lens, self.params, self._lm, self._encoder, trained=True)
 
-  def _label(self, number: int, one: Round, first: int, windows, held) -> bool:
+  def _label(self, number: int, one: Round, first: int, windows) -> bool:
     """Labels the round's tasks into `windows` and `held`."""
     policy = self.policy() if number else None
     labeller = Labeller(
@@ -143,7 +147,7 @@ class LensRounds:
       for task, labelled in tqdm.tqdm(
           made, total=one.tasks, unit="task", dynamic_ncols=True):
         kept = task % self._config.validation_every == 1
-        (held if kept else windows).extend(labelled)
+        (self.held if kept else windows).extend(labelled)
         if stop.raised:
           return False
     return True
@@ -156,7 +160,7 @@ class LensRounds:
     return LensTrainer(
       self._lm, self._encoder, self.lens,
       dataclasses.replace(c.train, steps=one.steps), c.objective, windows,
-      pairs, self.workdir / f"round-{number}", self._params)
+      pairs, self.workdir / f"round-{number}", self.params)
 
   def export(self, path, card: Mapping[str, Any]) -> None:
     """Writes the last round's weights with the facts of `card`.

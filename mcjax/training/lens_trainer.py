@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import tqdm
 
-from mcjax import lensnet, pretrained
+from mcjax import lensnet, lensnet_policy, pretrained
 from mcjax.checkpoint import Checkpoints
 from mcjax.evaluation.ranks import spearman
 from mcjax.lens_rows import RAW, LensInputs
@@ -74,6 +74,8 @@ def optimizer(c: LensTrainConfig) -> optax.GradientTransformation:
                 mask=lambda p: jax.tree.map(lambda a: np.ndim(a) > 1, p)))
 
 
+@functools.partial(
+  jax.jit, static_argnames=("config", "lens", "objective"), donate_argnums=0)
 def train_step(state, embed, windows: Windows, pairs: Pairs, rows, asked, *,
                config: LensTrainConfig, lens: lensnet.LensNetConfig,
                objective: LensObjective):
@@ -119,9 +121,8 @@ class LensTrainer:
     self._windows = jax.device_put(lens_losses.stack(
       windows, np.asarray(self._embed), encoder))
     self._pairs = jax.device_put(pairs)
-    start = lensnet.init_params(lens, config.seed)
-    if initial is not None:
-      start = jax.tree.map(jnp.asarray, initial)
+    start = initial or lensnet.init_params(lens, config.seed)
+    start = jax.tree.map(lambda a: jnp.array(a, copy=True), start)
     self.state = {"params": start, "optimizer": optimizer(config).init(start),
                   "step": jnp.zeros((), jnp.int32)}
     plain = json.loads(json.dumps({
@@ -133,9 +134,6 @@ class LensTrainer:
       self.state, must_match=tuple(plain))
     if restored is not None:
       self.state = restored
-    self._step = jax.jit(functools.partial(
-      train_step, config=config, lens=lens, objective=objective),
-      donate_argnums=0)
 
   @property
   def step(self) -> int:
@@ -154,9 +152,10 @@ class LensTrainer:
     count = self._windows.worth.shape[0]
     rows = rng.choice(count, c.batch, replace=count < c.batch)
     asked = rng.choice(len(self._pairs.questions), c.pairs, replace=False)
-    self.state, terms = self._step(
+    self.state, terms = train_step(
       self.state, self._embed, self._windows, self._pairs,
-      rows.astype(np.int32), asked.astype(np.int32))
+      rows.astype(np.int32), asked.astype(np.int32), config=c, lens=self.lens,
+      objective=self.objective)
     return {k: float(v) for k, v in jax.device_get(terms).items()}
 
   def run(self, validation: Sequence[Labelled] = (),
@@ -168,6 +167,8 @@ class LensTrainer:
       held = lens_losses.stack(
         validation, np.asarray(self._embed), self._encoder)
     metrics = MetricWriter(self.workdir, self.step)
+    best_path = self.workdir / "best.json"
+    best = json.loads(best_path.read_text()) if best_path.exists() else {}
     bar = tqdm.tqdm(total=c.steps, initial=self.step, unit="step",
                     dynamic_ncols=True)
     with StopSignal() as stop:
@@ -190,15 +191,33 @@ class LensTrainer:
           metrics.write(step, {f"validation/{k}": v for k, v in found.items()})
           report(f"step {step}: " + ", ".join(
             f"{k} {v:.3f}" for k, v in found.items()))
+          if found["regret"] < best.get("regret", np.inf):
+            best = {"step": step, **found}
+            self._keep_best(best)
     bar.close()
     metrics.close()
     self._checkpoints.close()
     return self.step >= c.steps
 
+  def _keep_best(self, facts: dict[str, float]) -> None:
+    lensnet_policy.save_lensnet(
+      self.workdir / "best.safetensors", self.params, self.lens, {})
+    (self.workdir / "best.json").write_text(json.dumps(facts))
+
+  def best_params(self):
+    """Parameters with the lowest regret on the validation windows so far.
+
+    The current ones if nothing was validated.
+    """
+    path = self.workdir / "best.safetensors"
+    if not path.exists():
+      return self.params
+    return pretrained.read_weights(path, "lensnet")[0]
+
   def export(self, path, card: Mapping[str, Any]) -> None:
-    """Writes the weights with the facts of `card`."""
-    pretrained.save_weights(
-      path, "lensnet", self.params, dataclasses.asdict(self.lens),
+    """Writes the best weights with the facts of `card`."""
+    lensnet_policy.save_lensnet(
+      path, self.best_params(), self.lens,
       {"base": self._lm.name, "base_fingerprint": self._lm.fingerprint,
        "gistnet": self._encoder.fingerprint, "steps": self.step,
        "windows": int(self._windows.worth.shape[0]), **card})
@@ -208,15 +227,16 @@ def window_scores(params, lens: lensnet.LensNetConfig, embed,
                   windows: Windows) -> np.ndarray:
   """Scores [N, R] of stacked windows."""
   tables = lensnet.key_tables(params, lens, embed)
-
-  @jax.jit
-  def run(inputs):
-    return lensnet.apply(
-      params, lens, inputs, lens_losses.matches(tables, inputs))
-
-  rows = [run(LensInputs(*(a[i] for a in windows.inputs)))
-          for i in range(len(windows.worth))]
+  rows = [
+    _scores(params, lens, tables, LensInputs(*(a[i] for a in windows.inputs)))
+    for i in range(len(windows.worth))]
   return np.stack(jax.device_get(rows))
+
+
+@functools.partial(jax.jit, static_argnames="lens")
+def _scores(params, lens, tables, inputs: LensInputs) -> jax.Array:
+  return lensnet.apply(
+    params, lens, inputs, lens_losses.matches(tables, inputs))
 
 
 def evaluate(params, lens: lensnet.LensNetConfig, embed, windows: Windows,
@@ -224,28 +244,43 @@ def evaluate(params, lens: lensnet.LensNetConfig, embed, windows: Windows,
   """How scores agree with labels.
 
   Returns:
-    spearman: rank correlation of score and worth over all labelled blocks.
-    within: the same inside a window, averaged.
+    spearman, asked/spearman: rank correlation of score and worth over the
+      labelled blocks of windows that follow text, and of questions.
     cheap: rank correlation of the cheap estimate and the worth.
-    regret: mean over windows of the best sum of gains of `edits` labelled
-      edits minus that of the edits wished for, relative to making none.
+    regret, text/regret: the best sum of gains of `edits` labelled edits minus
+      that of the edits wished for, over all windows and over those that
+      follow text, relative to making no edits.
+    found: of the questions whose best hidden block is worth more than the
+      threshold's worth, the share in which it is wished for.
   """
   scores = window_scores(params, lens, embed, windows)
   known = np.isfinite(windows.worth)
   worth = np.where(known, windows.worth, 0)
-  sign = np.where(windows.inputs.state == RAW, -1, 1)
-  within, best, got = [], [], []
-  for s, w, k, g in zip(scores, worth, known, sign):
-    if k.sum() > 4:
-      within.append(spearman(s[k], w[k]))
+  asked = np.asarray(windows.inputs.asked) > 0
+  raw = windows.inputs.state == RAW
+  sign = np.where(raw, -1, 1)
+  best, got, found = np.zeros(len(worth)), np.zeros(len(worth)), []
+  for i, (s, w, k, g) in enumerate(zip(scores, worth, known, sign)):
     gain, wish = (g * w)[k], (g * s)[k]
-    best.append(np.sort(np.maximum(gain, 0))[-edits:].sum())
+    best[i] = np.sort(np.maximum(gain, 0))[-edits:].sum()
     order = np.argsort(-wish)[:edits]
-    got.append(gain[order][wish[order] > threshold].sum())
+    got[i] = gain[order][wish[order] > threshold].sum()
+    hidden = np.where(k & ~raw[i], w, -np.inf)
+    if asked[i] and hidden.max() > 2 * threshold * lens_losses.UNIT:
+      found.append(s[hidden.argmax()] > threshold)
   both = known & np.isfinite(windows.cheap)
+
+  def regret(some: np.ndarray) -> float:
+    total = best[some].sum()
+    return float((total - got[some].sum()) / max(total, 1e-9))
+
+  def agreement(some: np.ndarray) -> float:
+    k = known & some[:, None]
+    return spearman(scores[k], worth[k])
+
   return {
-    "spearman": spearman(scores[known], worth[known]),
-    "within": float(np.mean(within)) if within else 0.0,
+    "spearman": agreement(~asked), "asked/spearman": agreement(asked),
     "cheap": spearman(windows.cheap[both], worth[both]),
-    "regret": float((np.sum(best) - np.sum(got)) / max(np.sum(best), 1e-9)),
+    "regret": regret(np.ones_like(asked)), "text/regret": regret(~asked),
+    "found": float(np.mean(found)) if found else 0.0,
   }

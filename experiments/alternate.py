@@ -1,0 +1,46 @@
+"""Alternates GistNet and LensNet: python -m experiments.alternate --workdir=…
+
+Every phase resumes from the workdir; SIGTERM or Ctrl-C leaves a checkpoint.
+At the end results.md tells, per cycle, what both networks reach on the same
+validation text and windows: whether alternating helped.
+"""
+
+import pathlib
+
+from absl import flags, logging
+
+from mcjax import commands, gistnet
+from mcjax.base.load import load_base_lm
+from mcjax.training import alternating, data, gist_trainer, lens_rounds
+
+_CONFIG = commands.define_config(
+  str(pathlib.Path(__file__).parent / "configs/alternate.py"))
+_WORKDIR = flags.DEFINE_string("workdir", None, "Phases and the report.")
+flags.mark_flag_as_required("workdir")
+
+
+def main(argv) -> None:
+  del argv
+  c = _CONFIG.value
+  logging.set_verbosity(logging.WARNING)
+  workdir = pathlib.Path(_WORKDIR.value)
+  commands.use_compilation_cache(workdir / "compiled")
+  g = c.gist
+  train = gist_trainer.read_config(g.train, g.objective, g.phases)
+  lens = lens_rounds.read_config(c.lens.to_dict())
+  lm = load_base_lm(c.base, dtype=c.dtype)
+  initial, config = None, gistnet.configure(lm.params, lm.config, g.gistnet)
+  if c.initial:
+    initial, config, _ = gistnet.read_gistnet(c.initial)
+  folder = pathlib.Path(c.data or data.default_folder())
+  mixture = dict(g.mixture) or None
+  run = alternating.Alternation(
+    lm, config, train, lens, c.cycles,
+    data.open_split(folder, "train", mixture),
+    data.open_split(folder, "validation"), workdir, initial, mixture)
+  if run.run():
+    print((workdir / "results.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+  commands.run(main, _CONFIG)
