@@ -9,7 +9,7 @@ import logging
 import pathlib
 import sys
 
-from absl import app
+from absl import app, flags
 from ml_collections import config_flags
 
 from mcjax.config import Config
@@ -60,8 +60,14 @@ def run(main: Callable[[list[str]], None], config=None) -> None:
   """
 
   def parse(argv: list[str]) -> list[str]:
-    with _config_errors():
-      return app.parse_flags_with_usage(argv)
+    try:
+      with _config_errors():
+        return flags.FLAGS(argv)
+    except flags.Error as error:  # may hold a traceback; its end says why
+      reason = [line for line in str(error).splitlines() if line.strip()][-1]
+      reason = reason.strip().removeprefix("mcjax.types.McjaxError: ")
+      print(f"error: {reason}", file=sys.stderr)
+      sys.exit(1)
 
   def guarded(argv: list[str]) -> None:
     if len(argv) > 1:

@@ -38,8 +38,8 @@ class Config:
     recent_tokens: newest tokens at L0 at cold start.
     gists_per_level: nodes kept at each level at cold start, nearest first.
     protect_tokens: newest tokens that are never collapsed.
-    renew_tokens: newest tokens run again after an expand between decoded
-      blocks, so that they read the new detail; 1 renews the logits only.
+    renew_tokens: newest tokens run again after an expand, so that they read
+      the new detail; 1 renews the logits only.
     refresh_every: refocus steps between full rebuilds of the cache in splice
       mode; 0 never.
     delta_nll_every: refocus steps between probes of the change in NLL of the

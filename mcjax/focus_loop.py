@@ -68,6 +68,7 @@ class FocusLoop:
     self._config = config
     self._key = jax.random.key(config.seed)
     self._warm = False
+    self._expanded = False  # since the LM last ran
 
   # --- what enters --------------------------------------------------------
 
@@ -180,6 +181,7 @@ class FocusLoop:
       )
       edits = focus_allocator.apply_plan(window, plan, self.step)
     self.step += 1
+    self._expanded |= any(action == EXPAND for action, *_ in edits)
     self._record(edits)
     every = config.refresh_every
     rebuild = config.kv == "exact" and edits
@@ -189,8 +191,15 @@ class FocusLoop:
     return len(edits)
 
   def sync(self, renew: int = 1) -> None:
-    """Fetches inputs and runs the LM on what it has not seen; see ContextLM."""
+    """Fetches inputs and runs the LM on what it has not seen; see ContextLM.
+
+    After an expand the newest `Config.renew_tokens` before the `renew` asked
+    for are run again too: what they attended to lacked the new detail.
+    """
     before = self.context.tokens_run
+    if self._expanded:
+      renew += self._config.renew_tokens - 1
+      self._expanded = False
     with self.telemetry.phase("fetch"):
       self.context.load_unready(self.tree)
     with self.telemetry.phase("splice"):
@@ -247,12 +256,10 @@ class FocusLoop:
       max(0, self.tree.cursor - BRANCHING), self.tree.cursor
     )
     before = self.context.probe_nll(newest) if probe else None
-    expands = self.telemetry.counters["expands"]
     if not self.refocus(need=BRANCHING) and self.context.is_synced:
       return
     spliced = self.context.tokens_run
-    expanded = self.telemetry.counters["expands"] > expands
-    self.sync(renew=self._config.renew_tokens if expanded else 1)
+    self.sync()
     self.telemetry.count("splice_tokens", self.context.tokens_run - spliced)
     if before is not None:
       change = self.context.probe_nll(newest) - before
@@ -265,13 +272,13 @@ class FocusLoop:
   def undone(self) -> Iterator[None]:
     """What happens inside is not remembered: tree, window, cache, query."""
     snapshot = self.context.snapshot()
-    kept = self.query, self.step, self._key
+    kept = self.query, self.step, self._key, self._expanded
     try:
       with self.tree.transient():
         yield
     finally:
       self.context.restore(snapshot)
-      self.query, self.step, self._key = kept
+      self.query, self.step, self._key, self._expanded = kept
 
   def score(self, token_ids: np.ndarray) -> np.ndarray:
     """NLL [n] in nats of `token_ids`, teacher-forced; undoes everything."""

@@ -36,6 +36,7 @@ class Settings:
       it on; fewer where there are fewer steps.
     horizon: tokens scored, a multiple of 32.
     refresh: values of `Config.refresh_every`; 0 is never.
+    renew: `Config.renew_tokens`.
     gist_attention: as in `Config`.
     text: files; the standard library if empty.
   """
@@ -47,6 +48,7 @@ class Settings:
   steps: tuple[int, ...] = (16, 64, 256, 1024)
   probes: int = 64
   horizon: int = 64
+  renew: int = Config().renew_tokens
   refresh: tuple[int, ...] = (0, 64, 256)
   gist_attention: str = "auto"
   text: tuple[str, ...] = ()
@@ -104,6 +106,7 @@ def run(settings: Settings, folder) -> Report:
 def _measure(settings: Settings, lm, folder, every: int) -> dict:
   config = Config(
     window=settings.window, refresh_every=every,
+    renew_tokens=settings.renew,
     gist_attention=settings.gist_attention,
   )
   tree = make_tree(lm, folder, settings.history, settings.text)
@@ -153,21 +156,17 @@ def _probed(mark: int, probes: int) -> list[int]:
 def _ahead_nll(loop: FocusLoop, ids: np.ndarray, rebuild: bool) -> float:
   """Mean NLL of the tokens ahead behind the focus as it is; undone after."""
   context = loop.context
-  snapshot = context.snapshot()
-  try:
-    with loop.tree.transient():
-      if rebuild:
-        context.forget()
-      loop.sync()
-      out = []
-      for a in range(0, len(ids), BRANCHING):
-        chunk = ids[a : a + BRANCHING]
-        loop.append(chunk)
-        loop.sync(renew=len(chunk) + 1)
-        out.append(context.newest_nll(chunk))
-      return float(np.mean(np.concatenate(out)))
-  finally:
-    context.restore(snapshot)
+  with loop.undone():
+    if rebuild:
+      context.forget()
+    loop.sync()
+    out = []
+    for a in range(0, len(ids), BRANCHING):
+      chunk = ids[a : a + BRANCHING]
+      loop.append(chunk)
+      loop.sync(renew=len(chunk) + 1)
+      out.append(context.newest_nll(chunk))
+    return float(np.mean(np.concatenate(out)))
 
 
 def _standard_error(values) -> float:
