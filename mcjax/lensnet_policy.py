@@ -26,6 +26,10 @@ _KEY_BATCH = 2048  # blocks per call of the key head
 _FOUND = 8  # blocks taken from each search
 _SCAN = 1 << 15  # blocks up to which all keys are read: 1M tokens, 4 MFLOP
 _THRESHOLD = 0.2  # as the allocator's; scores below it are no wishes
+_ANSWER = 0.5  # score from which a block answers a question
+_RIVAL = 0.5  # share of the best score that another block must reach
+_NEAR = 0.9  # share of its score that blocks beside it take
+_IDLE = -0.3  # score of raw blocks that do not answer it
 _PRESSURE = 0.21  # taken from what is not wished for once slots are short
 
 
@@ -106,7 +110,10 @@ class LensNetPolicy:
     lexical = [b for b, _ in self._lexical.targets(view)]
     self.touched = self._lexical.touched
     self.bytes_read = self._lexical.bytes_read
-    return list(dict.fromkeys(lexical + self._by_keys(view)))
+    found = lexical + self._by_keys(view)
+    last = view.query_start // BRANCHING
+    beside = [b + d for b in found for d in (-1, 1) if 0 <= b + d < last]
+    return list(dict.fromkeys(found + beside))
 
   def score_rows(self, view: FocusView, rows: lens_rows.Rows) -> np.ndarray:
     """Scores [R] float32 of the blocks of `rows`."""
@@ -171,7 +178,7 @@ class LensNetPolicy:
 
 def _sizes(window: int) -> tuple[int, ...]:
   """Padded numbers of rows: usual ones, and all a window can hold."""
-  return (128, 256, window + 4 * _FOUND)
+  return (128, 256, window + 8 * _FOUND)
 
 
 def empty_inputs(size: int, d_model: int) -> LensInputs:
@@ -195,12 +202,24 @@ def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
 
   A block's raw tokens and its gist take its score. A coarse entry takes the
   best wish found below it, else its age's score, which never asks for detail.
-  Under pressure everything that is not wished for scores lower.
+  Under pressure everything that is not wished for scores lower. When a block
+  answers a question, blocks far less worthy are not wished for, and raw ones
+  ask to be collapsed: together they distract a small model, though each alone
+  hardly matters.
   """
   out = age_scores(view)
-  wished = scores > _THRESHOLD
-  calm = scores - np.float32(_PRESSURE if view.pressure else 0.0)
-  block = np.where(wished, scores, calm).astype(np.float32)
+  scores = np.array(scores, np.float32)
+  best = float(scores.max(initial=0.0))
+  if view.asked and best >= _ANSWER:
+    # The score saturates; what it is the tanh of does not.
+    least = np.tanh(_RIVAL * np.arctanh(min(best, 0.999)))
+    scores = _spread(rows.block, scores, least)
+    rivals = scores >= _NEAR * least
+    scores[~rivals] = np.minimum(scores[~rivals], 0.0)
+    idle = ~rivals & (rows.state == RAW)
+    scores[idle] = np.minimum(scores[idle], _IDLE)
+  pressure = np.float32(_PRESSURE if view.pressure else 0.0)
+  block = np.where(scores > _THRESHOLD, scores, scores - pressure)
   for at, state, score in zip(rows.entry.tolist(), rows.state.tolist(), block):
     if state == RAW:
       out[at : at + BRANCHING] = score
@@ -209,6 +228,21 @@ def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
       out[at] = max(score, out[at])
     elif score > _THRESHOLD:
       out[at] = max(score, out[at])
+  return out
+
+
+def _spread(block: np.ndarray, scores: np.ndarray, least: float) -> np.ndarray:
+  """Lets blocks beside one of at least `least` share in its score.
+
+  A sentence often straddles two blocks, and half of it is worth little.
+  """
+  at = {b: i for i, b in enumerate(block.tolist())}
+  out = scores.copy()
+  for i in np.flatnonzero(scores >= least):
+    for near in (block[i] - 1, block[i] + 1):
+      j = at.get(int(near))
+      if j is not None:
+        out[j] = max(out[j], _NEAR * scores[i])
   return out
 
 
