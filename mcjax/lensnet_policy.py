@@ -30,6 +30,10 @@ _ANSWER = 0.5  # score from which a block answers a question
 _RIVAL = 0.5  # share of the best score that another block must reach
 _NEAR = 0.9  # share of its score that blocks beside it take
 _IDLE = -0.3  # score of raw blocks that do not answer it
+_TEXT_GAIN = 3.0  # wishes for text begin at 7 thousandths of a nat
+_WISHES = 3  # blocks wished for at one time while text is read on
+_FILL = 0.21  # score of the newest gist while slots are plenty
+_EDITS = 4  # wishes for which room is made
 _PRESSURE = 0.21  # taken from what is not wished for once slots are short
 
 
@@ -200,35 +204,72 @@ def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
                  ) -> np.ndarray:
   """Scores of entries [E] from scores of blocks [R].
 
-  A block's raw tokens and its gist take its score. A coarse entry takes the
-  best wish found below it, else its age's score, which never asks for detail.
-  Under pressure everything that is not wished for scores lower. When a block
-  answers a question, blocks far less worthy are not wished for, and raw ones
-  ask to be collapsed: together they distract a small model, though each alone
-  hardly matters.
+  A coarse entry takes the best wish found below it, else its age's score,
+  which never asks for detail. Everything that is not wished for scores lower
+  once slots are short of what is.
   """
-  out = age_scores(view)
+  calm = dataclasses.replace(view, pressure=False)
+  out = age_scores(calm)
   scores = np.array(scores, np.float32)
   best = float(scores.max(initial=0.0))
   if view.asked and best >= _ANSWER:
-    # The score saturates; what it is the tanh of does not.
-    least = np.tanh(_RIVAL * np.arctanh(min(best, 0.999)))
-    scores = _spread(rows.block, scores, least)
-    rivals = scores >= _NEAR * least
-    scores[~rivals] = np.minimum(scores[~rivals], 0.0)
-    idle = ~rivals & (rows.state == RAW)
-    scores[idle] = np.minimum(scores[idle], _IDLE)
-  pressure = np.float32(_PRESSURE if view.pressure else 0.0)
-  block = np.where(scores > _THRESHOLD, scores, scores - pressure)
-  for at, state, score in zip(rows.entry.tolist(), rows.state.tolist(), block):
+    scores = _for_answer(rows, scores, best)
+  else:
+    _for_text(view, rows, scores, out)
+  for at, state, score in zip(rows.entry.tolist(), rows.state.tolist(), scores):
     if state == RAW:
       out[at : at + BRANCHING] = score
-    elif state == GIST:
+    elif state == GIST or score > _THRESHOLD:
       # A gist costs one slot; without a wish only its age counts.
       out[at] = max(score, out[at])
-    elif score > _THRESHOLD:
-      out[at] = max(score, out[at])
+  wished = (out > _THRESHOLD) & (view.entries.level > 0)
+  room = (BRANCHING - 1) * min(_EDITS, int(np.sum(wished)))
+  if view.context_lm.window.free < 2 * BRANCHING + room:
+    out = np.where(wished, out, out - np.float32(_PRESSURE))
   return out
+
+
+def _for_answer(rows: lens_rows.Rows, scores: np.ndarray, best: float
+                ) -> np.ndarray:
+  """Scores [R] when a block answers a question.
+
+  Blocks far less worthy are not wished for, and raw ones ask to be collapsed:
+  together they distract a small model, though each alone hardly matters.
+  """
+  # The score saturates; what it is the tanh of does not.
+  least = np.tanh(_RIVAL * np.arctanh(min(best, 0.999)))
+  scores = _spread(rows.block, scores, least)
+  rivals = scores >= _NEAR * least
+  scores[~rivals] = np.minimum(scores[~rivals], 0.0)
+  idle = ~rivals & (rows.state == RAW)
+  scores[idle] = np.minimum(scores[idle], _IDLE)
+  return scores
+
+
+def _for_text(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
+              out: np.ndarray) -> None:
+  """Changes scores [R] and entry scores [E] for text that is read on.
+
+  What a block is worth for the next 32 tokens of plain text is mostly below
+  what can be foreseen. So the newest raw text stays and only its oldest block
+  goes when slots are short; farther back, blocks come and go by their scores;
+  free slots are filled from the newest gist on.
+  """
+  level = view.entries.level
+  scores[:] = np.tanh(_TEXT_GAIN * np.arctanh(np.clip(scores, -0.99, 0.99)))
+  coarse = np.flatnonzero(level > 0)
+  newest = int(coarse[-1]) + 1 if len(coarse) else 0
+  raw = rows.state == RAW
+  near, far = raw & (rows.entry >= newest), raw & (rows.entry < newest)
+  order = np.where(near, -1.0, scores)
+  if len(order) > _WISHES:
+    least = np.sort(order)[-_WISHES]
+    scores[order < least] = np.minimum(scores[order < least], 0.0)
+  scores[near] = out[rows.entry[near]]
+  scores[far & (scores <= _THRESHOLD)] = _IDLE
+  plenty = view.context_lm.window.free >= 4 * BRANCHING
+  if plenty and not view.asked and newest and level[newest - 1] == 1:
+    out[newest - 1] = max(out[newest - 1], _FILL)
 
 
 def _spread(block: np.ndarray, scores: np.ndarray, least: float) -> np.ndarray:
