@@ -30,6 +30,7 @@ class Settings:
   Attributes:
     base: the base LM, and its dtype below.
     window: W.
+    policy: similarity or lensnet.
     history: tokens in the tree before the first step.
     steps: refocus steps at which drift is measured.
     probes: measurements per mark, spread over the steps up to it from half of
@@ -44,6 +45,7 @@ class Settings:
   base: str = "smollm2-135m"
   dtype: str = "float32"
   window: int = 1024
+  policy: str = "similarity"
   history: int = 32768
   steps: tuple[int, ...] = (16, 64, 256, 1024)
   probes: int = 64
@@ -106,7 +108,7 @@ def run(settings: Settings, folder) -> Report:
 def _measure(settings: Settings, lm, folder, every: int) -> dict:
   config = Config(
     window=settings.window, refresh_every=every,
-    renew_tokens=settings.renew,
+    renew_tokens=settings.renew, policy=settings.policy,
     gist_attention=settings.gist_attention,
   )
   tree = make_tree(lm, folder, settings.history, settings.text)

@@ -21,6 +21,7 @@ from mcjax.evaluation import texts
 from mcjax.evaluation.report import progress
 from mcjax.focus_loop import FocusLoop, Query
 from mcjax.gistnet import load_gistnet
+from mcjax.lensnet_policy import load_lensnet
 from mcjax.telemetry import Telemetry
 from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING
@@ -63,14 +64,20 @@ def make_tree(lm: BaseLM, folder: pathlib.Path, count: int,
 
 
 def make_loop(lm: BaseLM, tree: MegaContextTree, config: Config) -> FocusLoop:
-  """The loop over a tree with the similarity policy, nothing shown yet."""
+  """The loop over a tree, nothing shown yet; policy similarity or lensnet."""
   encoder = load_gistnet(lm)
+  policy = policies.Similarity(config.search_nodes)
+  if config.policy == "lensnet":
+    policy = load_lensnet(lm, encoder, max_nodes=config.search_nodes)
+    if tree.lens_fingerprint != policy.keyer.fingerprint:
+      tree.rebuild_lens_keys(policy.keyer)
+    tree.attach_keyer(policy.keyer)
   show = config.gist_attention == "visible" or (
     config.gist_attention == "auto" and encoder.attend
   )
   return FocusLoop(
     tree, ContextLM(lm, config, show),
-    policies.Similarity(config.search_nodes), encoder, config, Telemetry(),
+    policy, encoder, config, Telemetry(),
   )
 
 

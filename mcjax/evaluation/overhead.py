@@ -39,6 +39,7 @@ class Settings:
   Attributes:
     base: the base LM, and its dtype below.
     window: W.
+    policy: similarity or lensnet.
     histories: history lengths in tokens.
     moving_history: history of the loop whose query moves.
     exact_history: history of the loop in exact mode.
@@ -55,6 +56,7 @@ class Settings:
   base: str = "smollm2-135m"
   dtype: str = "float32"
   window: int = 2048
+  policy: str = "similarity"
   histories: tuple[int, ...] = (8192, 32768, 131072, 1 << 20)
   moving_history: int = 32768
   exact_history: int = 32768
@@ -134,7 +136,8 @@ def _facts(arm: LoopArm) -> dict:
 def _make_arms(settings: Settings, lm: BaseLM, folder):
   def arm(history: int, kv: str = "splice", moving: bool = False) -> LoopArm:
     config = Config(
-      window=settings.window, kv=kv, refocus_every=settings.refocus_every
+      window=settings.window, kv=kv, refocus_every=settings.refocus_every,
+      policy=settings.policy,
     )
     tree = make_tree(lm, folder, history, settings.text)
     progress(f"preparing the loop at {history:,} tokens, {kv}")
