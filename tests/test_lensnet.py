@@ -1,5 +1,7 @@
 """LensNet: bounded, not causal, blind to padding; its rows, keys and policy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -278,24 +280,42 @@ def test_a_short_history_has_a_short_tail(tiny_lm, tiny_gistnet):
 # --- The policy --------------------------------------------------------------
 
 
-def test_every_entry_has_a_score_and_a_coarse_one_inherits(
+def test_an_answer_is_wished_for_and_other_raw_text_offered(
   tiny_lm, tiny_gistnet
 ):
   mc = opened(tiny_lm, tiny_gistnet, 4000)
-  view = view_of(mc)
+  view = dataclasses.replace(view_of(mc), asked=True)
   e = view.entries
   coarse = int(np.flatnonzero(e.level == 2)[0])
   found = [int(e.index[coarse]) * 32 + 3, int(e.index[coarse]) * 32 + 9]
   rows = lens_rows.window_rows(mc._loop.context.window, found)
-  scores = np.linspace(-0.9, 0.1, len(rows)).astype(np.float32)
+  scores = np.linspace(-0.1, 0.3, len(rows)).astype(np.float32)
   scores[-2:] = [0.4, 0.7]
   out = lensnet_policy.entry_scores(view, rows, scores)
   assert len(out) == len(e)
-  assert out[coarse] == np.float32(0.7)
-  others = np.flatnonzero((e.level > 1) & (np.arange(len(e)) != coarse))
-  assert (out[others] <= 0).all()
-  raw = int(rows.entry[0])
-  np.testing.assert_array_equal(out[raw : raw + 32], scores[0])
+  assert out[coarse] == np.float32(0.7)  # a coarse entry inherits
+  assert (np.delete(out, coarse) <= 0).all()
+  for at in rows.entry[rows.state == RAW]:
+    assert (out[at : at + 32] <= -0.3).all()
+
+
+def test_text_read_on_keeps_what_is_newest(tiny_lm, tiny_gistnet):
+  mc = opened(tiny_lm, tiny_gistnet, 4000)
+  view = view_of(mc)
+  e = view.entries
+  rows = lens_rows.window_rows(mc._loop.context.window, [])
+  scores = np.full(len(rows), -0.9, np.float32)
+  few = np.flatnonzero(rows.state == GIST)[:2]
+  scores[few] = [0.5, 0.3]
+  out = lensnet_policy.entry_scores(view, rows, scores)
+  newest = int(np.flatnonzero(e.level > 0)[-1]) + 1
+  assert (out[newest:] > -0.2).all()  # not offered, whatever LensNet says
+  assert (out[rows.entry[few]] > 0.2).all()
+  assert out[newest - 1] > 0.2  # free slots are filled from here on
+  many = np.full(len(rows), 0.4, np.float32)
+  many[rows.state == GIST] = np.linspace(0.4, 0.5, (rows.state == GIST).sum())
+  out = lensnet_policy.entry_scores(view, rows, many)
+  assert (out[: newest - 1] > 0.2).sum() <= 3  # few wishes at one time
 
 
 def test_the_policy_scores_what_is_there(tiny_lm, tiny_gistnet):
