@@ -98,17 +98,19 @@ def scorer(query: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
   query = np.asarray(query)
   if query.ndim != 1 or query.dtype.kind not in "iu":
     raise ValueError(f"a query is {query.dtype}{list(query.shape)}, not int[K]")
-  # Whole numbers far below 2**53 in float64 add up exactly.
-  weights = query.astype(np.float64)
+  # Sums of whole numbers are exact below 2**24 in float32, 2**53 in float64.
+  largest = KEY_MAX * np.abs(query.astype(np.int64)).sum()
+  real = np.float32 if largest < 2**24 else np.float64
+  weights = query.astype(real)
   bound_weights = np.concatenate(
     [np.minimum(weights, 0), np.maximum(weights, 0)]
   )
 
   def score(keys: np.ndarray) -> np.ndarray:
     if keys.shape[1] == len(weights):
-      return keys.astype(np.float64) @ weights
+      return (keys.astype(real) @ weights).astype(np.float64)
     if keys.shape[1] == len(bound_weights):
-      return keys.astype(np.float64) @ bound_weights
+      return (keys.astype(real) @ bound_weights).astype(np.float64)
     raise ValueError(f"keys {keys.shape} do not fit a query of {len(weights)}")
 
   return score
