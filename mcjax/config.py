@@ -29,7 +29,8 @@ class Config:
       barred from the opposite one.
     threshold: tau; scores within +-tau cause no voluntary edit.
     settle_steps: refocus steps at most after a prompt was ingested.
-    search_nodes: tree nodes a policy may touch per refocus step.
+    search_nodes: tree nodes a search may touch per refocus step; below 1M
+      tokens LensNet reads all its L1 keys instead.
     gist_attention: whether the LM attends to gists; auto does what the
       GistNet's model card measured to be better, and masks untrained ones.
     gist_stride: positions one gist advances (1 compact ... 32 true span);
