@@ -10,7 +10,7 @@ repeated with a periodic rebuild (`Config.refresh_every`).
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 
 import numpy as np
 
@@ -66,16 +66,14 @@ def run(settings: Settings, folder) -> Report:
   """Measures every refresh setting; what is in `folder` already is kept."""
   folder = report.make_folder(folder)
   lm = load_base_lm(settings.base, dtype=settings.dtype)
-  cells = {}
-  for every in settings.refresh:
-    path = folder / f"refresh-{every}.json"
-    asked = json.loads(json.dumps({**dataclasses.asdict(settings),
-                                   "refresh": every}))
-    saved = json.loads(path.read_text()) if path.exists() else {}
-    if saved.get("settings") != asked:
-      saved = {"settings": asked, **_measure(settings, lm, folder, every)}
-      path.write_text(json.dumps(saved))
-    cells[every] = saved
+  cells = {
+    every: report.cell(
+      folder, f"refresh-{every}",
+      {**dataclasses.asdict(settings), "refresh": every},
+      functools.partial(_measure, settings, lm, folder, every),
+    )
+    for every in settings.refresh
+  }
   out = Report("drift", dataclasses.asdict(settings))
   rows = []
   for every, saved in cells.items():

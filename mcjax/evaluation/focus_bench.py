@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import uuid
 
@@ -21,7 +20,7 @@ import numpy as np
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.evaluation import recovery
-from mcjax.evaluation.report import Report, make_folder, progress
+from mcjax.evaluation.report import Report, cell, make_folder, progress
 from mcjax.gistnet import GistEncoder, load_gistnet
 from mcjax.lensnet_policy import LensNetPolicy, load_lensnet
 from mcjax.policies import Policy
@@ -221,20 +220,12 @@ class Bench:
         added.
       make: measures; its outcome is plain JSON.
     """
-    key = json.loads(json.dumps({
+    whole = {
       **key, "base": self.lm.fingerprint, "gistnet": self.encoder.fingerprint,
       "dtype": str(self.lm.params["embed"].dtype),
       "window": self.settings.window, "seed": self.settings.seed,
-    }))
-    path = self.folder / f"{name}.json"
-    saved = json.loads(path.read_text()) if path.exists() else {}
-    if saved.get("key") != key:
-      progress(name)
-      saved = {"key": key, "outcome": make()}
-      scratch = path.with_suffix(".part")
-      scratch.write_text(json.dumps(saved))
-      scratch.replace(path)
-    return saved["outcome"]
+    }
+    return cell(self.folder, name, whole, make)
 
 
 def identity(policy: Policy) -> str:

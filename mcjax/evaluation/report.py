@@ -116,8 +116,11 @@ def cell(folder: str | os.PathLike, name: str, settings: Mapping,
   asked = json.loads(json.dumps(settings))
   saved = json.loads(path.read_text()) if path.exists() else {}
   if saved.get("settings") != asked:
+    progress(name)
     saved = {"settings": asked, "result": measure()}
-    path.write_text(json.dumps(saved), encoding="utf-8")
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(saved), encoding="utf-8")
+    scratch.replace(path)
   return json.loads(json.dumps(saved["result"]))
 
 
