@@ -8,11 +8,13 @@ below it, so that an expand path leads down to it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 
 import jax
 import numpy as np
 
+from mcjax import keys as lexical
 from mcjax import lens_keys, lens_rows, lensnet, pretrained
 from mcjax.base.load import BaseLM
 from mcjax.context_lm import ContextLM
@@ -21,6 +23,7 @@ from mcjax.lens_rows import GIST, RAW, LensInputs
 from mcjax.policies import FocusView, Similarity, age_scores
 from mcjax.search import TreeSearch, brute_force
 from mcjax.types import BRANCHING, McjaxError
+from mcjax.working_context import Entries
 
 _KEY_BATCH = 2048  # blocks per call of the key head
 _FOUND = 8  # blocks taken from each search
@@ -30,9 +33,13 @@ _ANSWER = 0.5  # score from which a block answers a question
 _RIVAL = 0.5  # share of the best score that another block must reach
 _NEAR = 0.9  # share of its score that blocks beside it take
 _IDLE = -0.3  # score of raw blocks that do not answer it
-_TEXT_GAIN = 3.0  # wishes for text begin at 7 thousandths of a nat
-_WISHES = 3  # blocks wished for at one time while text is read on
-_FILL = 0.21  # score of the newest gist while slots are plenty
+_NOVEL = 0.08  # share of the query's weight from which text wishes for a block
+_UNSURE_GAIN = 3.0  # a question without an answer wishes from 0.007 nats on
+_WISHES = 4  # blocks wished for at one time where no block answers
+_GIST_WORTH = 0.01  # most that a block behind a gist scores without a wish
+_NEAR_WORTH = 0.17  # what the newest raw block scores above that
+_NEAR_HALF = 256.0  # tokens over which that is halved
+_TEXT_PRESSURE = 0.41  # as _PRESSURE, for scores that begin at 0
 _EDITS = 4  # wishes for which room is made
 _PRESSURE = 0.21  # taken from what is not wished for once slots are short
 
@@ -107,7 +114,8 @@ class LensNetPolicy:
     window = view.context_lm.window
     rows = lens_rows.window_rows(window, found)
     scores = self.score_rows(view, rows)
-    return entry_scores(view, rows, scores)
+    novel = None if view.asked else novelty(view, rows, found)
+    return entry_scores(view, rows, scores, novel)
 
   def found(self, view: FocusView) -> list[int]:
     """Blocks that either search proposes."""
@@ -180,6 +188,41 @@ class LensNetPolicy:
     context.token_embeddings(np.zeros(BRANCHING, np.int32))
 
 
+def newest_raw(entries: Entries) -> int:
+  """The first entry of the raw text that reaches up to the cursor."""
+  coarse = np.flatnonzero(entries.level > 0)
+  return int(coarse[-1]) + 1 if len(coarse) else 0
+
+
+def novelty(view: FocusView, rows: lens_rows.Rows, found: Sequence[int]
+            ) -> dict[int, float]:
+  """What far blocks hold of the query that the newest raw text does not.
+
+  Args:
+    view: the policy's view.
+    rows: the window's blocks; raw ones from farther back are asked too, so
+      that they stay while they are needed.
+    found: blocks that the searches propose.
+
+  Returns:
+    {block: its share, in [0, 1], of the query's weight by rarity and age}.
+  """
+  first = newest_raw(view.entries)
+  start = int(view.entries.start()[first])
+  near = view.tree.tokens(start, max(start, view.query_start))
+  weights = lexical.query_weights(
+    view.tree, view.query_ids, view.query_weights)
+  total = float(weights.sum())
+  weights[np.isin(view.query_ids, near)] = 0.0
+  left = float(weights.sum())
+  if not left:
+    return {}
+  raw_far = rows.block[(rows.state == RAW) & (rows.entry < first)]
+  blocks = list(dict.fromkeys([*found, *raw_far.tolist()]))
+  ranked = lexical.rank_blocks(view.tree, blocks, view.query_ids, weights)
+  return {b: share * left / total for b, share in ranked[:_WISHES]}
+
+
 def _sizes(window: int) -> tuple[int, ...]:
   """Padded numbers of rows: usual ones, and all a window can hold."""
   return (128, 256, window + 8 * _FOUND)
@@ -200,22 +243,29 @@ def empty_inputs(size: int, d_model: int) -> LensInputs:
   )
 
 
-def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
-                 ) -> np.ndarray:
+def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
+                 novel: dict[int, float] | None = None) -> np.ndarray:
   """Scores of entries [E] from scores of blocks [R].
 
-  A coarse entry takes the best wish found below it, else its age's score,
-  which never asks for detail. Everything that is not wished for scores lower
-  once slots are short of what is.
+  A coarse entry takes the best wish found below it. Everything that is not
+  wished for scores lower once slots are short of what is.
+
+  Args:
+    view: the policy's view.
+    rows: blocks of the window, and blocks found below its coarse entries.
+    scores: [R] LensNet's, in (-1, 1).
+    novel: {block: share of the query's weight in rare tokens that this block
+      holds and the newest raw text does not}, see `novelty`; None for a
+      question, whose wishes are LensNet's alone.
   """
-  calm = dataclasses.replace(view, pressure=False)
-  out = age_scores(calm)
+  answer = view.asked and float(scores.max(initial=0.0)) >= _ANSWER
   scores = np.array(scores, np.float32)
-  best = float(scores.max(initial=0.0))
-  if view.asked and best >= _ANSWER:
-    scores = _for_answer(rows, scores, best)
+  if answer:
+    out = age_scores(dataclasses.replace(view, pressure=False))
+    scores = _for_answer(rows, scores, float(scores.max()))
   else:
-    _for_text(view, rows, scores, out)
+    out = np.zeros(len(view.entries), np.float32)
+    scores = _for_text(view, rows, scores, novel)
   for at, state, score in zip(rows.entry.tolist(), rows.state.tolist(), scores):
     if state == RAW:
       out[at : at + BRANCHING] = score
@@ -224,8 +274,12 @@ def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
       out[at] = max(score, out[at])
   wished = (out > _THRESHOLD) & (view.entries.level > 0)
   room = (BRANCHING - 1) * min(_EDITS, int(np.sum(wished)))
-  if view.context_lm.window.free < 2 * BRANCHING + room:
-    out = np.where(wished, out, out - np.float32(_PRESSURE))
+  if answer:
+    short, less = 2 * BRANCHING + room, _PRESSURE
+  else:
+    short, less = BRANCHING + room if room else 0, _TEXT_PRESSURE
+  if view.context_lm.window.free < short:
+    out = np.where(wished, out, out - np.float32(less))
   return out
 
 
@@ -247,29 +301,33 @@ def _for_answer(rows: lens_rows.Rows, scores: np.ndarray, best: float
 
 
 def _for_text(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
-              out: np.ndarray) -> None:
-  """Changes scores [R] and entry scores [E] for text that is read on.
+              novel: dict[int, float] | None) -> np.ndarray:
+  """Scores [R] where no block answers: what a block is worth raw.
 
-  What a block is worth for the next 32 tokens of plain text is mostly below
-  what can be foreseen. So the newest raw text stays and only its oldest block
-  goes when slots are short; farther back, blocks come and go by their scores;
-  free slots are filled from the newest gist on.
+  What a block of plain text is worth for the next tokens is mostly below what
+  can be foreseen. So a block is wished for only where it holds rare words of
+  the newest text that the window does not show, or, for a question, where
+  LensNet sees a gain. All else scores within the
+  threshold and moves only to make room, least worth first: gists, which the LM
+  does not see; raw blocks from farther back; then the newest raw text, oldest
+  first.
   """
-  level = view.entries.level
-  scores[:] = np.tanh(_TEXT_GAIN * np.arctanh(np.clip(scores, -0.99, 0.99)))
-  coarse = np.flatnonzero(level > 0)
-  newest = int(coarse[-1]) + 1 if len(coarse) else 0
+  newest = newest_raw(view.entries)
   raw = rows.state == RAW
   near, far = raw & (rows.entry >= newest), raw & (rows.entry < newest)
-  order = np.where(near, -1.0, scores)
-  if len(order) > _WISHES:
-    least = np.sort(order)[-_WISHES]
-    scores[order < least] = np.minimum(scores[order < least], 0.0)
-  scores[near] = out[rows.entry[near]]
-  scores[far & (scores <= _THRESHOLD)] = _IDLE
-  plenty = view.context_lm.window.free >= 4 * BRANCHING
-  if plenty and not view.asked and newest and level[newest - 1] == 1:
-    out[newest - 1] = max(out[newest - 1], _FILL)
+  worth = _GIST_WORTH * (1 + scores) / 2
+  worth[far] += _GIST_WORTH
+  age = view.tree.cursor - (rows.block[near] + 1) * BRANCHING
+  worth[near] = 2 * _GIST_WORTH + _NEAR_WORTH * np.exp2(-age / _NEAR_HALF)
+  if novel is None:
+    wishes = np.tanh(_UNSURE_GAIN * np.arctanh(np.clip(scores, -0.99, 0.99)))
+  else:
+    shares = np.array([novel.get(b, 0.0) for b in rows.block.tolist()])
+    wishes = np.where(shares >= _NOVEL, _THRESHOLD + shares, 0.0)
+  order = np.where(near, -1.0, wishes)
+  least = max(_THRESHOLD, np.sort(order)[-_WISHES:].min(initial=1.0))
+  wished = (order >= least) & (order > _THRESHOLD)
+  return np.where(wished, wishes, worth).astype(np.float32)
 
 
 def _spread(block: np.ndarray, scores: np.ndarray, least: float) -> np.ndarray:
