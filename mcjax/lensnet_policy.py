@@ -208,6 +208,8 @@ def novelty(view: FocusView, rows: lens_rows.Rows, found: Sequence[int]
     {block: its share, in [0, 1], of the query's weight by rarity and age}.
   """
   first = newest_raw(view.entries)
+  if first == len(view.entries) or not len(view.query_ids):
+    return {}
   start = int(view.entries.start()[first])
   near = view.tree.tokens(start, max(start, view.query_start))
   weights = lexical.query_weights(
