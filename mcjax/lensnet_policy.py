@@ -309,10 +309,9 @@ def _for_text(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
   What a block of plain text is worth for the next tokens is mostly below what
   can be foreseen. So a block is wished for only where it holds rare words of
   the newest text that the window does not show, or, for a question, where
-  LensNet sees a gain. All else scores within the
-  threshold and moves only to make room, least worth first: gists, which the LM
-  does not see; raw blocks from farther back; then the newest raw text, oldest
-  first.
+  LensNet sees a gain. All else scores within the threshold and moves only to
+  make room, least worth first: gists, which the LM does not see; raw blocks
+  from farther back; then the newest raw text, oldest first.
   """
   newest = newest_raw(view.entries)
   raw = rows.state == RAW
@@ -325,7 +324,8 @@ def _for_text(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
     wishes = np.tanh(_UNSURE_GAIN * np.arctanh(np.clip(scores, -0.99, 0.99)))
   else:
     shares = np.array([novel.get(b, 0.0) for b in rows.block.tolist()])
-    wishes = np.where(shares >= _NOVEL, _THRESHOLD + shares, 0.0)
+    asked = np.minimum(1.0, _THRESHOLD + shares)
+    wishes = np.where(shares >= _NOVEL, asked, 0.0)
   order = np.where(near, -1.0, wishes)
   least = max(_THRESHOLD, np.sort(order)[-_WISHES:].min(initial=1.0))
   wished = (order >= least) & (order > _THRESHOLD)
