@@ -28,6 +28,7 @@ BATCH_SIZES = (1, 16, 64)
 _THREADS = min(8, os.cpu_count() or 1)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: GistNetConfig, seed: int = 0):
   """Fresh parameters; a leading [levels] axis on each if `per_level`."""
   params = GistNet(config).init(
@@ -66,6 +67,12 @@ def token_features(base_params, base_config: model.DecoderConfig,
   return x.astype(jnp.float32)
 
 
+@jax.jit
+def _rms(embed: jax.Array) -> jax.Array:
+  sample = jnp.asarray(embed[:4096]).astype(jnp.float32)
+  return jnp.sqrt(jnp.mean(jnp.square(sample)))
+
+
 def default_config(base_params, base_config: model.DecoderConfig,
                    **overrides) -> GistNetConfig:
   """The default sizes for a base, in the unit of its embeddings."""
@@ -73,8 +80,7 @@ def default_config(base_params, base_config: model.DecoderConfig,
   heads = max(1, round(d / 96))
   sizes = dict(d_model=d, heads=heads, width=32 * heads, mlp_width=36 * heads,
                slot_mlp_width=64 * heads)
-  sample = jnp.asarray(base_params["embed"][:4096]).astype(jnp.float32)
-  rms = float(jnp.sqrt(jnp.mean(jnp.square(sample))))
+  rms = float(_rms(base_params["embed"]))
   return GistNetConfig(**{**sizes, "input_rms": rms, **overrides})
 
 

@@ -1,11 +1,25 @@
-"""What every test shares: eight host devices, a strict JAX, two bases."""
+"""What every test shares: eight host devices, a strict JAX, two bases.
+
+Compiling is most of what the tests cost. So LLVM does not optimise here (half
+the time of a compilation), and one run compiles a program once: its processes
+share a compilation cache, which goes with the run.
+"""
 
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([
   os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
+  "--xla_backend_optimization_level=0",
 ]).strip()
+
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_OWNS_CACHE = _CACHE not in os.environ  # workers inherit it
+if _OWNS_CACHE:
+  os.environ[_CACHE] = tempfile.mkdtemp(prefix="mcjax-tests-")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -19,6 +33,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run; failures do not come and go.
 hypothesis.settings.register_profile("mcjax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("mcjax")
+
+
+def pytest_unconfigure():
+  if _OWNS_CACHE:
+    shutil.rmtree(os.environ[_CACHE], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,9 @@ _SMOLLM2 = DecoderConfig(
   rms_norm_eps=1e-5, tie_embeddings=True)
 
 
+_apply = jax.jit(gistnet.apply, static_argnums=1)
+
+
 def _base(d_model=24, vocab=64, name="tiny"):
   rng = np.random.default_rng(0)
   config = dataclasses.replace(
@@ -62,14 +65,14 @@ def _children(n=2, d=24, seed=1):
 def test_start_is_the_last_token_of_every_part(m):
   config = dataclasses.replace(_SMALL, slots_per_gist=m)
   x = _children()
-  gists = gistnet.apply(gistnet.init_params(config), config, x)
+  gists = _apply(gistnet.init_params(config), config, x)
   part = BRANCHING // m
   np.testing.assert_array_equal(gists, x[:, part - 1 :: part])
 
 
 def test_every_position_changes_the_gist():
   params, x = _trained(), _children(1)
-  jacobian = jax.jacrev(lambda x: gistnet.apply(params, _SMALL, x))(x)
+  jacobian = jax.jacrev(lambda x: _apply(params, _SMALL, x))(x)
   reach = np.abs(np.asarray(jacobian)).sum(axis=(0, 1, 2, 3, 5))
   assert reach.shape == (BRANCHING,)
   assert (reach > 1e-6).all()
@@ -78,7 +81,7 @@ def test_every_position_changes_the_gist():
 def test_order_matters():
   params, x = _trained(), _children(1)
   swapped = x.at[0, 3].set(x[0, 4]).at[0, 4].set(x[0, 3])
-  difference = gistnet.apply(params, _SMALL, x) - gistnet.apply(
+  difference = _apply(params, _SMALL, x) - _apply(
     params, _SMALL, swapped)
   assert np.abs(difference).max() > 1e-5
 
@@ -88,7 +91,7 @@ def test_every_parameter_has_a_gradient():
   target = jnp.asarray(
     np.random.default_rng(5).normal(size=(3, 1, 24)).astype(np.float32))
   gradients = jax.grad(lambda p: jnp.sum(
-    gistnet.apply(p, _SMALL, x) * target))(params)
+    _apply(p, _SMALL, x) * target))(params)
   for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]:
     assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
@@ -98,7 +101,7 @@ def test_no_nan_at_any_input_scale(scale):
   params = _trained()
 
   def total(x):
-    return jnp.sum(gistnet.apply(params, _SMALL, x))
+    return jnp.sum(_apply(params, _SMALL, x))
 
   value, gradient = jax.value_and_grad(total)(_children() * np.float32(scale))
   assert np.isfinite(value) and np.isfinite(gradient).all()
@@ -108,13 +111,13 @@ def test_scale_is_not_clamped():
   params = gistnet.init_params(_SMALL)
   params["scale"] = jnp.full((1,), 100.0)
   x = _children()
-  gists = gistnet.apply(params, _SMALL, x)
+  gists = _apply(params, _SMALL, x)
   np.testing.assert_allclose(gists[:, 0], 100 * x[:, -1], rtol=1e-6)
 
 
 def test_clamped_norm_option():
   config = dataclasses.replace(_SMALL, clamp_norm=True)
-  gists = np.asarray(gistnet.apply(_trained(config), config, _children()))
+  gists = np.asarray(_apply(_trained(config), config, _children()))
   rms = np.sqrt((gists**2).mean(axis=-1))
   np.testing.assert_allclose(rms, 0.1, rtol=1e-3)
 
@@ -133,7 +136,7 @@ def test_flops_count_agrees_with_the_compiler():
   params = jax.eval_shape(lambda: gistnet.init_params(config))
   x = jax.ShapeDtypeStruct((16, BRANCHING, 576), jnp.float32)
   compiled = jax.jit(
-    lambda p, x: gistnet.apply(p, config, x)).lower(params, x).compile()
+    lambda p, x: _apply(p, config, x)).lower(params, x).compile()
   per_token = compiled.cost_analysis()["flops"] / (16 * BRANCHING)
   assert gistnet.flops_per_token(config) == pytest.approx(per_token, rel=0.05)
 
@@ -191,7 +194,7 @@ def test_per_level_weights():
   params["scale"] = jnp.asarray([[1.0], [2.0], [3.0]])
   x = _children(1)
   for level, expected in ((1, 1.0), (2, 2.0), (3, 3.0), (9, 3.0)):
-    gists = gistnet.apply(params, config, x, level)
+    gists = _apply(params, config, x, level)
     np.testing.assert_allclose(gists[:, 0], expected * x[:, -1], rtol=1e-6)
 
 

@@ -1,6 +1,7 @@
 """MegaContext on a tiny base: the loop, pause and resume, cost, bad input."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_base
+from tiny_base import further
 from tree_reference import FailingWrites
 
 from mcjax import Config, McjaxError, MegaContext
@@ -111,7 +113,8 @@ def test_an_empty_history_answers_too(make):
   assert mc.tree.tokens(0, 1)[0] == tiny_base.BOS
 
 
-@pytest.mark.parametrize("count", [479, 480, 511, 512, 600, 1300, 5000])
+@pytest.mark.parametrize(
+  "count", [480, 512, 1300, *further(479, 511, 600, 5000)])
 def test_a_prompt_longer_than_the_window_is_ingested(make, count):
   mc = make(check_invariants=True)
   mc.ingest(tiny_base.text(200, 1))
@@ -189,8 +192,11 @@ def exercise(mc):
     yield "generate"
 
 
-@pytest.mark.parametrize("policy", ["random", "similarity", "recency"])
-@pytest.mark.parametrize("visible", ["visible", "masked"])
+@pytest.mark.parametrize("policy, visible", [
+  ("random", "visible"), ("similarity", "masked"),
+  *further(("random", "masked"), ("similarity", "visible"),
+           ("recency", "visible"), ("recency", "masked")),
+])
 def test_exact_mode_is_a_plain_forward_of_the_window(make, policy, visible):
   mc = make(kv="exact", policy=policy, gist_attention=visible, gist_stride=3)
   for what in exercise(mc):
@@ -264,12 +270,13 @@ def test_the_compile_counter_counts():
   assert compile_count() > before
 
 
-@pytest.mark.parametrize(
-  "policy, steps",
-  [("random", 450), ("similarity", 300), ("recency", 300), ("lensnet", 60)],
-)
+@pytest.mark.parametrize("policy, steps", [
+  ("random", 20), ("lensnet", 8),
+  *further(("random", 450), ("similarity", 300), ("recency", 300),
+           ("lensnet", 60)),
+])
 def test_nothing_compiles_after_warming_up(make, policy, steps):
-  """In all more than 1,000 refocus steps and 30,000 decode steps."""
+  """With the slow ones more than 1,000 refocus and 30,000 decode steps."""
   mc = make(
     policy=policy, gist_attention="visible", delta_nll_every=50,
     threshold=0.05 if policy == "random" else 0.2,
@@ -290,7 +297,7 @@ def test_nothing_compiles_after_warming_up(make, policy, steps):
   assert compile_count() == before
   assert count["decoded_tokens"] - decoded > 0.8 * steps * BRANCHING
   if policy == "random":
-    assert count["expands"] > 300 and count["collapses"] > 300
+    assert min(count["expands"], count["collapses"]) > 0.6 * steps
 
 
 # --- Pause and resume --------------------------------------------------------
@@ -398,10 +405,11 @@ def test_a_crash_resumes_at_the_last_commit(make, tiny_lm, tiny_gistnet):
 # --- Cost --------------------------------------------------------------------
 
 
-def test_the_cost_of_a_step_does_not_grow_with_the_history(make):
-  """Counted work of one turn at 10,000 and at 300,000 tokens of history."""
-  costs, histories = [], (10_000, 300_000)
-  for history in histories:
+@pytest.mark.parametrize("longest", [50_000, *further(300_000)])
+def test_the_cost_of_a_step_does_not_grow_with_the_history(make, longest):
+  """Counted work of one turn at 10,000 tokens of history and at many more."""
+  costs = []
+  for history in (10_000, longest):
     mc = make(gist_attention="visible", search_nodes=256, settle_steps=8)
     ids = tiny_base.text(10_000, 1)
     mc.ingest((ids * (history // 10_000))[:-1])
@@ -430,8 +438,10 @@ def test_the_cost_of_a_step_does_not_grow_with_the_history(make):
 # --- Score -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", [0, 1, 31, 100])
-@pytest.mark.parametrize("count", [1, 31, 32, 33, 200])
+@pytest.mark.parametrize("start, count", [
+  (0, 33), (1, 1), (31, 32), (100, 200),
+  *further(*itertools.product((0, 1, 31, 100), (1, 31, 32, 33, 200))),
+])
 def test_a_score_is_the_plain_nll_while_all_fits(
   make, tiny_lm, start, count
 ):
@@ -450,8 +460,9 @@ def test_a_score_is_the_plain_nll_while_all_fits(
     assert np.nanmean(np.abs(nll[1:] - expected[:-1])) > 0.3
 
 
-@pytest.mark.parametrize("policy", ["random", "similarity", "recency",
-                                    "lensnet", "oracle"])
+@pytest.mark.parametrize("policy", [
+  "random", "lensnet", *further("similarity", "recency", "oracle"),
+])
 def test_a_score_is_not_remembered(make, policy):
   mc = make(policy=policy, gist_attention="visible", check_invariants=True)
   mc.ingest(tiny_base.text(2000))

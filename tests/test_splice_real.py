@@ -143,6 +143,7 @@ def one_trial(lm, gistnet, source, number):
   return collapsed, spliced, exact
 
 
+@pytest.mark.slow
 def test_splicing_costs_less_than_a_hundredth_of_a_nat(
   smollm2, gistnet, source
 ):

@@ -6,6 +6,7 @@ import uuid
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -22,6 +23,17 @@ CHAT = (
   " + '<|stop|>' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|turn|>assistant: ' }}{% endif %}"
 )
+
+
+def further(*cases):
+  """Cases of a parametrised test that only `tools/test --slow` runs.
+
+  A case of several values is a tuple.
+  """
+  return [
+    pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=pytest.mark.slow)
+    for c in cases
+  ]
 
 
 def memory_url() -> str:
@@ -82,7 +94,7 @@ def make_lm(
 def gistnet(lm: BaseLM, seed: int = 0, spread: float = 0.0) -> GistEncoder:
   """An untrained GistNet; `spread` moves it from the last-token start."""
   config = default_config(lm.params, lm.config)
-  params = jax.jit(lambda: init_params(config, seed))()
+  params = init_params(config, seed)
   rng = np.random.RandomState(seed)
   params = jax.tree.map(
     lambda a: np.asarray(a)

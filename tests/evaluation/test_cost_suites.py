@@ -63,6 +63,7 @@ def _roofline(figures):
   return {k: v for k, v in figures.items() if k.startswith("device:")}
 
 
+@pytest.mark.slow
 def test_overhead(tmp_path, text, monkeypatch):
   settings = overhead.Settings.quick(
     window=512, histories=(1024, 2048), moving_history=2048,
@@ -80,6 +81,7 @@ def test_overhead(tmp_path, text, monkeypatch):
   assert _figures(tmp_path) | _roofline(found) == found
 
 
+@pytest.mark.slow
 def test_an_answer_never_ends_in_a_measurement(tmp_path, tiny_lm, text):
   tree = loop_arm.make_tree(tiny_lm, tmp_path, 1024, text)
   arm = loop_arm.LoopArm(tiny_lm, tree, loop_arm.Config(window=512))
@@ -92,6 +94,7 @@ def test_an_answer_never_ends_in_a_measurement(tmp_path, tiny_lm, text):
   again.close()
 
 
+@pytest.mark.slow
 def test_drift(tmp_path, text):
   settings = drift.Settings.quick(
     history=1024, steps=(2, 4), probes=1, refresh=(0, 2), text=text,
@@ -116,6 +119,7 @@ def test_ingest(tmp_path, text, monkeypatch):
   assert not (tmp_path / "tree").exists()
 
 
+@pytest.mark.slow
 def test_ttft(tmp_path, text, monkeypatch):
   monkeypatch.setattr(rag, "Embedder", _Embedder)
   monkeypatch.setattr(baselines, "CHUNK", 64)

@@ -122,6 +122,7 @@ def planted_run(tiny_lm, tmp_path_factory):
   return settings, folder, run(), run
 
 
+@pytest.mark.slow
 def test_the_focus_finds_facts_and_the_search_does_not_grow(planted_run):
   settings, _, report, _ = planted_run
   value = values_of(report)
@@ -140,6 +141,7 @@ def test_the_focus_finds_facts_and_the_search_does_not_grow(planted_run):
   assert value["planted/6000/retriever/hit@budget"] > 0.0
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(planted_run, monkeypatch):
   settings, folder, report, run = planted_run
 
@@ -257,6 +259,7 @@ class _Truth:
     return np.tanh(50 * scores).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_true_gains_rank_perfectly_and_have_least_regret(
   tiny_lm, stores, tmp_path, monkeypatch
 ):
@@ -319,6 +322,7 @@ def test_arms_score_the_same_tokens(tiny_lm, stores, tmp_path):
   assert value["text/recency/nll"] > 1.0
 
 
+@pytest.mark.slow
 def test_the_same_budget_on_longer_text(tiny_lm, stores, tmp_path):
   settings = settings_of(
     parts=("text",), policies=("recency", "random"), document_history=2048,
@@ -362,6 +366,7 @@ def test_summary_by_hand():
   }
 
 
+@pytest.mark.slow
 def test_known_topics_are_followed_and_recency_never_looks_back(
   tiny_lm, stores, tmp_path
 ):

@@ -72,6 +72,7 @@ def test_untrained_gists_are_the_last_token_control(tiny_lm, stores):
 
 @pytest.mark.parametrize("change", [
   dict(near=8, sink=True, gist_stride=8), dict(level=2, blocks=1)])
+@pytest.mark.slow
 def test_settings_run(tiny_lm, stores, change):
   setting = dataclasses.replace(_SETTING, **change)
   bench = _bench(tiny_lm, stores, setting)
@@ -128,6 +129,7 @@ def test_cached_controls_are_the_same_and_not_measured_again(
 
 
 @pytest.mark.parametrize("slots", [2])
+@pytest.mark.slow
 def test_several_vectors_a_gist(tiny_lm, stores, slots):
   config = gistnet.default_config(
     tiny_lm.params, tiny_lm.config, slots_per_gist=slots)
@@ -138,6 +140,7 @@ def test_several_vectors_a_gist(tiny_lm, stores, slots):
   assert np.isfinite(bench.measure(encoder)["gist"]).all()
 
 
+@pytest.mark.slow
 def test_the_suite_reports_every_setting(
     tiny_lm, store, tmp_path, monkeypatch):
   monkeypatch.setattr(substitution, "load_base_lm", lambda *a, **k: tiny_lm)
@@ -155,6 +158,7 @@ def test_the_suite_reports_every_setting(
   assert "| drop |" in table and "shuffled" in table
 
 
+@pytest.mark.slow
 def test_the_visible_suite_compares_both_arms(
     tiny_lm, store, tmp_path, monkeypatch):
   monkeypatch.setattr(visible, "load_base_lm", lambda *a, **k: tiny_lm)

@@ -12,7 +12,7 @@ from mcjax import gistnet
 from mcjax.training import gist_trainer
 from mcjax.types import McjaxError
 
-_FAST = ("slots_4", "own_levels", "deep_2")
+_FAST = ("own_levels",)
 
 
 def _small(turn):

@@ -23,7 +23,7 @@ def _ids(n=128, vocab=64, seed=0):
 
 def _loss(lm, gist_config, o, ids, params=None):
   params = gistnet.init_params(gist_config) if params is None else params
-  return losses.window_loss(
+  return jax.jit(losses.window_loss, static_argnums=(1, 3, 4))(
     params, gist_config, lm.params, lm.config, o, ids, jax.random.key(0))
 
 
@@ -110,21 +110,24 @@ def test_student_matches_the_plain_decoder(tiny_lm, sink):
 
 
 @pytest.mark.parametrize("terms", [
-  dict(), dict(kl=0.0, attend=1.0), dict(rebuild=0.5), dict(nll=0.5),
-  dict(early=2.0, near=32, sink=True), dict(remat=True),
-  dict(kl_segments=2, attend=1.0)])
+  dict(nll=0.5, rebuild=0.5, attend=1.0, kl_segments=2),
+  *(pytest.param(terms, marks=pytest.mark.slow) for terms in (
+    dict(), dict(kl=0.0, attend=1.0), dict(rebuild=0.5), dict(nll=0.5),
+    dict(early=2.0, near=32, sink=True), dict(remat=True),
+    dict(kl_segments=2, attend=1.0)))])
 def test_terms_are_finite_and_reach_the_network(
     tiny_lm, tiny_gist_config, terms):
   o = dataclasses.replace(_O, **terms)
-  (loss, metrics), gradient = jax.value_and_grad(
+  (loss, metrics), gradient = jax.jit(jax.value_and_grad(
     lambda p: _loss(tiny_lm, tiny_gist_config, o, _ids(), p),
-    has_aux=True)(gistnet.init_params(tiny_gist_config))
+    has_aux=True))(gistnet.init_params(tiny_gist_config))
   assert np.isfinite(loss)
   assert all(np.isfinite(v) for v in metrics.values())
   assert np.abs(gradient["w_out"]).max() > 0
   assert np.abs(gradient["scale"]).max() > 0
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing(tiny_lm, tiny_gist_config):
   values = [_loss(tiny_lm, tiny_gist_config,
                   dataclasses.replace(_O, remat=remat, rebuild=0.3), _ids())[0]

@@ -81,6 +81,7 @@ def test_one_step_trains_everything_and_freezes_the_base(
   jax.tree.map(np.testing.assert_array_equal, frozen, tiny_lm.params)
 
 
+@pytest.mark.slow
 def test_from_the_zero_start_everything_moves_within_three_steps(
     make, tmp_path):
   trainer = make(tmp_path, dataclasses.replace(_CONFIG, weight_decay=0.0))
@@ -92,6 +93,7 @@ def test_from_the_zero_start_everything_moves_within_three_steps(
   assert not any(jax.tree.leaves(same)), same
 
 
+@pytest.mark.slow
 def test_step_compiles_once_per_phase(make, tmp_path):
   trainer = make(tmp_path)
   for _ in range(_CONFIG.steps):
@@ -99,7 +101,8 @@ def test_step_compiles_once_per_phase(make, tmp_path):
   assert [f._cache_size() for f in trainer._steps.values()] == [1, 1]
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 6])
+@pytest.mark.parametrize("stop_after", [
+  1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6))])
 def test_killed_and_resumed_equals_uninterrupted(make, tmp_path, stop_after):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   assert make(whole).run()
@@ -131,6 +134,7 @@ def test_sigterm_leaves_a_checkpoint(make, tmp_path):
   assert make(tmp_path).step == 2
 
 
+@pytest.mark.slow
 def test_metrics_after_the_checkpoint_are_dropped_on_resume(make, tmp_path):
   trainer = make(tmp_path)
   trainer.one_step()
@@ -151,6 +155,7 @@ def test_another_configuration_in_the_workdir_is_refused(make, tmp_path):
     make(tmp_path, dataclasses.replace(_CONFIG, seed=5))
 
 
+@pytest.mark.slow
 def test_evaluation_keeps_the_best_weights(
     make, tmp_path, tiny_stores, tiny_lm, tiny_gist_config):
   trainer = make(tmp_path, dataclasses.replace(_CONFIG, evaluate_every=4))
@@ -162,6 +167,7 @@ def test_evaluation_keeps_the_best_weights(
   assert loaded.card["tokens"] == loaded.card["steps"] * 4 * 128
 
 
+@pytest.mark.slow
 def test_mesh_gives_the_same_step(make, tmp_path, monkeypatch):
   alone = make(tmp_path / "a").one_step()
   monkeypatch.undo()

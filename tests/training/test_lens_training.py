@@ -147,6 +147,7 @@ def test_a_label_is_what_the_edit_would_change(lm, encoder, tasks):
   tree.close()
 
 
+@pytest.mark.slow
 def test_a_buried_block_is_labelled_as_if_it_were_raw(lm, encoder, tasks):
   """Block, newest token and continuation alone, by the plain decoder."""
   labeller = focus_labels.Labeller(lm, encoder, _LABELS)
@@ -168,6 +169,7 @@ def test_a_buried_block_is_labelled_as_if_it_were_raw(lm, encoder, tasks):
   tree.close()
 
 
+@pytest.mark.slow
 def test_the_cheap_estimate_agrees_for_a_small_change(lm, encoder, tasks):
   """The gradient is that of the loss for less of an entry's value."""
   labeller = focus_labels.Labeller(lm, encoder, _LABELS)
@@ -189,6 +191,7 @@ def test_the_cheap_estimate_agrees_for_a_small_change(lm, encoder, tasks):
   tree.close()
 
 
+@pytest.mark.slow
 def test_labels_are_kept_and_not_made_again(lm, encoder, tasks, tmp_path):
   class Counted(focus_labels.Labeller):
     made = 0
@@ -249,6 +252,7 @@ def test_the_loss_falls_when_scores_follow_the_labels(batch, monkeypatch):
   assert right["ranking"] <= wrong["ranking"]
 
 
+@pytest.mark.slow
 def test_every_parameter_learns_and_the_base_is_frozen(batch, lm):
   embed, stacked, pairs = batch
   rng = np.random.RandomState(0)
@@ -308,6 +312,7 @@ def test_evaluation_by_hand(batch, monkeypatch):
   assert got["regret"] == 1.0 and got["spearman"] == 0.0
 
 
+@pytest.mark.slow
 def test_rounds_label_with_the_policy_they_trained(
     lm, encoder, stores, tmp_path):
   config = lens_rounds.read_config({
