@@ -72,7 +72,7 @@ def test_start_is_the_last_token_of_every_part(m):
 
 def test_every_position_changes_the_gist():
   params, x = _trained(), _children(1)
-  jacobian = jax.jacrev(lambda x: _apply(params, _SMALL, x))(x)
+  jacobian = jax.jit(jax.jacrev(lambda x: _apply(params, _SMALL, x)))(x)
   reach = np.abs(np.asarray(jacobian)).sum(axis=(0, 1, 2, 3, 5))
   assert reach.shape == (BRANCHING,)
   assert (reach > 1e-6).all()
@@ -90,8 +90,8 @@ def test_every_parameter_has_a_gradient():
   params, x = _trained(), _children(3)
   target = jnp.asarray(
     np.random.default_rng(5).normal(size=(3, 1, 24)).astype(np.float32))
-  gradients = jax.grad(lambda p: jnp.sum(
-    _apply(p, _SMALL, x) * target))(params)
+  gradients = jax.jit(jax.grad(lambda p: jnp.sum(
+    _apply(p, _SMALL, x) * target)))(params)
   for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]:
     assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
@@ -100,10 +100,12 @@ def test_every_parameter_has_a_gradient():
 def test_no_nan_at_any_input_scale(scale):
   params = _trained()
 
+  @jax.jit
+  @jax.value_and_grad
   def total(x):
     return jnp.sum(_apply(params, _SMALL, x))
 
-  value, gradient = jax.value_and_grad(total)(_children() * np.float32(scale))
+  value, gradient = total(_children() * np.float32(scale))
   assert np.isfinite(value) and np.isfinite(gradient).all()
 
 

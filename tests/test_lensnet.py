@@ -79,7 +79,7 @@ def reach(params, name):
 
   x = match[:, None] if name == "match" else getattr(given, name)
   run = (lambda x: scores(x[:, 0])) if name == "match" else scores
-  return np.abs(np.asarray(jax.jacrev(run)(x))).sum(-1)
+  return np.abs(np.asarray(jax.jit(jax.jacrev(run))(x))).sum(-1)
 
 
 @pytest.mark.parametrize("name", ["tail", "gists", "match"])
@@ -143,9 +143,9 @@ def test_the_order_of_rows_is_nothing_and_that_of_the_tail_matters(params):
 def test_every_score_parameter_has_a_gradient(params):
   given, match = inputs()
   weights = np.random.RandomState(3).standard_normal(ROWS).astype(np.float32)
-  gradients = jax.grad(
+  gradients = jax.jit(jax.grad(
     lambda p: jnp.sum(lensnet.apply(p, CONFIG, given, match) * weights)
-  )(params)["score"]
+  ))(params)["score"]
   for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]:
     assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 

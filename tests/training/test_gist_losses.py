@@ -27,6 +27,11 @@ def _loss(lm, gist_config, o, ids, params=None):
     params, gist_config, lm.params, lm.config, o, ids, jax.random.key(0))
 
 
+_layout = jax.jit(losses.layout, static_argnums=(1, 2))
+_forward = jax.jit(model.forward, static_argnums=1)
+_trace = jax.jit(attention_match.trace, static_argnums=1)
+
+
 def test_distribution_loss_equals_the_plain_formula(tiny_lm):
   rng = np.random.default_rng(2)
   student, teacher = (jnp.asarray(rng.normal(size=(50, 32)).astype(np.float32))
@@ -45,8 +50,8 @@ def test_distribution_loss_equals_the_plain_formula(tiny_lm):
     return losses.distribution_loss(
       student, tiny_lm.params, teacher, targets, weights, 0.7, 0.2, 16)[0]
 
-  for a, b in zip(jax.value_and_grad(fused)(student),
-                  jax.value_and_grad(plain)(student), strict=True):
+  for a, b in zip(jax.jit(jax.value_and_grad(fused))(student),
+                  jax.jit(jax.value_and_grad(plain))(student), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
@@ -56,21 +61,23 @@ def test_random_tokens_cost_ln_vocabulary(tiny_lm, tiny_gist_config):
   The base here is an echo, sure of its own input token, so that a target
   shifted by one would score far below ln V.
   """
-  quiet = {k: tiny_lm.params["layers"][k] * 0.0 for k in ("wo", "w_down")}
+  quiet = {k: np.zeros_like(tiny_lm.params["layers"][k])
+           for k in ("wo", "w_down")}
   echo = tiny_lm.params | {"layers": tiny_lm.params["layers"] | quiet}
-  unit = echo["embed"] / jnp.linalg.norm(echo["embed"], axis=-1, keepdims=True)
-  echo["embed"] = unit
+  unit = np.asarray(echo["embed"])
+  unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
+  echo["embed"] = jnp.asarray(unit)
   o = dataclasses.replace(_O, kl=0.0, nll=1.0)
   gist_params = gistnet.init_params(tiny_gist_config)
   run = jax.jit(lambda ids: losses.window_loss(
     gist_params, tiny_gist_config, echo, tiny_lm.config, o, ids,
     jax.random.key(0))[1]["nll"])
   nll = np.mean([run(_ids(seed=seed)) for seed in range(20)])
-  logits = model.unembed(echo, model.rms_norm(
-    unit, echo["final_norm"], tiny_lm.config.rms_norm_eps))
-  table = -jax.nn.log_softmax(logits)
-  assert float(jnp.mean(jnp.diagonal(table))) < math.log(64) - 1
-  assert nll == pytest.approx(float(jnp.mean(table)), abs=0.15)
+  table = np.asarray(jax.jit(lambda unit: -jax.nn.log_softmax(model.unembed(
+    echo, model.rms_norm(
+      unit, echo["final_norm"], tiny_lm.config.rms_norm_eps))))(unit))
+  assert np.diagonal(table).mean() < math.log(64) - 1
+  assert nll == pytest.approx(table.mean(), abs=0.15)
   assert nll > math.log(64)
 
 
@@ -78,7 +85,7 @@ def test_segments_see_only_the_gists_before_them(tiny_lm):
   o = dataclasses.replace(_O, near=32)
   gists = jnp.asarray(
     np.random.default_rng(0).normal(size=(4, 1, 32)).astype(np.float32))
-  seen = losses.layout(tiny_lm.params, tiny_lm.config, o, _ids(), gists)
+  seen = _layout(tiny_lm.params, tiny_lm.config, o, _ids(), gists)
   assert o.starts == (64, 96)
   np.testing.assert_array_equal(
     seen.visible, [[True, False, False, False], [True, True, False, False]])
@@ -93,9 +100,14 @@ def test_student_matches_the_plain_decoder(tiny_lm, sink):
   gists = jnp.asarray(
     np.random.default_rng(0).normal(0, 0.3, (4, 1, 32)).astype(np.float32))
   ids = _ids()
-  seen = losses.layout(tiny_lm.params, tiny_lm.config, o, ids, gists)
-  rows = jnp.arange(len(o.starts))
-  hidden = losses._student(tiny_lm.params, tiny_lm.config, o, ids, seen, rows)
+
+  @jax.jit
+  def student(ids):
+    base = tiny_lm.params, tiny_lm.config, o, ids
+    seen = losses.layout(*base, gists)
+    return losses._student(*base, seen, jnp.arange(len(o.starts)))
+
+  hidden = student(ids)
   lead = 32 if sink else 0
   last = o.starts[-1]
   flat = gists[1 if sink else 0 : last // 32, 0]
@@ -104,7 +116,7 @@ def test_student_matches_the_plain_decoder(tiny_lm, sink):
                        model.embed(tiny_lm.params, ids[last : last + 32])])
   places = np.concatenate([np.arange(lead), lead + np.arange(n) * 4 + 2,
                            lead + n * 4 + np.arange(32)])
-  plain, _, _ = model.forward(
+  plain, _, _ = _forward(
     tiny_lm.params, tiny_lm.config, x, jnp.asarray(places, jnp.int32))
   np.testing.assert_allclose(hidden[-1], plain[-32:], atol=2e-4)
 
@@ -144,9 +156,9 @@ def test_several_vectors_per_gist(tiny_lm, tiny_gist_config):
 def test_trace_equals_the_decoder(tiny_lm):
   x = model.embed(tiny_lm.params, _ids())
   places = jnp.arange(128, dtype=jnp.int32)
-  hidden, keys, values = model.forward(
+  hidden, keys, values = _forward(
     tiny_lm.params, tiny_lm.config, x, places)
-  found, rows = attention_match.trace(tiny_lm.params, tiny_lm.config, x)
+  found, rows = _trace(tiny_lm.params, tiny_lm.config, x)
   np.testing.assert_allclose(found, hidden, atol=2e-4)
   np.testing.assert_allclose(rows.keys, keys, atol=2e-4)
   np.testing.assert_allclose(rows.values, values, atol=2e-4)
@@ -156,7 +168,7 @@ def test_attention_match_is_zero_on_the_real_keys(tiny_lm):
   """If the far keys are the text's own, the teacher's output comes back."""
   ids = _ids(96)
   x = model.embed(tiny_lm.params, ids)
-  _, rows = attention_match.trace(tiny_lm.params, tiny_lm.config, x)
+  _, rows = _trace(tiny_lm.params, tiny_lm.config, x)
   places = jnp.arange(64, dtype=jnp.int32)
   far = model.Segment(
     model.rotate_keys(tiny_lm.config, rows.keys[:, :, :64], places),
@@ -164,10 +176,13 @@ def test_attention_match_is_zero_on_the_real_keys(tiny_lm):
   index = jnp.arange(64, 96, dtype=jnp.int32)[None]
   weights = jnp.full((1, 32), 1 / 32, jnp.float32)
   seen = jnp.ones((1, 64), bool)
-  exact = attention_match.loss(tiny_lm.params, tiny_lm.config, rows, far,
-                               index, index, seen, weights)
-  blind = attention_match.loss(tiny_lm.params, tiny_lm.config, rows, far,
-                               index, index, ~seen, weights)
+
+  @jax.jit
+  def match(seen):
+    return attention_match.loss(tiny_lm.params, tiny_lm.config, rows, far,
+                                index, index, seen, weights)
+
+  exact, blind = match(seen), match(~seen)
   assert exact < 1e-9 < 1e-3 < blind
 
 
