@@ -12,8 +12,6 @@ from mcjax import gistnet
 from mcjax.training import gist_trainer
 from mcjax.types import McjaxError
 
-_FAST = ("own_levels",)
-
 
 def _small(turn):
   if turn.level == 2:
@@ -32,9 +30,8 @@ def _trainer(c, tiny_lm, tiny_stores, workdir):
     tiny_lm, network, config, tiny_stores, workdir, {"code": 1.0})
 
 
-@pytest.mark.parametrize("name", [
-  name if name in _FAST else pytest.param(name, marks=pytest.mark.slow)
-  for name in gistnet_ablation.ABLATIONS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(gistnet_ablation.ABLATIONS))
 def test_takes_a_step(
     name, tiny_lm, tiny_stores, tmp_path, monkeypatch):
   real = gist_trainer.sharding.make_mesh

@@ -210,6 +210,7 @@ class TestLevelTwo:
     return level_loss.window_loss(
       params, config, lm.params, lm.config, self.O, ids, jax.random.key(0))
 
+  @pytest.mark.slow
   def test_the_stretch_reaches_the_loss_and_every_weight_moves(
       self, tiny_lm, tiny_gist_config):
     params = gistnet.init_params(tiny_gist_config)

@@ -65,6 +65,7 @@ def test_golden_step(make, tmp_path):
       assert values[name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_one_step_trains_everything_and_freezes_the_base(
     make, tmp_path, tiny_lm, tiny_gist_config):
   config = dataclasses.replace(_CONFIG, weight_decay=0.0)
