@@ -61,7 +61,8 @@ def _children(n=2, d=24, seed=1):
   return jnp.asarray(rng.normal(0, 0.1, (n, BRANCHING, d)).astype(np.float32))
 
 
-@pytest.mark.parametrize("m", [1, 2, 4])
+@pytest.mark.parametrize(
+  "m", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_start_is_the_last_token_of_every_part(m):
   config = dataclasses.replace(_SMALL, slots_per_gist=m)
   x = _children()

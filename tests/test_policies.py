@@ -197,7 +197,8 @@ def nll_after(mc, action, at, continuation):
     return float(np.mean(loop.context.newest_nll(continuation)))
 
 
-@pytest.mark.parametrize("shown", ["visible", "masked"])
+@pytest.mark.parametrize(
+  "shown", ["visible", *tiny_base.further("masked")])
 def test_the_oracle_scores_by_making_the_edit(tiny_lm, tiny_gistnet, shown):
   mc = make(tiny_lm, tiny_gistnet, policy="oracle", gist_attention=shown)
   mc.ingest(tiny_base.text(1500))
@@ -232,6 +233,7 @@ def test_the_oracle_needs_the_continuation(planted):
     Oracle(planted.config).score(view_of(planted))
 
 
+@pytest.mark.slow
 def test_the_oracle_scores_long_texts_too(tiny_lm, tiny_gistnet):
   """The window fills up, so room is made inside `score`."""
   mc = make(tiny_lm, tiny_gistnet, policy="oracle", gist_attention="visible")

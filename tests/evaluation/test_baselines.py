@@ -14,7 +14,8 @@ def ids():
   return np.random.default_rng(0).integers(0, 200, 150).astype(np.int32)
 
 
-@pytest.mark.parametrize("chunk", [16, 64])
+@pytest.mark.parametrize(
+  "chunk", [16, pytest.param(64, marks=pytest.mark.slow)])
 def test_prefill_is_full_attention(tiny_lm, ids, chunk, monkeypatch):
   monkeypatch.setattr(baselines, "_PREFIX", 32)
   expected = np.asarray(model.logits(tiny_lm.params, tiny_lm.config, ids))[-1]

@@ -397,6 +397,7 @@ def test_histories_hold_the_keys_of_the_lensnet_that_is_measured(
   assert report.notes == ["lensnet is untrained."]
 
 
+@pytest.mark.slow
 def test_known_places_want_whole_blocks(tiny_lm, stores, tmp_path):
   bench = focus_bench.Bench(tiny_lm, stores, settings_of(), tmp_path)
   url = bench.tree(bench.timeline(stores["code"].document(0)[:2047]))

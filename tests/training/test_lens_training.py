@@ -107,6 +107,7 @@ def test_resumed_finds_a_phrase_that_was_long_absent():
 # --- Labels ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_windows_hold_rows_of_every_state_and_labels(labelled):
   for number, group in labelled.items():
     assert len(group) == 3 if number == 0 else len(group) in (2, 4)
@@ -222,6 +223,7 @@ def batch(lm, encoder, windows):
   return embed, lens_losses.stack(windows, embed, encoder), pairs
 
 
+@pytest.mark.slow
 def test_stacked_windows_hold_the_gists_of_their_blocks(
     batch, windows, encoder):
   _, stacked, _ = batch
@@ -233,6 +235,7 @@ def test_stacked_windows_hold_the_gists_of_their_blocks(
   assert not stacked.inputs.mask[0, len(w.state) :].any()
 
 
+@pytest.mark.slow
 def test_the_loss_falls_when_scores_follow_the_labels(batch, monkeypatch):
   embed, stacked, pairs = batch
   inputs = stacked.inputs._replace(distance=np.nan_to_num(stacked.worth))
@@ -274,6 +277,7 @@ def _losses(folder):
   return {r["step"]: r["loss"] for r in rows if "loss" in r}
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_with_the_same_losses(
     lm, encoder, windows, batch, tmp_path):
   def make(folder):
@@ -297,6 +301,7 @@ def test_a_killed_run_resumes_with_the_same_losses(
   assert best["step"] in (3, 6)
 
 
+@pytest.mark.slow
 def test_evaluation_by_hand(batch, monkeypatch):
   """Perfect scores have no regret, and none at all has all of it."""
   embed, stacked, _ = batch
