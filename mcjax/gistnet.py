@@ -69,7 +69,7 @@ def token_features(base_params, base_config: model.DecoderConfig,
 
 @jax.jit
 def _rms(embed: jax.Array) -> jax.Array:
-  sample = jnp.asarray(embed[:4096]).astype(jnp.float32)
+  sample = embed[:4096].astype(jnp.float32)
   return jnp.sqrt(jnp.mean(jnp.square(sample)))
 
 

@@ -95,7 +95,10 @@ def test_the_plain_decoder_is_the_decoder(tiny_lm):
   assert np.std(plain, axis=0).mean() > 0.1  # the context matters
 
 
-@pytest.mark.parametrize("visible, stride", [(True, 1), (False, 7), (True, 32)])
+@pytest.mark.parametrize("visible, stride", [
+  (True, 1), (False, 7), (True, 32),
+  *tiny_base.further((False, 1), (True, 7), (False, 32)),
+])
 def test_a_rebuild_equals_a_plain_forward_of_what_is_visible(
   tiny_lm, tree, visible, stride
 ):
@@ -107,7 +110,7 @@ def test_a_rebuild_equals_a_plain_forward_of_what_is_visible(
   assert_exact(context, tree)
 
 
-@settings(max_examples=8)
+@settings(max_examples=15)
 @given(st.data())
 def test_any_tiling_equals_a_plain_forward(tiny_lm, tree, data):
   cursor = data.draw(st.integers(1, HISTORY))
@@ -166,7 +169,7 @@ def test_where_slots_lie_never_matters(tiny_lm, tree):
   np.testing.assert_allclose(mixed.logits(), plain.logits(), atol=2e-5)
 
 
-@pytest.mark.parametrize("renew", [1, 33, 200])
+@pytest.mark.parametrize("renew", [1, 33, 200, *tiny_base.further(8)])
 def test_splicing_is_exact_when_nothing_was_edited(tiny_lm, tree, renew):
   context = context_of(tiny_lm, tree, nodes_to(900, raw=(2, 7)))
   before, run = context.logits(), context.tokens_run
@@ -255,7 +258,7 @@ def test_probing_stores_nothing(tiny_lm, tree):
   np.testing.assert_allclose(probed, context.newest_nll(newest), atol=2e-5)
 
 
-@pytest.mark.parametrize("count", [1, 32, 33, 70])
+@pytest.mark.parametrize("count", [1, 32, 33, 70, *tiny_base.further(20)])
 def test_newest_nll_is_that_of_the_plain_decoder(tiny_lm, tree, count):
   cursor = 135
   context = context_of(tiny_lm, tree, cover(0, cursor, 0), sync=False)
@@ -278,7 +281,9 @@ def test_the_first_token_of_all_has_no_prediction(tiny_lm, tree):
   )
 
 
-@pytest.mark.parametrize("visible, stride", [(True, 5), (False, 1)])
+@pytest.mark.parametrize("visible, stride", [
+  (True, 5), (False, 1), *tiny_base.further((True, 1), (False, 5)),
+])
 def test_decoding_equals_greedy_decoding_token_by_token(
   tiny_lm, tree, visible, stride
 ):

@@ -298,7 +298,8 @@ def test_nothing_compiles_after_warming_up(make, policy, steps):
   assert compile_count() == before
   assert count["decoded_tokens"] - decoded > 0.8 * steps * BRANCHING
   if policy == "random":
-    assert min(count["expands"], count["collapses"]) > 0.6 * steps
+    least = 300 if steps == 450 else 12
+    assert count["expands"] > least and count["collapses"] > least
 
 
 # --- Pause and resume --------------------------------------------------------

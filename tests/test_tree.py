@@ -161,7 +161,7 @@ def test_one_encoder_call_per_level_and_append():
   assert encoder.calls == [(1, 1250), (2, 39), (3, 1)]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
   st.lists(
     st.tuples(
@@ -706,7 +706,7 @@ def test_lens_keys_in_pieces_equal_those_at_once(url, dtype):
   check(reopen(url, keyer=keyer), ids, dtype=dtype, keyer=keyer)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
   st.lists(
     st.tuples(

@@ -361,4 +361,4 @@ class Edits(stateful.RuleBasedStateMachine):
 
 
 TestEdits = Edits.TestCase
-TestEdits.settings = settings(max_examples=15, stateful_step_count=25)
+TestEdits.settings = settings(max_examples=40, stateful_step_count=25)

@@ -108,8 +108,8 @@ def test_cut_texts_equal_whole_texts(rules, smollm2, monkeypatch):
 
 
 @pytest.mark.parametrize("text", [_long_text(1_000_000), "a" * 1_000_000])
-def test_a_megabyte_takes_no_quadratic_time(text, smollm2):
-  ids = smollm2.tokenizer.encode(text)  # 0.3 s; it would be many minutes
+def test_a_megabyte_comes_back(text, smollm2):
+  ids = smollm2.tokenizer.encode(text)
   assert smollm2.tokenizer.decode(ids) == text
 
 
