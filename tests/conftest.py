@@ -1,13 +1,11 @@
 """What every test shares: eight host devices, a strict JAX, two bases.
 
 Compiling is most of what the tests cost. So LLVM does not optimise here (half
-the time of a compilation), and one run compiles a program once: its processes
-share a compilation cache, which goes with the run.
+the time of a compilation), and a program is compiled once: it is kept in the
+user cache, for the other processes of a run and for the next run.
 """
 
 import os
-import shutil
-import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([
@@ -15,29 +13,26 @@ os.environ["XLA_FLAGS"] = " ".join([
   "--xla_backend_optimization_level=0",
 ]).strip()
 
-_CACHE = "JAX_COMPILATION_CACHE_DIR"
-_OWNS_CACHE = _CACHE not in os.environ  # workers inherit it
-if _OWNS_CACHE:
-  os.environ[_CACHE] = tempfile.mkdtemp(prefix="mcjax-tests-")
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 import tiny_base  # noqa: E402
 
+from mcjax.base import hub  # noqa: E402
 from mcjax.base.load import load_base_lm  # noqa: E402
 
+for name, value in {
+  "jax_compilation_cache_dir": str(hub.cache_dir() / "xla-tests"),
+  "jax_compilation_cache_max_size": 1 << 30,  # bytes
+  "jax_persistent_cache_min_compile_time_secs": 0.1,
+}.items():
+  jax.config.update(name, value)
+  os.environ[name.upper()] = str(value)  # of the processes that tests start
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run; failures do not come and go.
 hypothesis.settings.register_profile("mcjax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("mcjax")
-
-
-def pytest_unconfigure():
-  if _OWNS_CACHE:
-    shutil.rmtree(os.environ[_CACHE], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
