@@ -17,8 +17,9 @@ if [ ! -x "$python" ]; then
 fi
 if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ]; then
   echo "Installing mcjax${extras:+[$extras]} into .venv (a few minutes the first time) ..." >&2
+  # --no-compile: most files of transformers are never imported.
   "$python" -m pip install --disable-pip-version-check --progress-bar on \
-    -e ".${extras:+[$extras]}" 2>&1 | grep -E '^(Collecting|ERROR|Successfully|Installing)|error' >&2 || true
+    --no-compile -e ".${extras:+[$extras]}" 2>&1 | grep --line-buffered -E '^(Collecting|ERROR|Successfully|Installing)|error' >&2 || true
   "$python" -c 'import mcjax' || {
     echo "installation failed: see above" >&2
     exit 1
