@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -95,6 +96,41 @@ class Segment(NamedTuple):
   positions: jax.Array
   visible: jax.Array
   rotated: bool = False
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed_product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+  return jnp.einsum(
+    spec, x.astype(w.dtype), w, preferred_element_type=x.dtype)
+
+
+def _mixed_product_forward(spec, x, w):
+  return _mixed_product(spec, x, w), (x, w)
+
+
+def _mixed_product_backward(spec, saved, slope):
+  x, w = saved
+  left, right, out = re.fullmatch(r"(\w+),(\w+)->(\w+)", spec).groups()
+  short = slope.astype(w.dtype)
+  return (
+    jnp.einsum(f"{out},{right}->{left}", short, w,
+               preferred_element_type=x.dtype),
+    jnp.einsum(f"{left},{out}->{right}", x, slope).astype(w.dtype))
+
+
+_mixed_product.defvjp(_mixed_product_forward, _mixed_product_backward)
+
+
+def product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+  """Einsum of activations and weights, in the activations' dtype.
+
+  float32 activations beside bfloat16 weights are rounded for the product,
+  whose sums and result are float32, forwards and backwards: the fastest form
+  on a CPU with bfloat16 dot products, and an ordinary one elsewhere.
+  """
+  if x.dtype == w.dtype:
+    return jnp.einsum(spec, x, w)
+  return _mixed_product(spec, x, w)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -171,19 +207,10 @@ def embed(params, token_ids: jax.Array) -> jax.Array:
 
 def unembed(params, hidden: jax.Array) -> jax.Array:
   """Logits [..., V] in float32 from final hidden states [..., D]."""
-  if "unembed" in params:
-    return jnp.einsum(
-      "...d,dv->...v",
-      hidden,
-      params["unembed"],
-      preferred_element_type=jnp.float32,
-    )
+  w = params["unembed"] if "unembed" in params else params["embed"]
+  spec = "...d,dv->...v" if "unembed" in params else "...d,vd->...v"
   return jnp.einsum(
-    "...d,vd->...v",
-    hidden,
-    params["embed"],
-    preferred_element_type=jnp.float32,
-  )
+    spec, hidden.astype(w.dtype), w, preferred_element_type=jnp.float32)
 
 
 def _attend(config, query, segments, tables, q_positions, rope_on):
@@ -202,8 +229,7 @@ def _attend(config, query, segments, tables, q_positions, rope_on):
   scores = []
   for (keys, _, positions, visible, _), table in zip(segments, tables):
     if table is not None:
-      turned = rotate(keys, *table)
-      keys = turned if rope_on is None else jnp.where(rope_on, turned, keys)
+      keys = _turn(keys, table, rope_on)
     s = jnp.einsum("kmh,ksh->kms", q, keys, preferred_element_type=jnp.float32)
     allowed = (positions[None, :] <= q_positions[:, None]) & visible[None, :]
     s = s.reshape(k_heads, t, groups, keys.shape[1]) / math.sqrt(h)
@@ -221,35 +247,55 @@ def _attend(config, query, segments, tables, q_positions, rope_on):
   return out.reshape(t, n, h)
 
 
-def _layer(config, layer, rope_on, x, positions, own_table, segments, tables,
-           own_visible):
-  """One decoder layer on x [T, D]; returns x and its new keys and values."""
+def _project(config, layer, x):
+  """Un-rotated queries [T, N, H], keys and values [K, T, H] of x [T, D]."""
   y = rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
-  q = jnp.einsum("td,dnh->tnh", y, layer["wq"])
-  k = jnp.einsum("td,dkh->tkh", y, layer["wk"])
-  v = jnp.einsum("td,dkh->tkh", y, layer["wv"])
+  q = product("td,dnh->tnh", y, layer["wq"])
+  k = product("td,dkh->tkh", y, layer["wk"])
+  v = product("td,dkh->tkh", y, layer["wv"])
   if config.qkv_bias:
-    q, k = q + layer["bq"][None], k + layer["bk"][None]
-    v = v + layer["bv"][None]
+    q = q + layer["bq"][None].astype(q.dtype)
+    k = k + layer["bk"][None].astype(k.dtype)
+    v = v + layer["bv"][None].astype(v.dtype)
   if config.qk_norm:
     q = rms_norm(q, layer["q_norm"], config.rms_norm_eps)
     k = rms_norm(k, layer["k_norm"], config.rms_norm_eps)
-  k, v = k.transpose(1, 0, 2), v.transpose(1, 0, 2)
-  turned = rotate(q.transpose(1, 0, 2), *own_table).transpose(1, 0, 2)
-  q = turned if rope_on is None else jnp.where(rope_on, turned, q)
-  own = (k, v, positions, own_visible, False)
-  mixed = _attend(
-    config, q, [*segments, own], [*tables, own_table], positions, rope_on
-  )
+  return q, k.transpose(1, 0, 2), v.transpose(1, 0, 2)
+
+
+def _turn(x, table, rope_on):
+  """Rotates x [K, T, H] by its table, unless this layer has no rotation."""
+  turned = rotate(x, *table)
+  return turned if rope_on is None else jnp.where(rope_on, turned, x)
+
+
+def _turn_queries(q, table, rope_on):
+  return _turn(q.transpose(1, 0, 2), table, rope_on).transpose(1, 0, 2)
+
+
+def _finish(config, layer, x, mixed):
+  """The layer's output [T, D] from its input and attention [T, N, H]."""
   # One contracted axis: over two, XLA CPU transposes the weights every time.
   wo = layer["wo"].reshape(-1, config.d_model)
-  out = mixed.reshape(-1, wo.shape[0]) @ wo
+  out = product("ta,ad->td", mixed.reshape(-1, wo.shape[0]), wo)
   if config.o_bias:
-    out = out + layer["bo"][None]
+    out = out + layer["bo"][None].astype(out.dtype)
   x = x + out
   y = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
-  gated = jax.nn.silu(y @ layer["w_gate"]) * (y @ layer["w_up"])
-  return x + gated @ layer["w_down"], k, v
+  gate = product("td,df->tf", y, layer["w_gate"])
+  gated = jax.nn.silu(gate) * product("td,df->tf", y, layer["w_up"])
+  return x + product("tf,fd->td", gated, layer["w_down"])
+
+
+def _layer(config, layer, rope_on, x, positions, own_table, segments, tables,
+           own_visible):
+  """One decoder layer on x [T, D]; returns x and its new keys and values."""
+  q, k, v = _project(config, layer, x)
+  own = (k, v, positions, own_visible, False)
+  mixed = _attend(
+    config, _turn_queries(q, own_table, rope_on), [*segments, own],
+    [*tables, own_table], positions, rope_on)
+  return _finish(config, layer, x, mixed), k, v
 
 
 def forward(
@@ -266,7 +312,8 @@ def forward(
   Args:
     params: parameter pytree, see the module docstring.
     config: static configuration.
-    x: [T, D] input embeddings (tokens or gists) in the parameters' dtype.
+    x: [T, D] input embeddings (tokens or gists) in the parameters' dtype, or
+      in float32 beside bfloat16 parameters (see `product`).
     positions: [T] int32; equal or smaller positions are attended to.
     segments: cached keys and values.
     visible: [T] bool, False hides the new entry from every query (padding,
@@ -311,6 +358,76 @@ def forward(
     keys, values = (jnp.stack(parts) for parts in zip(*new))
   hidden = rms_norm(x, params["final_norm"], config.rms_norm_eps)
   return hidden, keys, values
+
+
+def forward_branches(
+  params,
+  config: DecoderConfig,
+  trunk: jax.Array,
+  trunk_positions: jax.Array,
+  branches: jax.Array,
+  positions: jax.Array,
+  visible: jax.Array,
+  remat: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Runs a trunk and many branches that attend to it, in one pass.
+
+  As `forward` on the trunk and then on every branch with the trunk as its
+  segment, but with all rows in the same products.
+
+  Args:
+    params: parameter pytree with stacked layers.
+    config: static configuration.
+    trunk: [S, D] input embeddings; reads itself, causally.
+    trunk_positions: [S] int32.
+    branches: [n, T, D] input embeddings; a branch reads what it sees of the
+      trunk and itself.
+    positions: [n, T] int32.
+    visible: [n, S] bool, entries of the trunk that a branch sees.
+    remat: recompute each layer in the backward pass.
+
+  Returns:
+    hidden [n, T, D] of the branches after the final norm, and the trunk's
+    rotated keys and its values, each [L, K, S, H].
+  """
+  size = trunk.shape[0]
+  n, t, _ = branches.shape
+  trunk_table = rope_tables(config, trunk_positions)
+  tables = jax.vmap(lambda p: rope_tables(config, p))(positions)
+  rope_on = _rope_on(config) if config.nope_layers else None
+  whole = jnp.ones((size,), bool)
+  own_visible = jnp.ones((t,), bool)
+
+  def step(x, scanned):
+    layer, on = scanned
+    q, k, v = _project(config, layer, x)
+    keys, values = _turn(k[:, :size], trunk_table, on), v[:, :size]
+
+    def branch(q, k, v, positions, table, visible):
+      return _attend(
+        config, _turn_queries(q, table, on),
+        [(keys, values, trunk_positions, visible, True),
+         (k, v, positions, own_visible, False)],
+        [None, table], positions, on)
+
+    below = _attend(
+      config, _turn_queries(q[:size], trunk_table, on),
+      [(keys, values, trunk_positions, whole, True)], [None],
+      trunk_positions, on)
+    q, k, v = (
+      q[size:].reshape((n, t) + q.shape[1:]),
+      *(a[:, size:].reshape(a.shape[0], n, t, -1).transpose(1, 0, 2, 3)
+        for a in (k, v)))
+    above = jax.vmap(branch)(q, k, v, positions, tables, visible)
+    mixed = jnp.concatenate([below, above.reshape((n * t,) + below.shape[1:])])
+    return _finish(config, layer, x, mixed), (keys, values)
+
+  if remat:
+    step = jax.checkpoint(step)
+  x = jnp.concatenate([trunk, branches.reshape(n * t, -1)])
+  x, (keys, values) = jax.lax.scan(step, x, (params["layers"], rope_on))
+  hidden = rms_norm(x[size:], params["final_norm"], config.rms_norm_eps)
+  return hidden.reshape(n, t, -1), keys, values
 
 
 def unstacked(params):

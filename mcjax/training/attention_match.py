@@ -63,17 +63,18 @@ def trace(params, config: model.DecoderConfig, x: jax.Array
 
   def step(x, layer):
     y = model.rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
-    q = jnp.einsum("td,dnh->tnh", y, layer["wq"])
-    k = jnp.einsum("td,dkh->kth", y, layer["wk"])
-    v = jnp.einsum("td,dkh->kth", y, layer["wv"])
+    q = model.product("td,dnh->tnh", y, layer["wq"])
+    k = model.product("td,dkh->kth", y, layer["wk"])
+    v = model.product("td,dkh->kth", y, layer["wv"])
     turned = model.rotate(q.transpose(1, 0, 2), *table).transpose(1, 0, 2)
     mixed = _attention(turned, model.rotate(k, *table), v, allowed)
-    out = jnp.einsum("tnh,nhd->td", mixed, layer["wo"])
+    out = model.product("tnh,nhd->td", mixed, layer["wo"])
     x = x + out
     scale = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1)
     y = model.rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
-    x = x + (jax.nn.silu(y @ layer["w_gate"]) * (y @ layer["w_up"])
-             ) @ layer["w_down"]
+    gate = model.product("td,df->tf", y, layer["w_gate"])
+    gated = jax.nn.silu(gate) * model.product("td,df->tf", y, layer["w_up"])
+    x = x + model.product("tf,fd->td", gated, layer["w_down"])
     return x, Trace(q, k, v, out, scale)
 
   x, rows = jax.lax.scan(step, x, params["layers"])
@@ -81,15 +82,16 @@ def trace(params, config: model.DecoderConfig, x: jax.Array
 
 
 def loss(params, config: model.DecoderConfig, rows: Trace,
-         far: model.Segment, index: jax.Array, places: jax.Array,
-         visible: jax.Array, weights: jax.Array) -> jax.Array:
+         far_keys: jax.Array, far_values: jax.Array, index: jax.Array,
+         places: jax.Array, visible: jax.Array, weights: jax.Array
+         ) -> jax.Array:
   """Relative squared error of attention outputs, averaged over layers.
 
   Args:
     params: the decoder's parameters.
     config: its configuration.
     rows: the teacher's trace.
-    far: the gists' rotated keys and values, [L, K, S, H].
+    far_keys, far_values: of the gists, keys rotated, [L, K, S, H].
     index: [segments, H] window positions of the segments' tokens.
     places: [segments, H] their positions beside the gists.
     visible: [segments, S] gists that each segment sees.
@@ -112,11 +114,11 @@ def loss(params, config: model.DecoderConfig, rows: Trace,
         jnp.concatenate([far_values, row.values[:, index]], axis=1), allowed)
 
     found = jax.vmap(one)(index, tables, allowed)
-    error = jnp.einsum("sthe,hed->std", found, wo) - row.outputs[index]
+    error = model.product("sthe,hed->std", found, wo) - row.outputs[index]
     error = jnp.mean(jnp.square(error.astype(jnp.float32)), axis=-1)
     return total + jnp.sum(error / row.scale[index] * weights), None
 
   total, _ = jax.lax.scan(
     layer, jnp.float32(0),
-    (rows, far.keys, far.values, params["layers"]["wo"]))
+    (rows, far_keys, far_values, params["layers"]["wo"]))
   return total / config.n_layers

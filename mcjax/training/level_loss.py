@@ -24,7 +24,7 @@ def _after(base_params, base_config, o: losses.Objective, gists, tokens):
     base_params, base_config, gists, o.gist_stride, remat=o.remat)
   places = start + jnp.arange(o.segment, dtype=jnp.int32)
   return model.forward(
-    base_params, base_config, model.embed(base_params, tokens), places,
+    base_params, base_config, losses.embed(base_params, tokens), places,
     (far,), remat=o.remat)[0]
 
 

@@ -108,6 +108,15 @@ class Objective:
     return np.asarray(self.starts)[:, None] - self.near + reach[None]
 
 
+def embed(base_params, token_ids: jax.Array) -> jax.Array:
+  """Token embeddings [..., D] in float32, whatever the parameters are in.
+
+  So the residual stream, the attention and all gradients are float32, and
+  bfloat16 parameters only make the products cheaper (`model.product`).
+  """
+  return model.embed(base_params, token_ids).astype(jnp.float32)
+
+
 def _chunked(chunk: int, *arrays):
   """Splits axis 0 into chunks, the last one padded with zeros."""
   size = min(chunk, arrays[0].shape[0])
@@ -120,19 +129,27 @@ def _chunked(chunk: int, *arrays):
 def _kl_chunk(base_params, kl_weight, nll_weight, teacher, student, targets,
               weights):
   """Weighted KL, NLL sums of a chunk and the gradient for `student`."""
-  wanted = jax.nn.log_softmax(model.unembed(base_params, teacher), axis=-1)
-  found = jax.nn.log_softmax(model.unembed(base_params, student), axis=-1)
-  p, q = jnp.exp(wanted), jnp.exp(found)
-  kl = jnp.sum(p * (wanted - found), axis=-1)
-  picked = jax.nn.one_hot(targets, found.shape[-1], dtype=jnp.float32)
-  nll = -jnp.sum(picked * found, axis=-1)
-  teacher_nll = -jnp.sum(picked * wanted, axis=-1)
-  slope = kl_weight * (q - p) + nll_weight * (q - picked)
-  slope = (slope * weights[:, None]).astype(student.dtype)
+  rows = []
+  for hidden in (teacher, student):
+    scores = model.unembed(base_params, hidden)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    raised = jnp.exp(scores - top)
+    total = jnp.sum(raised, axis=-1, keepdims=True)
+    size = (top + jnp.log(total))[:, 0]
+    picked = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+    rows.append((scores, raised / total, size, size - picked))
+  (wanted, p, teacher_size, teacher_nll), (found, q, size, nll) = rows
+  kl = jnp.sum(p * (wanted - found), axis=-1) + size - teacher_size
+  slope = (kl_weight + nll_weight) * q - kl_weight * p
+  if nll_weight:
+    slope -= nll_weight * jax.nn.one_hot(
+      targets, q.shape[-1], dtype=jnp.float32)
+  slope = slope * weights[:, None]
   if "unembed" in base_params:
-    gradient = jnp.einsum("tv,dv->td", slope, base_params["unembed"])
+    gradient = model.product("tv,dv->td", slope, base_params["unembed"])
   else:
-    gradient = jnp.einsum("tv,vd->td", slope, base_params["embed"])
+    gradient = model.product("tv,vd->td", slope, base_params["embed"])
+  gradient = gradient.astype(student.dtype)
   sums = jnp.stack([jnp.sum(x * weights) for x in (kl, nll, teacher_nll)])
   return sums, gradient
 
@@ -165,8 +182,7 @@ def distribution_loss(student, base_params, teacher, targets, weights,
 def _distribution_forward(student, base_params, teacher, targets, weights,
                           kl_weight, nll_weight, chunk):
   def step(total, piece):
-    sums, gradient = _kl_chunk(base_params, np.float32(kl_weight),
-                               np.float32(nll_weight), *piece)
+    sums, gradient = _kl_chunk(base_params, kl_weight, nll_weight, *piece)
     return total + sums, gradient
 
   pieces = _chunked(chunk, teacher, student, targets, weights)
@@ -194,86 +210,98 @@ def contrast(gists: jax.Array, margin: float) -> jax.Array:
   return jnp.sum(jax.nn.relu(cosine - margin) * off) / max(n * (n - 1), 1)
 
 
-def gist_segment(base_params, base_config, gists: jax.Array, stride: int,
-                 sink: jax.Array | None = None, remat: bool = False):
-  """Decodes gists [n, D] (after raw sink embeddings [s, D]) as a sequence.
-
-  Returns:
-    a `model.Segment` of s + n entries, and the position after the last.
-  """
+def _trunk(gists: jax.Array, stride: int, sink: jax.Array | None = None):
+  """Embeddings [S, D] and positions [S] of gists [n, D] after a raw sink."""
   offset = 0 if sink is None else sink.shape[0]
-  n = gists.shape[0]
-  places = offset + jnp.arange(n, dtype=jnp.int32) * stride + stride // 2
-  x = gists.astype(base_params["embed"].dtype)
-  if sink is not None:
-    x = jnp.concatenate([sink.astype(x.dtype), x])
-    places = jnp.concatenate([jnp.arange(offset, dtype=jnp.int32), places])
+  places = offset + (
+    jnp.arange(gists.shape[0], dtype=jnp.int32) * stride + stride // 2)
+  if sink is None:
+    return gists, places
+  return (jnp.concatenate([sink, gists]),
+          jnp.concatenate([jnp.arange(offset, dtype=jnp.int32), places]))
+
+
+def decode_trunk(base_params, base_config, trunk, places, remat: bool = False
+                 ) -> tuple[jax.Array, jax.Array]:
+  """Rotated keys and values [L, K, S, H] of a trunk [S, D], read causally."""
   _, keys, values = model.forward(
-    base_params, base_config, x, places, remat=remat)
-  rotated = model.rotate_keys(base_config, keys, places)
+    base_params, base_config, trunk, places, remat=remat)
+  return model.rotate_keys(base_config, keys, places), values
+
+
+def gist_segment(base_params, base_config, gists: jax.Array, stride: int,
+                 remat: bool = False) -> tuple[model.Segment, int]:
+  """Decodes gists [n, D]: what queries attend to, and the position after."""
+  trunk, places = _trunk(gists, stride)
+  keys, values = decode_trunk(base_params, base_config, trunk, places, remat)
   segment = model.Segment(
-    rotated, values, places, jnp.ones(places.shape, bool), rotated=True)
-  return segment, offset + n * stride
+    keys, values, places, jnp.ones(places.shape, bool), rotated=True)
+  return segment, gists.shape[0] * stride
 
 
 class Layout(NamedTuple):
   """Where every segment's tokens and gists are, for the student.
 
   Attributes:
-    far: the sink and the gists as keys and values.
+    trunk: [S, D] embeddings of the sink and the gists.
+    trunk_places: [S] int32 their positions.
     places: [segments, near + segment] int32 positions of own tokens.
-    visible: [segments, S] entries of `far` that a segment sees.
+    visible: [segments, S] entries of the trunk that a segment sees.
   """
 
-  far: model.Segment
+  trunk: jax.Array
+  trunk_places: jax.Array
   places: jax.Array
   visible: jax.Array
 
 
-def layout(base_params, base_config, o: Objective, ids, gists) -> Layout:
-  """Decodes gists [blocks, m, D] and places every segment after its own."""
+def layout(base_params, o: Objective, ids, gists) -> Layout:
+  """Places gists [blocks, m, D], and every segment after its own."""
   m = gists.shape[1]
-  sink = model.embed(base_params, ids[:BRANCHING]) if o.sink else None
+  sink = embed(base_params, ids[:BRANCHING]) if o.sink else None
   flat = gists[1 if o.sink else 0 :].reshape(-1, gists.shape[-1])
-  far, _ = gist_segment(
-    base_params, base_config, flat, o.gist_stride, sink, o.remat)
+  trunk, trunk_places = _trunk(flat, o.gist_stride, sink)
   lead = BRANCHING if o.sink else 0
   gone = (np.asarray(o.starts) - o.near - lead) // BRANCHING * m
   own = np.arange(o.near + o.segment)
   places = (lead + gone * o.gist_stride)[:, None] + own[None]
-  visible = np.arange(far.positions.shape[0])[None] < (lead + gone)[:, None]
-  return Layout(far, jnp.asarray(places, jnp.int32), jnp.asarray(visible))
+  visible = np.arange(trunk.shape[0])[None] < (lead + gone)[:, None]
+  return Layout(trunk, trunk_places, jnp.asarray(places, jnp.int32),
+                jnp.asarray(visible))
 
 
 def _student(base_params, base_config, o: Objective, ids, seen: Layout, rows):
   """Final hidden states [rows, segment, D] of the scored tokens.
 
-  `rows` [n] int32 are the segments that are run.
+  `rows` [n] int32 are the segments that are run. Returns the trunk's rotated
+  keys and its values besides.
   """
-  def one(x, places, visible):
-    return model.forward(
-      base_params, base_config, x, places,
-      (seen.far._replace(visible=visible),), remat=o.remat)[0]
-
-  tokens = ids[jnp.asarray(o.index)[rows]]
-  return jax.vmap(one)(model.embed(base_params, tokens), seen.places[rows],
-                       seen.visible[rows])[:, o.near :]
+  hidden, keys, values = model.forward_branches(
+    base_params, base_config, seen.trunk, seen.trunk_places,
+    embed(base_params, ids[jnp.asarray(o.index)[rows]]), seen.places[rows],
+    seen.visible[rows], o.remat)
+  return hidden[:, o.near :], keys, values
 
 
 def _distributions(base_params, base_config, o: Objective, ids, seen, teacher,
                    weights, key):
-  """`distribution_loss` of all segments, or of `kl_segments` random ones."""
+  """`distribution_loss` of all segments, or of `kl_segments` random ones.
+
+  Returns the trunk's rotated keys and its values besides.
+  """
   rows = jnp.arange(len(o.starts), dtype=jnp.int32)
   if o.kl_segments is not None:
     rows = jax.random.choice(key, rows, (o.kl_segments,), replace=False)
   index = jnp.asarray(o.index[:, o.near :], jnp.int32)[rows].reshape(-1)
-  student = _student(base_params, base_config, o, ids, seen, rows)
+  student, keys, values = _student(
+    base_params, base_config, o, ids, seen, rows)
   weights = weights[rows].reshape(-1)
   known = (index + 1 < o.window).astype(jnp.float32)  # a next token is known
-  return distribution_loss(
+  loss, sums = distribution_loss(
     student.reshape(-1, student.shape[-1]), base_params, teacher[index],
     ids[jnp.minimum(index + 1, o.window - 1)],
     weights * known / jnp.sum(weights * known), o.kl, o.nll, o.chunk)
+  return loss, sums, keys, values
 
 
 def _rebuild(base_params, base_config, o: Objective, ids, gists, key):
@@ -282,8 +310,8 @@ def _rebuild(base_params, base_config, o: Objective, ids, gists, key):
   chosen = jax.random.choice(
     key, blocks.shape[0], (o.rebuild_blocks,), replace=False)
   targets, own = blocks[chosen], gists[chosen]
-  before = model.embed(base_params, targets[:, :-1])
-  x = jnp.concatenate([own.astype(before.dtype), before], axis=1)
+  before = embed(base_params, targets[:, :-1])
+  x = jnp.concatenate([own, before], axis=1)
   places = jnp.arange(x.shape[1], dtype=jnp.int32)
   hidden = jax.vmap(lambda x: model.forward(
     base_params, base_config, x, places, remat=o.remat)[0])(x)
@@ -310,8 +338,8 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
     gist_config.input_layer)
   gists = gistnet.apply(gist_params, gist_config, features, 1)
 
-  seen = layout(base_params, base_config, o, ids, gists)
-  x = model.embed(base_params, ids)
+  seen = layout(base_params, o, ids, gists)
+  x = embed(base_params, ids)
   if o.attend:
     teacher, rows = jax.lax.stop_gradient(
       attention_match.trace(base_params, base_config, x))
@@ -324,15 +352,18 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
   weights = jnp.asarray(weights / weights.sum(), jnp.float32)
   metrics, loss = {}, jnp.float32(0)
   if o.kl or o.nll:
-    value, sums = _distributions(
+    value, sums, *far = _distributions(
       base_params, base_config, o, ids, seen, teacher, weights, key)
     loss += value
     metrics |= {"kl": sums[0], "nll": sums[1], "teacher_nll": sums[2]}
+  elif o.attend:
+    far = decode_trunk(base_params, base_config, seen.trunk,
+                       seen.trunk_places, o.remat)
   if o.attend:
     mask = (np.arange(o.near + o.segment) >= o.near).astype(np.float32)
     full = jnp.pad(weights, ((0, 0), (o.near, 0))) * mask[None]
     attend = attention_match.loss(
-      base_params, base_config, rows, seen.far, jnp.asarray(o.index),
+      base_params, base_config, rows, *far, jnp.asarray(o.index),
       seen.places, seen.visible, full)
     loss += o.attend * attend
     metrics["attend"] = attend
