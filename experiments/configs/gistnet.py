@@ -21,19 +21,19 @@ def get_config(steps="3000"):
   """
   c = ml_collections.ConfigDict()
   c.base = "smollm2-135m"
-  c.dtype = "float32"
+  c.dtype = "bfloat16"  # of the frozen base; all else stays float32
   c.data = ""
   c.initial = ""
   c.mixture = dict(prose=1.0, docs=1.0, wiki=1.0, code=1.0, chat=0.5)
   c.gistnet = ml_collections.ConfigDict()
-  c.objective = dict(window=512, segment=32, kl=1.0, kl_segments=5,
-                     attend=100.0)
+  c.objective = dict(window=512, segment=32, kl=1.0)
   first = int(steps) // 2
-  loop = dict(sink=True, near=64, kl_segments=2)
+  loop = dict(sink=True, near=64, kl_segments=6)
   upper = dict(level=2, window=1088, segment=64, kl_segments=1, nll=0.2)
   c.phases = [
     dict(steps=first, turns=[{}]),
-    dict(steps=int(steps) - first, turns=[{}, loop, {}, loop, {}, upper])]
-  c.train = dict(batch=4, learning_rate=7e-4, warmup=30, decay_fraction=0.4,
-                 evaluate_every=100, save_every=20)
+    dict(steps=int(steps) - first, turns=[{}, loop, {}, {}, upper, {}])]
+  c.train = dict(batch=4, micro_batch=2, optimizer="muon", learning_rate=2e-3,
+                 warmup=10, decay_fraction=0.4, evaluate_every=100,
+                 save_every=20)
   return c

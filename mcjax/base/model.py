@@ -200,9 +200,14 @@ def _rope_on(config: DecoderConfig) -> jax.Array:
   )
 
 
-def embed(params, token_ids: jax.Array) -> jax.Array:
-  """Token embeddings [..., D] of ids [...]."""
-  return jnp.take(params["embed"], token_ids, axis=0, mode="clip")
+def embed(params, token_ids: jax.Array, dtype=None) -> jax.Array:
+  """Token embeddings [..., D] of ids [...], in the parameters' dtype.
+
+  `dtype=jnp.float32` beside bfloat16 parameters makes `forward` keep the
+  residual stream, the attention and all gradients in float32.
+  """
+  rows = jnp.take(params["embed"], token_ids, axis=0, mode="clip")
+  return rows if dtype is None else rows.astype(dtype)
 
 
 def unembed(params, hidden: jax.Array) -> jax.Array:

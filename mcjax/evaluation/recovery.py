@@ -125,7 +125,7 @@ def _losses(params, config, ids, gists, setting: Setting, variant: str):
 
   def one(pair):
     ids, gists = pair
-    x = model.embed(params, ids)
+    x = model.embed(params, ids, jnp.float32)
     lead, far = x[: setting.lead], x[setting.lead : setting.lead + setting.far]
     rest = x[setting.lead + setting.far : -1]
     spans = far.reshape(setting.blocks, -1, x.shape[-1])
@@ -139,7 +139,7 @@ def _losses(params, config, ids, gists, setting: Setting, variant: str):
     elif variant == "last":
       middle, step = spans[:, -1], stride
     else:
-      middle, step = gists.astype(x.dtype), stride
+      middle, step = gists, stride
     n = middle.shape[0]
     places = jnp.concatenate([
       jnp.arange(setting.lead, dtype=jnp.int32),

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import contrib
 import tqdm
 
 from mcjax import gistnet, sharding
@@ -46,12 +47,13 @@ class TrainConfig:
     phases: the curriculum, run one after another.
     batch: windows per optimizer step, over all processes.
     micro_batch: windows that are in memory at one time.
+    optimizer: "adamw" or "muon".
     learning_rate: peak of the schedule.
     warmup: steps of linear warm-up.
     decay_fraction: part of the run, at its end, over which the rate falls by
       a cosine to `final_rate` of its peak; 1 is plain cosine decay.
     final_rate: what is left of the rate at the end.
-    weight_decay, clip, b2: of AdamW and the global norm.
+    weight_decay, clip, b2: of the optimizer and the global norm.
     seed: of data order and initialisation.
     log_every, evaluate_every, save_every: steps between records.
     validation_documents: documents a kind in the periodic evaluation.
@@ -61,6 +63,7 @@ class TrainConfig:
   phases: tuple[Phase, ...]
   batch: int = 8
   micro_batch: int = 1
+  optimizer: str = "adamw"
   learning_rate: float = 1e-3
   warmup: int = 20
   decay_fraction: float = 1.0
@@ -86,6 +89,9 @@ class TrainConfig:
       if getattr(self, name) < 1:
         raise McjaxError(f"TrainConfig.{name} must be ≥ 1, got "
                          f"{getattr(self, name)}")
+    if self.optimizer not in ("adamw", "muon"):
+      raise McjaxError("TrainConfig.optimizer must be 'adamw' or 'muon', got "
+                       f"{self.optimizer!r}")
     if self.batch % self.micro_batch:
       raise McjaxError(f"TrainConfig.micro_batch={self.micro_batch} does not "
                        f"divide batch={self.batch}")
@@ -152,14 +158,38 @@ def schedule(config: TrainConfig) -> optax.Schedule:
     [config.warmup, max(config.warmup, config.steps - decay)])
 
 
+def _matrices(params):
+  """Marks the leaves that Muon takes; None leaves a leaf to Adam.
+
+  Embeddings, scales and picks are no maps between feature spaces. Weights per
+  level have one more axis and are all left to Adam.
+  """
+  def mark(path, leaf):
+    if path[-1].key.startswith("w") and np.ndim(leaf) == 2:
+      return contrib.MuonDimensionNumbers()
+    return None
+
+  return jax.tree_util.tree_map_with_path(mark, params)
+
+
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-  """AdamW with global norm clipping; matrices only are decayed."""
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip),
-    optax.adamw(
+  """AdamW or Muon with global norm clipping; matrices only are decayed.
+
+  Muon (kellerjordan.github.io/posts/muon) orthogonalises the momentum of
+  every matrix; its steps are scaled to the size of Adam's, so that one rate
+  serves both (arXiv:2502.16982).
+  """
+  if config.optimizer == "muon":
+    rule = contrib.muon(
+      schedule(config), adam_b1=0.9, adam_b2=config.b2,
+      weight_decay=config.weight_decay, consistent_rms=0.2,
+      muon_weight_dimension_numbers=_matrices)
+  else:
+    rule = optax.adamw(
       schedule(config), b1=0.9, b2=config.b2,
       weight_decay=config.weight_decay,
-      mask=lambda p: jax.tree.map(lambda a: np.ndim(a) > 1, p)))
+      mask=lambda p: jax.tree.map(lambda a: np.ndim(a) > 1, p))
+  return optax.chain(optax.clip_by_global_norm(config.clip), rule)
 
 
 def init_state(config: TrainConfig, params) -> dict[str, Any]:

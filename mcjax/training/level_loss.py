@@ -24,8 +24,8 @@ def _after(base_params, base_config, o: losses.Objective, gists, tokens):
     base_params, base_config, gists, o.gist_stride, remat=o.remat)
   places = start + jnp.arange(o.segment, dtype=jnp.int32)
   return model.forward(
-    base_params, base_config, losses.embed(base_params, tokens), places,
-    (far,), remat=o.remat)[0]
+    base_params, base_config, model.embed(base_params, tokens, jnp.float32),
+    places, (far,), remat=o.remat)[0]
 
 
 def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,

@@ -108,15 +108,6 @@ class Objective:
     return np.asarray(self.starts)[:, None] - self.near + reach[None]
 
 
-def embed(base_params, token_ids: jax.Array) -> jax.Array:
-  """Token embeddings [..., D] in float32, whatever the parameters are in.
-
-  So the residual stream, the attention and all gradients are float32, and
-  bfloat16 parameters only make the products cheaper (`model.product`).
-  """
-  return model.embed(base_params, token_ids).astype(jnp.float32)
-
-
 def _chunked(chunk: int, *arrays):
   """Splits axis 0 into chunks, the last one padded with zeros."""
   size = min(chunk, arrays[0].shape[0])
@@ -258,7 +249,9 @@ class Layout(NamedTuple):
 def layout(base_params, o: Objective, ids, gists) -> Layout:
   """Places gists [blocks, m, D], and every segment after its own."""
   m = gists.shape[1]
-  sink = embed(base_params, ids[:BRANCHING]) if o.sink else None
+  sink = None
+  if o.sink:
+    sink = model.embed(base_params, ids[:BRANCHING], jnp.float32)
   flat = gists[1 if o.sink else 0 :].reshape(-1, gists.shape[-1])
   trunk, trunk_places = _trunk(flat, o.gist_stride, sink)
   lead = BRANCHING if o.sink else 0
@@ -278,8 +271,8 @@ def _student(base_params, base_config, o: Objective, ids, seen: Layout, rows):
   """
   hidden, keys, values = model.forward_branches(
     base_params, base_config, seen.trunk, seen.trunk_places,
-    embed(base_params, ids[jnp.asarray(o.index)[rows]]), seen.places[rows],
-    seen.visible[rows], o.remat)
+    model.embed(base_params, ids[jnp.asarray(o.index)[rows]], jnp.float32),
+    seen.places[rows], seen.visible[rows], o.remat)
   return hidden[:, o.near :], keys, values
 
 
@@ -310,7 +303,7 @@ def _rebuild(base_params, base_config, o: Objective, ids, gists, key):
   chosen = jax.random.choice(
     key, blocks.shape[0], (o.rebuild_blocks,), replace=False)
   targets, own = blocks[chosen], gists[chosen]
-  before = embed(base_params, targets[:, :-1])
+  before = model.embed(base_params, targets[:, :-1], jnp.float32)
   x = jnp.concatenate([own, before], axis=1)
   places = jnp.arange(x.shape[1], dtype=jnp.int32)
   hidden = jax.vmap(lambda x: model.forward(
@@ -339,7 +332,7 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
   gists = gistnet.apply(gist_params, gist_config, features, 1)
 
   seen = layout(base_params, o, ids, gists)
-  x = embed(base_params, ids)
+  x = model.embed(base_params, ids, jnp.float32)
   if o.attend:
     teacher, rows = jax.lax.stop_gradient(
       attention_match.trace(base_params, base_config, x))
