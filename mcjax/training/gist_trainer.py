@@ -248,14 +248,16 @@ class GistTrainer:
     weights: {kind: weight} of the mixture; equal if None.
     workdir: holds checkpoints, metrics and the best weights.
     initial: parameters to start from; fresh ones if None.
+    controls: folder of the evaluation's control losses; in workdir if None.
   """
 
   def __init__(self, lm, gist_config: gistnet.GistNetConfig,
                config: TrainConfig, stores: Mapping[str, data.TokenStore],
                workdir, weights: Mapping[str, float] | None = None,
-               initial=None):
+               initial=None, controls=None):
     self.config, self.gist_config, self._lm = config, gist_config, lm
     self.workdir = pathlib.Path(workdir)
+    self.controls = pathlib.Path(controls or self.workdir / "controls")
     self.mesh = sharding.make_mesh(config.mesh_data, config.mesh_model)
     spread = self.mesh.shape[sharding.DATA]
     if config.micro_batch % spread:
@@ -320,17 +322,22 @@ class GistTrainer:
     return gistnet.GistEncoder(
       self._lm, jax.device_get(self.state["params"]), self.gist_config, True)
 
-  def evaluate(self, stores: Mapping[str, data.TokenStore]) -> dict:
-    """`recovery.summarise` of 8 blocks before 48 tokens on `stores`."""
+  def measure(self, stores: Mapping[str, data.TokenStore]
+              ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Losses {variant: [documents]} of 8 blocks before 48 tokens, and kinds."""
     if self._bench is None:
       setting = recovery.Setting(
         sink=self.config.phases[-1].turns[0].sink,
         gist_stride=self.config.phases[-1].turns[0].gist_stride)
       self._bench = recovery.Bench(self._lm, recovery.pick_excerpts(
         stores, setting.length, self.config.validation_documents), setting,
-        cache=self.workdir / "controls")
+        cache=self.controls)
     losses = recovery.over_horizon(self._bench.measure(self.encoder()))
-    return recovery.summarise(losses, self._bench.excerpts.kinds)
+    return losses, self._bench.excerpts.kinds
+
+  def evaluate(self, stores: Mapping[str, data.TokenStore]) -> dict:
+    """`recovery.summarise` of `measure`."""
+    return recovery.summarise(*self.measure(stores))
 
   def export(self, path, card: Mapping[str, Any]) -> None:
     """Writes the current weights with the facts of `card`."""

@@ -1,0 +1,99 @@
+"""GistNet's ablations: python -m experiments.ablate_gistnet --workdir=…
+
+Every ablation is a run of `train_gistnet` in its own folder of the workdir, on
+the same windows in the same order; finished ones are not run again. SIGTERM or
+Ctrl-C leaves a checkpoint. The table goes to results.md.
+"""
+
+import json
+import pathlib
+
+from absl import flags, logging
+import jax
+import numpy as np
+
+from experiments.configs import gistnet_ablation
+from mcjax import commands, gistnet
+from mcjax.base.load import load_base_lm
+from mcjax.evaluation import recovery
+from mcjax.training import data, gist_trainer
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "A folder per ablation.")
+_NAMES = flags.DEFINE_list("names", [], "Only these; all if empty.")
+flags.mark_flag_as_required("workdir")
+
+
+def _train(lm, name: str, workdir: pathlib.Path) -> bool:
+  """Trains an ablation and keeps what it reached; False if it was stopped."""
+  c = gistnet_ablation.get_config(name)
+  config = gist_trainer.read_config(c.train, c.objective, c.phases)
+  network = gistnet.configure(lm.params, lm.config, c.gistnet)
+  folder = pathlib.Path(c.data or data.default_folder())
+  mixture = dict(c.mixture)
+  trainer = gist_trainer.GistTrainer(
+    lm, network, config, data.open_split(folder, "train", mixture),
+    workdir / name, mixture, controls=workdir / "controls")
+  if not trainer.run():
+    return False
+  losses, _ = trainer.measure(data.open_split(folder, "validation"))
+  np.savez(workdir / name / "losses.npz", **losses)
+  facts = {
+    "params": sum(a.size for a in jax.tree.leaves(trainer.state["params"])),
+    "flops": gistnet.flops_per_token(network, lm.config)
+             / lm.config.flops_per_token,
+    "kl": _late_kl(workdir / name, config.steps)}
+  (workdir / name / "facts.json").write_text(json.dumps(facts))
+  return True
+
+
+def _late_kl(workdir: pathlib.Path, steps: int) -> float | None:
+  """Mean training KL of the second half of a run; None if not computed."""
+  rows = [json.loads(line) for line in
+          (workdir / "metrics.jsonl").read_text().splitlines()]
+  found = [row["kl"] for row in rows
+           if row["step"] > steps // 2 and row.get("kl")]
+  return float(np.mean(found)) if found else None
+
+
+def _row(workdir: pathlib.Path, name: str) -> str:
+  """A line of the table."""
+  facts = json.loads((workdir / name / "facts.json").read_text())
+  mine, base = (dict(np.load(workdir / n / "losses.npz"))
+                for n in (name, "baseline"))
+  reached = recovery.recovered(mine)
+
+  def more(rows):
+    return recovery.recovered(mine, rows=rows) - recovery.recovered(
+      base, rows=rows)
+
+  low, high = recovery.interval(more, len(base["full"]))
+  kl = "–" if facts["kl"] is None else f"{facts['kl']:.3f}"
+  return (f"| {name} | {reached:.3f} | {more(slice(None)):+.3f} "
+          f"[{low:+.3f}, {high:+.3f}] | {kl} | {facts['params'] / 1e6:.2f}M | "
+          f"{facts['flops']:.2%} |")
+
+
+def main(argv) -> None:
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  workdir = pathlib.Path(_WORKDIR.value)
+  names = _NAMES.value or list(gistnet_ablation.ABLATIONS)
+  for name in names:
+    gistnet_ablation.get_config(name)  # an unknown name ends it here
+  names = ["baseline", *(n for n in names if n != "baseline")]
+  commands.use_compilation_cache(workdir / "compiled")
+  c = gistnet_ablation.get_config()
+  lm = load_base_lm(c.base, dtype=c.dtype)
+  lines = ["| ablation | recovered | less baseline | KL | parameters | FLOPs |",
+           "|---|---|---|---|---|---|"]
+  for name in names:
+    if not (workdir / name / "facts.json").exists() and not _train(
+        lm, name, workdir):
+      return
+    lines.append(_row(workdir, name))
+    (workdir / "results.md").write_text("\n".join(lines) + "\n")
+    print(lines[-1], flush=True)
+
+
+if __name__ == "__main__":
+  commands.run(main)
