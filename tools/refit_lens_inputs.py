@@ -1,0 +1,47 @@
+"""Fits LensNet's input projections to another GistNet; see tools/refit_lensnet.
+
+Needs no labels and takes a minute; training it anew on the new gists is better.
+"""
+
+import pathlib
+
+from absl import flags
+import numpy as np
+
+from mcjax import commands, gistnet, pretrained
+from mcjax.base.load import load_base_lm
+from mcjax.training import data, lens_refit
+
+_BASE = flags.DEFINE_string("base", "smollm2-135m", "base model")
+_LENSNET = flags.DEFINE_string("lensnet", None, "weights to fit")
+_OLD = flags.DEFINE_string("old", None, "the GistNet they were trained with")
+_NEW = flags.DEFINE_string("new", None, "the GistNet to fit them to")
+_OUT = flags.DEFINE_string("out", None, "where the result goes")
+_DATA = flags.DEFINE_string(
+  "data", None, "token store; the user cache if unset")
+_WINDOWS = flags.DEFINE_integer("windows", 1000, "of 1,024 tokens", 1)
+for name in ("lensnet", "old", "new", "out"):
+  flags.mark_flag_as_required(name)
+
+
+def main(argv):
+  del argv
+  lm = load_base_lm(_BASE.value)
+  old, new = (gistnet.load_gistnet(lm, path) for path in (
+    _OLD.value, _NEW.value))
+  params, fields, card = pretrained.read_weights(_LENSNET.value, "lensnet")
+  stores = data.open_split(
+    pathlib.Path(_DATA.value or data.default_folder()), "train")
+  sampler = data.WindowSampler(stores, 1024, None, 0)
+  ids = sampler.batch(0, _WINDOWS.value).astype(np.int32)
+  score, missed = lens_refit.refit(
+    params["score"], old, new, np.asarray(lm.params["embed"]), ids)
+  pretrained.save_weights(
+    _OUT.value, "lensnet", params | {"score": score}, fields,
+    card | {"refitted_to_gistnet": new.fingerprint})
+  for name, share in missed.items():
+    print(f"{name}: {share:.1%} of the variance missed on other blocks")
+
+
+if __name__ == "__main__":
+  commands.run(main)
