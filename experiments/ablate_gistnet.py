@@ -66,11 +66,14 @@ def _row(workdir: pathlib.Path, name: str) -> str:
     return recovery.recovered(mine, rows=rows) - recovery.recovered(
       base, rows=rows)
 
-  low, high = recovery.interval(more, len(base["full"]))
+  # A sink makes other excerpts, which cannot be paired with the baseline's.
+  difference = "–"
+  if np.array_equal(mine["full"], base["full"]):
+    low, high = recovery.interval(more, len(base["full"]))
+    difference = f"{more(slice(None)):+.3f} [{low:+.3f}, {high:+.3f}]"
   kl = "–" if facts["kl"] is None else f"{facts['kl']:.3f}"
-  return (f"| {name} | {reached:.3f} | {more(slice(None)):+.3f} "
-          f"[{low:+.3f}, {high:+.3f}] | {kl} | {facts['params'] / 1e6:.2f}M | "
-          f"{facts['flops']:.2%} |")
+  return (f"| {name} | {reached:.3f} | {difference} | {kl} | "
+          f"{facts['params'] / 1e6:.2f}M | {facts['flops']:.2%} |")
 
 
 def main(argv) -> None:
