@@ -2,7 +2,8 @@
 
 Every ablation is a run of `train_gistnet` in its own folder of the workdir, on
 the same windows in the same order; finished ones are not run again. SIGTERM or
-Ctrl-C leaves a checkpoint. The table goes to results.md.
+Ctrl-C leaves a checkpoint. The table of all finished ones goes to results.md.
+Processes with other --names may share a workdir, and an accelerator.
 """
 
 import json
@@ -20,12 +21,16 @@ from mcjax.training import data, gist_trainer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A folder per ablation.")
 _NAMES = flags.DEFINE_list("names", [], "Only these; all if empty.")
+_STEPS = flags.DEFINE_integer("steps", 80, "Optimizer steps of each.", 2)
+_BATCH = flags.DEFINE_integer("batch", 2, "Windows of 512 tokens a step.", 1)
+_MICRO = flags.DEFINE_integer("micro_batch", 2, "Of them in memory at once.", 1)
 flags.mark_flag_as_required("workdir")
 
 
 def _train(lm, name: str, workdir: pathlib.Path) -> bool:
   """Trains an ablation and keeps what it reached; False if it was stopped."""
-  c = gistnet_ablation.get_config(name)
+  c = gistnet_ablation.get_config(name, _STEPS.value, _BATCH.value)
+  c.train.micro_batch = _MICRO.value
   config = gist_trainer.read_config(c.train, c.objective, c.phases)
   network = gistnet.configure(lm.params, lm.config, c.gistnet)
   folder = pathlib.Path(c.data or data.default_folder())
@@ -58,8 +63,9 @@ def _late_kl(workdir: pathlib.Path, steps: int) -> float | None:
 def _row(workdir: pathlib.Path, name: str) -> str:
   """A line of the table."""
   facts = json.loads((workdir / name / "facts.json").read_text())
-  mine, base = (dict(np.load(workdir / n / "losses.npz"))
-                for n in (name, "baseline"))
+  mine, base = (
+    dict(np.load(path)) if path.exists() else None
+    for path in (workdir / n / "losses.npz" for n in (name, "baseline")))
   reached = recovery.recovered(mine)
 
   def more(rows):
@@ -68,7 +74,7 @@ def _row(workdir: pathlib.Path, name: str) -> str:
 
   # A sink makes other excerpts, which cannot be paired with the baseline's.
   difference = "–"
-  if np.array_equal(mine["full"], base["full"]):
+  if base is not None and np.array_equal(mine["full"], base["full"]):
     low, high = recovery.interval(more, len(base["full"]))
     difference = f"{more(slice(None)):+.3f} [{low:+.3f}, {high:+.3f}]"
   kl = "–" if facts["kl"] is None else f"{facts['kl']:.3f}"
@@ -83,19 +89,19 @@ def main(argv) -> None:
   names = _NAMES.value or list(gistnet_ablation.ABLATIONS)
   for name in names:
     gistnet_ablation.get_config(name)  # an unknown name ends it here
-  names = ["baseline", *(n for n in names if n != "baseline")]
   commands.use_compilation_cache(workdir / "compiled")
   c = gistnet_ablation.get_config()
   lm = load_base_lm(c.base, dtype=c.dtype)
-  lines = ["| ablation | recovered | less baseline | KL | parameters | FLOPs |",
-           "|---|---|---|---|---|---|"]
   for name in names:
     if not (workdir / name / "facts.json").exists() and not _train(
         lm, name, workdir):
       return
-    lines.append(_row(workdir, name))
+    print(_row(workdir, name), flush=True)
+    lines = ["| ablation | recovered | less baseline | KL | parameters | FLOPs |",
+             "|---|---|---|---|---|---|"]
+    lines += [_row(workdir, n) for n in gistnet_ablation.ABLATIONS
+              if (workdir / n / "facts.json").exists()]
     (workdir / "results.md").write_text("\n".join(lines) + "\n")
-    print(lines[-1], flush=True)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ class GistNetConfig:
     slot_parts: vectors of `width` that form the slot.
     slot_mlp_width: hidden width of the slot's feed-forward.
     copy_heads: heads that mix whole children into the gist; 0 leaves it out.
+    children_layers: layers of attention and feed-forward of the children
+      among themselves, before the slot reads them.
     rounds: times that the children are read and written back (32→1→32) before
       the last reading.
     slots_per_gist: vectors per gist (m); the runtime uses 1.
@@ -61,6 +63,7 @@ class GistNetConfig:
   slot_parts: int = 4
   copy_heads: int = 8
   slot_mlp_width: int = 384
+  children_layers: int = 1
   rounds: int = 1
   slots_per_gist: int = 1
   levels: int = 4
@@ -179,8 +182,10 @@ class GistNet(nn.Module):
       "level", nn.initializers.zeros, (c.levels, c.width), jnp.float32)
     tier = tiers[jnp.clip(level - 1, 0, c.levels - 1)]
     x = x + (place + tier[None])[None]
-    x = Attention(c.heads, name="children_attention")(x)
-    x = FeedForward(c.mlp_width, name="children_mlp")(x)
+    for number in range(1, c.children_layers + 1):
+      end = "" if number == 1 else f"_{number}"
+      x = Attention(c.heads, name=f"children_attention{end}")(x)
+      x = FeedForward(c.mlp_width, name=f"children_mlp{end}")(x)
     slot = self.param("slot", normal, (c.slot_parts, c.width), jnp.float32)
     slot = jnp.broadcast_to(slot[None], (n,) + slot.shape)
     for number in range(1, c.rounds + 2):

@@ -109,8 +109,9 @@ def flops_per_token(config: GistNetConfig,
   r = config.rounds
   copies = config.copy_heads * config.slots_per_gist
   children = c * (config.d_model * w        # w_in
-                  + 4 * w * w + 2 * c * w   # self-attention
-                  + 2 * w * config.mlp_width
+                  + config.children_layers * (
+                    4 * w * w + 2 * c * w   # self-attention
+                    + 2 * w * config.mlp_width)
                   + copies * (w + config.d_model))
   slot = p * ((r + 1) * 2 * w * config.slot_mlp_width
               + (2 * r + 1) * (4 * w * w  # of every down and up

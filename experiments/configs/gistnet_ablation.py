@@ -6,8 +6,9 @@ One of them alone, trained and evaluated as any GistNet:
   python -m experiments.train_gistnet --workdir=runs/slots_2 \
     --config=experiments/configs/gistnet_ablation.py:slots_2
 
-80 steps of 1,024 tokens from a fresh network, about five minutes on 2 idle CPU
-cores. Short runs tell which change learns faster, not which ends better.
+From a fresh network, 80 steps of 1,024 tokens unless told otherwise: about five
+minutes on 2 idle CPU cores. Short runs tell which change learns faster, not
+which ends better.
 `shared_levels` and `own_levels` train level 2 as well and compare with each
 other.
 """
@@ -36,6 +37,12 @@ ABLATIONS = {
   "deep_3": dict(gistnet=dict(
     rounds=3, width=168, mlp_width=134, slot_mlp_width=336)),
   "wide": dict(gistnet=dict(width=210, mlp_width=100, slot_mlp_width=210)),
+  # more of everything, at up to five times the cost
+  "rounds_3": dict(gistnet=dict(rounds=3)),
+  "children_2": dict(gistnet=dict(children_layers=2)),
+  "large": dict(gistnet=dict(
+    children_layers=2, rounds=2, width=320, heads=10, mlp_width=640,
+    slot_parts=2, slot_mlp_width=640)),
   "shared_levels": dict(turns=[_UPPER]),
   "own_levels": dict(gistnet=dict(per_level=True), turns=[_UPPER]),
   # the objective
@@ -54,15 +61,15 @@ ABLATIONS = {
 }
 
 
-def get_config(name="baseline"):
-  """The settings of one of `ABLATIONS`."""
+def get_config(name="baseline", steps=80, batch=2):
+  """The settings of one of `ABLATIONS`; `batch` windows of 512 tokens a step."""
   if name not in ABLATIONS:
     raise McjaxError(f"no ablation {name!r}; there are {', '.join(ABLATIONS)}")
   change = ABLATIONS[name]
-  c = gistnet.get_config("80")
+  c = gistnet.get_config(str(steps))
   c.gistnet = change.get("gistnet", {})
   c.objective.update(change.get("objective", {}))
-  c.train.update(dict(batch=2, log_every=1, validation_documents=20))
+  c.train.update(dict(batch=batch, log_every=1, validation_documents=20))
   c.train.update(change.get("train", {}))
-  c.phases = [dict(steps=80, turns=[{}, *change.get("turns", [])])]
+  c.phases = [dict(steps=steps, turns=[{}, *change.get("turns", [])])]
   return c

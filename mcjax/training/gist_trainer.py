@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 import dataclasses
 import functools
 import json
@@ -310,6 +311,19 @@ class GistTrainer:
         donate_argnums=0, out_shardings=(self._state_sharding, whole))
     return self._steps[objective]
 
+  def compile_ahead(self) -> None:
+    """Compiles the steps of all objectives still to come, at the same time."""
+    ahead: dict[Objective, int] = {}
+    for step in range(self.step, self.config.steps):
+      ahead.setdefault(self.config.objective(step), step)
+
+    def compiled(objective: Objective):
+      return self._compiled(objective).lower(
+        self.state, self._base, self._batch(ahead[objective])).compile()
+
+    with futures.ThreadPoolExecutor() as pool:
+      self._steps |= dict(zip(ahead, pool.map(compiled, ahead)))
+
   def one_step(self) -> dict[str, float]:
     """Runs the next optimizer step; returns its metrics."""
     step = self.step
@@ -367,6 +381,7 @@ class GistTrainer:
     best = json.loads(best_path.read_text()) if best_path.exists() else {}
     bar = tqdm.tqdm(total=c.steps, initial=self.step, unit="step",
                     dynamic_ncols=True)
+    self.compile_ahead()
     with StopSignal() as stop:
       while self.step < c.steps and not stop.raised:
         began = time.perf_counter()

@@ -43,7 +43,7 @@ def _tokenise(lm, documents, label: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def prepare(lm, folder: pathlib.Path, books: pathlib.Path,
-            million_tokens: float, full: bool = False,
+            million_tokens: float | None, full: bool = False,
             kinds: Sequence[str] = ()) -> list[dict]:
   """Writes every split of the store for the tokenizer of `lm`.
 
@@ -51,8 +51,8 @@ def prepare(lm, folder: pathlib.Path, books: pathlib.Path,
     lm: the base whose tokenizer is used.
     folder: where the store goes; downloads are kept below it.
     books: the public-domain books, one JSON object a line, xz-compressed.
-    million_tokens: budget a kind, training and held-out alike.
-    full: all Debian packages and no budget.
+    million_tokens: budget a kind, training and held-out alike; None has none.
+    full: all packages instead of the small ones.
     kinds: only these kinds; all by default.
 
   Returns:
@@ -68,7 +68,9 @@ def prepare(lm, folder: pathlib.Path, books: pathlib.Path,
                      f"{', '.join(sorted({s.kind for s in known}))}")
   deduplicate = data.Deduplicator()
   records = []
-  budget = np.inf if full else million_tokens * 1e6 * CHARS_PER_TOKEN
+  budget = np.inf
+  if million_tokens is not None:
+    budget = million_tokens * 1e6 * CHARS_PER_TOKEN
   for source in known:
     if kinds and source.kind not in kinds:
       continue

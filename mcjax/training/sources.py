@@ -35,6 +35,15 @@ DEBIAN_FULL = DEBIAN_SMALL + (
   "llvm-19-doc", "dpdk-doc", "tcl8.6-doc", "octave-doc", "cfi-en",
   "python-scipy-doc", "python-pandas-doc", "zsh-doc")
 TRAINING_CODE = ("jax", "scipy", "sympy", "transformers", "numpy", "torch")
+TRAINING_WHEELS = (  # further Python code, read from wheels
+  "aiohttp==3.14.5", "apache-airflow-core==3.3.2", "bokeh==3.9.2",
+  "celery==5.7.0", "dask==2026.8.0", "gensim==4.4.0", "homeassistant==2024.3.3",
+  "langchain-community==0.4.2", "matplotlib==3.11.2", "mypy==2.4.1",
+  "nltk==3.10.4", "numba==0.68.1", "pandas==3.1.1", "poetry==2.5.1",
+  "pydantic==2.14.4", "pylint==4.1.4", "pytest==9.2.0", "scikit-learn==1.9.1",
+  "spacy==3.8.18", "sphinx==9.0.4", "sqlalchemy==2.1.9", "sqlfluff==4.5.0",
+  "statsmodels==0.15.0", "streamlit==1.67.0", "tornado==6.6.1",
+  "twisted==26.10.0", "xarray==2026.9.0")
 ENWIK8_MD5 = "a1fa5ffddb56f4953e226637dabbb36a"
 
 
@@ -186,6 +195,19 @@ def _installed_code(downloads: pathlib.Path) -> Iterator[Document]:
     yield from _python_files(site, package)
 
 
+def _wheels_code(downloads: pathlib.Path) -> Iterator[Document]:
+  for package in TRAINING_WHEELS:
+    name = package.split("==")[0]
+    for path, text in _wheel_documents(downloads / "code" / name, package,
+                                       r"\.py$"):
+      yield f"{name}/{path}", text
+
+
+def _all_code(downloads: pathlib.Path) -> Iterator[Document]:
+  yield from _installed_code(downloads)
+  yield from _wheels_code(downloads)
+
+
 def _chat(downloads: pathlib.Path) -> Iterator[Document]:
   [wheel] = _pip(downloads / "chat", "chitchat-dataset==0.9.0")
   with zipfile.ZipFile(wheel) as archive:
@@ -251,6 +273,6 @@ def all_sources(books: pathlib.Path, full: bool) -> list[Source]:
     Source("train", "prose", lambda d: _books(books)),
     Source("train", "docs", lambda d: _debian_documents(debian, d)),
     Source("train", "wiki", _wikipedia),
-    Source("train", "code", _installed_code),
+    Source("train", "code", _all_code if full else _installed_code),
     Source("train", "chat", _chat),
   ]

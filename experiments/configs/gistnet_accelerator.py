@@ -1,0 +1,25 @@
+"""GistNet for SmolLM2-135M on one accelerator.
+
+Command:
+  tools/prepare_data --full --million_tokens=12 --folder=STORE
+  python -m experiments.train_gistnet --workdir=RUN --config.data=STORE \
+    --config=experiments/configs/gistnet_accelerator.py:3000 \
+    --export=mcjax/pretrained/smollm2-135m/gistnet.safetensors
+"""
+
+from experiments.configs import gistnet
+
+
+def get_config(steps="3000"):
+  """As `gistnet.py`, in steps of 16,384 tokens and from more text."""
+  c = gistnet.get_config(steps)
+  c.mixture = dict(prose=1.0, docs=1.25, wiki=0.75, code=1.25, chat=0.15)
+  c.train.update(dict(batch=32, micro_batch=32, warmup=50, log_every=20,
+                      evaluate_every=1000, save_every=500))
+  first = int(steps) // 2
+  loop = dict(sink=True, near=128, kl_segments=3)
+  upper = dict(level=2, window=1088, segment=64, kl_segments=1, nll=0.2)
+  c.phases = [
+    dict(steps=first, turns=[{}]),
+    dict(steps=int(steps) - first, turns=[{}, loop, {}, upper])]
+  return c
