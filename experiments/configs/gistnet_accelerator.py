@@ -14,8 +14,11 @@ def get_config(steps="3000"):
   """As `gistnet.py`, in steps of 16,384 tokens and from more text."""
   c = gistnet.get_config(steps)
   c.mixture = dict(prose=1.0, docs=1.25, wiki=0.75, code=1.25, chat=0.15)
+  c.gistnet = dict(width=192, heads=6, mlp_width=216, slot_parts=4,
+                   slot_mlp_width=384, children_layers=1, rounds=3)
   c.train.update(dict(batch=32, micro_batch=32, warmup=50, log_every=20,
-                      evaluate_every=1000, save_every=500))
+                      evaluate_every=1000, save_every=500,
+                      validation_documents=10))
   first = int(steps) // 2
   loop = dict(sink=True, near=128, kl_segments=3)
   upper = dict(level=2, window=1088, segment=64, kl_segments=1, nll=0.2)
