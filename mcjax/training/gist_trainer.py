@@ -238,6 +238,11 @@ def train_step(state, base_params, ids, *, config: TrainConfig, gist_config,
           "optimizer": moments, "step": state["step"] + 1}, metrics
 
 
+def _when_ready(compiling: futures.Future, *args):
+  """Calls what `compiling` results in."""
+  return compiling.result()(*args)
+
+
 class GistTrainer:
   """The training loop around `train_step`.
 
@@ -311,18 +316,23 @@ class GistTrainer:
         donate_argnums=0, out_shardings=(self._state_sharding, whole))
     return self._steps[objective]
 
-  def compile_ahead(self) -> None:
-    """Compiles the steps of all objectives still to come, at the same time."""
+  def compile_ahead(self, pool: futures.Executor) -> None:
+    """Starts to compile the steps of all objectives still to come.
+
+    On an accelerator a compilation may take minutes; the first objective does
+    not wait for the others.
+    """
     ahead: dict[Objective, int] = {}
     for step in range(self.step, self.config.steps):
       ahead.setdefault(self.config.objective(step), step)
-
-    def compiled(objective: Objective):
-      return self._compiled(objective).lower(
-        self.state, self._base, self._batch(ahead[objective])).compile()
-
-    with futures.ThreadPoolExecutor() as pool:
-      self._steps |= dict(zip(ahead, pool.map(compiled, ahead)))
+    for objective, step in ahead.items():
+      shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
+        (self.state, self._base, self._batch(step)))
+      compiling = pool.submit(
+        lambda run, shapes: run.lower(*shapes).compile(),
+        self._compiled(objective), shapes)
+      self._steps[objective] = functools.partial(_when_ready, compiling)
 
   def one_step(self) -> dict[str, float]:
     """Runs the next optimizer step; returns its metrics."""
@@ -381,8 +391,8 @@ class GistTrainer:
     best = json.loads(best_path.read_text()) if best_path.exists() else {}
     bar = tqdm.tqdm(total=c.steps, initial=self.step, unit="step",
                     dynamic_ncols=True)
-    self.compile_ahead()
-    with StopSignal() as stop:
+    with StopSignal() as stop, futures.ThreadPoolExecutor() as pool:
+      self.compile_ahead(pool)
       while self.step < c.steps and not stop.raised:
         began = time.perf_counter()
         values = self.one_step()
