@@ -97,8 +97,9 @@ def main(argv) -> None:
         lm, name, workdir):
       return
     print(_row(workdir, name), flush=True)
-    lines = ["| ablation | recovered | less baseline | KL | parameters | FLOPs |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+      "| ablation | recovered | less baseline | KL | parameters | FLOPs |",
+      "|---|---|---|---|---|---|"]
     lines += [_row(workdir, n) for n in gistnet_ablation.ABLATIONS
               if (workdir / n / "facts.json").exists()]
     (workdir / "results.md").write_text("\n".join(lines) + "\n")

@@ -169,15 +169,20 @@ def gather(view: FocusView, rows: Rows, size: int, embed, encoder
   newest_rarity = np.zeros(BRANCHING, np.float32)
   newest_ids[BRANCHING - len(newest) :] = newest
   newest_rarity[BRANCHING - len(newest) :] = rarity(tree, newest)
-  tail, tail_mask = _tail(tree, newest, embed, encoder)
+  tail, tail_mask = read_tail(tree, embed, encoder)
   return LensInputs(
     ids, gists, state, distance, np.arange(size) < count, query_ids, weights,
     rare, newest_ids, newest_rarity, np.float32(view.asked), tail, tail_mask,
   )
 
 
-def _tail(tree: MegaContextTree, newest: np.ndarray, embed, encoder):
-  """Coarsest and newest gists, the provisional gist, the newest tokens."""
+def read_tail(tree: MegaContextTree, embed, encoder):
+  """Coarsest and newest gists, the provisional gist, the newest tokens.
+
+  Returns:
+    tail [TAIL, D] float32 and its mask [TAIL] bool; arguments as of `gather`.
+  """
+  newest = tree.tokens(max(0, tree.cursor - BRANCHING), tree.cursor)
   tail = np.zeros((TAIL, tree.d_model), np.float32)
   mask = np.zeros(TAIL, bool)
   gists = []

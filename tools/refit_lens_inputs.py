@@ -1,16 +1,18 @@
-"""Fits LensNet's input projections to another GistNet; see tools/refit_lensnet.
+"""Fits a LensNet to another GistNet; see tools/refit_lensnet.
 
-Needs no labels and takes a minute; training it anew on the new gists is better.
+First its input projections, then all its scores, to what it made of the old
+gists. Needs no labels; training it anew on the new gists may be better.
 """
 
 import pathlib
 
 from absl import flags
 import numpy as np
+import tqdm
 
-from mcjax import commands, gistnet, pretrained
+from mcjax import commands, gistnet, lensnet, pretrained
 from mcjax.base.load import load_base_lm
-from mcjax.training import data, lens_refit
+from mcjax.training import data, focus_tasks, lens_distil, lens_refit
 
 _BASE = flags.DEFINE_string("base", "smollm2-135m", "base model")
 _LENSNET = flags.DEFINE_string("lensnet", None, "weights to fit")
@@ -20,6 +22,8 @@ _OUT = flags.DEFINE_string("out", None, "where the result goes")
 _DATA = flags.DEFINE_string(
   "data", None, "token store; the user cache if unset")
 _WINDOWS = flags.DEFINE_integer("windows", 1000, "of 1,024 tokens", 1)
+_TASKS = flags.DEFINE_integer("tasks", 250, "whose scores are learned", 0)
+_STEPS = flags.DEFINE_integer("steps", 600, "of 16 windows", 1)
 for name in ("lensnet", "old", "new", "out"):
   flags.mark_flag_as_required(name)
 
@@ -36,11 +40,21 @@ def main(argv):
   ids = sampler.batch(0, _WINDOWS.value).astype(np.int32)
   score, missed = lens_refit.refit(
     params["score"], old, new, np.asarray(lm.params["embed"]), ids)
-  pretrained.save_weights(
-    _OUT.value, "lensnet", params | {"score": score}, fields,
-    card | {"refitted_to_gistnet": new.fingerprint})
   for name, share in missed.items():
     print(f"{name}: {share:.1%} of the variance missed on other blocks")
+  fitted = params | {"score": score}
+  if _TASKS.value:
+    tasks = focus_tasks.TaskSource(stores, lm.tokenizer)
+    seen = lens_distil.observe(lm, old, new, tasks, _TASKS.value)
+    windows = [w for w in tqdm.tqdm(seen, unit="window")]
+    fitted, shares = lens_distil.distil(
+      params, fitted, lensnet.LensNetConfig(**fields), lm.params["embed"],
+      windows, _STEPS.value)
+    print(f"scores: {shares['before']:.1%} of the variance missed on other "
+          f"windows before, {shares['after']:.1%} after")
+  pretrained.save_weights(
+    _OUT.value, "lensnet", fitted, fields,
+    card | {"refitted_to_gistnet": new.fingerprint})
 
 
 if __name__ == "__main__":

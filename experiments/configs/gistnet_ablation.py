@@ -62,7 +62,7 @@ ABLATIONS = {
 
 
 def get_config(name="baseline", steps=80, batch=2):
-  """The settings of one of `ABLATIONS`; `batch` windows of 512 tokens a step."""
+  """The settings of one of `ABLATIONS`; a step has `batch` windows of 512."""
   if name not in ABLATIONS:
     raise McjaxError(f"no ablation {name!r}; there are {', '.join(ABLATIONS)}")
   change = ABLATIONS[name]

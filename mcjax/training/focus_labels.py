@@ -156,11 +156,11 @@ class Labeller:
         break
       loop.follow()
       if k % self._config.gap == 0:
-        loop.sync()
+        self._sync(loop)
         out.append(self._window(loop, task, ahead, rng))
       loop.refocus(need=BRANCHING)
       loop.append(task.ids[at : at + BRANCHING])
-      loop.sync(renew=BRANCHING + 1)
+      self._sync(loop, BRANCHING + 1)
       at += BRANCHING
     return out
 
@@ -181,17 +181,22 @@ class Labeller:
     for steps in (0, 1, 4):  # as asked, after one step, and settled
       for _ in range(steps):
         loop.refocus(need=BRANCHING)
-      loop.sync()
+      self._sync(loop)
       out.append(self._window(loop, task, answer, rng))
     return out
 
-  def _window(self, loop: FocusLoop, task: Task, ahead: np.ndarray, rng
-              ) -> Labelled:
+  def _sync(self, loop: FocusLoop, renew: int = 1) -> None:
+    loop.sync(renew=renew)
+
+  def _rows(self, loop: FocusLoop, task: Task, rng):
+    """The window as a policy sees it, and rows for all it could look at.
+
+    Returns:
+      the view, rows, blocks that token statistics find, and the task's own.
+    """
     c, window, tree = self._config, loop.context.window, loop.tree
-    config = self._loop_config
-    e = window.entries
     view = FocusView(
-      entries=e, tree=tree, query_ids=loop.query.ids,
+      entries=window.entries, tree=tree, query_ids=loop.query.ids,
       query_weights=loop.query.weights, query_start=loop.query.start,
       asked=loop.query.asked, step=loop.step, pressure=False,
       context_lm=loop.context)
@@ -204,7 +209,13 @@ class Labeller:
                          (task.place[1] - 1) // BRANCHING + 1))
     chance = rng.integers(0, max(1, last), 3 * c.chance).tolist()
     wanted = list(dict.fromkeys(truth + found + chance))
-    rows = lens_rows.window_rows(window, wanted)
+    return view, lens_rows.window_rows(window, wanted), found, truth
+
+  def _window(self, loop: FocusLoop, task: Task, ahead: np.ndarray, rng
+              ) -> Labelled:
+    c, window, tree = self._config, loop.context.window, loop.tree
+    config = self._loop_config
+    view, rows, found, truth = self._rows(loop, task, rng)
     legal = focus_allocator.legal_edits(
       window, step=loop.step, cooldown=0, sink=config.sink_tokens,
       protect=config.protect_tokens)

@@ -8,6 +8,7 @@ import pytest
 
 from experiments.configs import gistnet as default
 from experiments.configs import gistnet_ablation
+from experiments.configs import gistnet_accelerator as accelerator
 from mcjax import gistnet
 from mcjax.training import gist_trainer
 from mcjax.types import McjaxError
@@ -73,6 +74,18 @@ def test_default_curriculum():
   assert len(upper) == 8 and min(upper) >= 50
   assert config.tokens(51) == 51 * 4 * 512
   assert config.tokens(100) == 4 * (92 * 512 + 8 * 1088)
+
+
+def test_accelerator_config():
+  c = accelerator.get_config("40")
+  config = gist_trainer.read_config(c.train, c.objective, c.phases)
+  assert config.steps == 40 and config.batch == config.micro_batch
+  assert {config.objective(s).level for s in range(20)} == {1}
+  turns = [config.objective(s) for s in range(20, 24)]
+  assert {t.level for t in turns} == {1, 2} and any(t.near for t in turns)
+  network = gistnet.GistNetConfig(d_model=576, **c.gistnet)
+  params = jax.eval_shape(lambda: gistnet.init_params(network))
+  assert max(gistnet.params_per_layer(params).values()) <= 500_000
 
 
 def test_errors_name_the_setting():

@@ -14,6 +14,7 @@ from mcjax.lens_rows import BURIED, RAW
 from mcjax.training import (
   focus_labels,
   focus_tasks,
+  lens_distil,
   lens_losses,
   lens_rounds,
   lens_trainer,
@@ -345,3 +346,29 @@ def test_mistakes_in_the_settings_are_named():
                         ({"rounds": []}, "config.rounds")):
     with pytest.raises(McjaxError, match=named):
       lens_rounds.read_config({**good, **change})
+
+
+# --- Another GistNet ---------------------------------------------------------
+
+
+def test_a_lensnet_learns_its_old_scores_from_another_gistnets_gists(
+    lm, encoder, tasks):
+  other = tiny_base.gistnet(lm, seed=5, spread=0.05)
+  config = dataclasses.replace(_LABELS, windows=1)
+  seen = list(lens_distil.observe(lm, encoder, other, tasks, 3, config))
+  assert len(seen) >= 3
+  for old, new in seen:
+    count = int(old.mask.sum())
+    blocks = np.maximum(old.ids[:count, lens_rows.MARGIN:-lens_rows.MARGIN], 0)
+    for inputs, gistnet in ((old, encoder), (new, other)):
+      np.testing.assert_allclose(
+        inputs.gists[:count], gistnet.encode_tokens(blocks), 1e-2, 1e-2)
+    np.testing.assert_array_equal(old.ids, new.ids)
+    assert np.abs(old.tail - new.tail).max() > 1e-3
+  teacher = lensnet.init_params(_LENS, 1)
+  teacher["score"]["score"]["kernel"] = np.random.default_rng(0).normal(
+    0, 1, teacher["score"]["score"]["kernel"].shape).astype(np.float32)
+  student, missed = lens_distil.distil(
+    teacher, teacher, _LENS, lm.params["embed"], seen, 40, 3, 3e-3)
+  assert missed["after"] < missed["before"]
+  assert student["keys"] is teacher["keys"]
