@@ -21,7 +21,7 @@ import tqdm
 from mcjax import gistnet, sharding
 from mcjax.checkpoint import Checkpoints
 from mcjax.evaluation import recovery
-from mcjax.training import data, level_loss, losses
+from mcjax.training import data, foreign_loss, level_loss, losses
 from mcjax.training.losses import Objective
 from mcjax.training.metrics import MetricWriter
 from mcjax.training.stop_signal import StopSignal
@@ -211,6 +211,8 @@ def train_step(state, base_params, ids, *, config: TrainConfig, gist_config,
     the next state, and metrics averaged over all windows.
   """
   loss = level_loss if objective.level == 2 else losses
+  if objective.foreign:
+    loss, ids = foreign_loss, foreign_loss.exchange(ids, objective)
   grad = jax.value_and_grad(
     functools.partial(
       loss.window_loss, gist_config=gist_config, base_params=base_params,

@@ -47,6 +47,8 @@ class Objective:
       scores all. Fewer make the window cheaper beside `attend`.
     level: of the gists that are taught. At 2 the window is one stretch of
       1,024 tokens and a segment after it, see `level_loss.py`.
+    foreign: the far text is another window's, and the teacher does without
+      it, see `foreign_loss.py`.
     early: extra weight of a segment's first tokens, halved every 8 tokens.
     chunk: tokens whose logits exist at one time.
     remat: recompute the decoder's layers in the backward pass.
@@ -66,6 +68,7 @@ class Objective:
   rebuild_blocks: int = 2
   kl_segments: int | None = None
   level: int = 1
+  foreign: bool = False
   early: float = 0.0
   chunk: int = 256
   remat: bool = False
@@ -84,6 +87,8 @@ class Objective:
                        f"{self.gist_stride}")
     if self.level not in (1, 2):
       raise McjaxError(f"Objective.level must be 1 or 2, got {self.level}")
+    if self.foreign and (self.level != 1 or self.sink):
+      raise McjaxError("Objective.foreign goes with level 1 and no sink")
     if self.level == 2 and self.window != BRANCHING**2 + self.segment:
       raise McjaxError("Objective.window must be 1024 + segment at level 2, "
                        f"got {self.window}")

@@ -10,7 +10,7 @@ import pytest
 
 from mcjax import gistnet
 from mcjax.base import model
-from mcjax.training import attention_match, level_loss, losses
+from mcjax.training import attention_match, foreign_loss, level_loss, losses
 from mcjax.types import McjaxError
 
 _O = losses.Objective(window=128, segment=32, chunk=40)
@@ -261,3 +261,37 @@ class TestLevelTwo:
       dataclasses.replace(self.O, window=2048)
     with pytest.raises(McjaxError, match="level"):
       dataclasses.replace(self.O, level=3)
+
+
+def test_foreign_gists_change_nothing_where_they_are_not_seen(
+    tiny_lm, tiny_gist_config):
+  o = losses.Objective(
+    window=160, near=32, segment=32, chunk=40, foreign=True)
+  params = gistnet.init_params(tiny_gist_config)
+
+  def found(ids):
+    return jax.jit(foreign_loss.window_loss, static_argnums=(1, 3, 4))(
+      params, tiny_gist_config, tiny_lm.params, tiny_lm.config, o, ids,
+      jax.random.key(0))
+
+  one, other = _ids(160), _ids(160, seed=1)
+  loss, terms = found(one)
+  assert loss > 0 and terms["teacher_nll_foreign"] > 0
+  mixed = jnp.concatenate([other[:96], one[96:]])
+  again = found(mixed)[1]
+  # The teacher does not see the far text, the student does.
+  np.testing.assert_allclose(
+    again["teacher_nll_foreign"], terms["teacher_nll_foreign"], rtol=1e-6)
+  assert abs(again["kl_foreign"] - terms["kl_foreign"]) > 1e-4
+
+
+def test_exchange_takes_the_far_part_of_another_window():
+  o = losses.Objective(window=160, near=32, segment=32, foreign=True)
+  ids = jnp.stack([_ids(160, seed=n) for n in range(4)]).reshape(2, 2, 160)
+  mixed = foreign_loss.exchange(ids, o).reshape(4, 160)
+  flat = ids.reshape(4, 160)
+  for n in range(4):
+    np.testing.assert_array_equal(mixed[n, 96:], flat[n, 96:])
+    np.testing.assert_array_equal(mixed[n, :96], flat[n - 1, :96])
+  with pytest.raises(McjaxError, match="foreign"):
+    losses.Objective(window=160, near=32, sink=True, foreign=True)
