@@ -11,9 +11,11 @@ import tiny_base
 from mcjax import (
   Config,
   MegaContext,
+  gistnet,
   lens_rows,
   lensnet,
   lensnet_policy,
+  pretrained,
 )
 from mcjax import (
   keys as lexical,
@@ -439,3 +441,13 @@ def test_weights_are_saved_and_loaded(tiny_lm, tiny_gistnet, tmp_path):
   lensnet_policy.save_lensnet(path, lensnet.init_params(other), other, {})
   with pytest.raises(McjaxError, match="reads vectors of 16"):
     lensnet_policy.load_lensnet(tiny_lm, tiny_gistnet, path)
+
+
+def test_the_shipped_lensnet_is_fitted_to_the_shipped_gistnet():
+  """Another GistNet's gists make it worse without a word."""
+  params, config, _ = gistnet.read_gistnet(
+    pretrained.shipped("smollm2-135m", "gistnet"))
+  _, _, card = pretrained.read_weights(
+    pretrained.shipped("smollm2-135m", "lensnet"), "lensnet")
+  fitted = card.get("refitted_to_gistnet", card["gistnet"])
+  assert fitted == pretrained.fingerprint(params, dataclasses.asdict(config))

@@ -21,7 +21,7 @@ def get_config(steps="2600"):
   c.gistnet = dict(width=192, heads=6, mlp_width=216, slot_parts=4,
                    slot_mlp_width=384, children_layers=1, rounds=3)
   c.train.update(dict(batch=32, micro_batch=32,
-                      learning_rate=3e-3, warmup=50, log_every=20,
+                      learning_rate=3e-3, warmup=50, log_every=19,
                       evaluate_every=1000, save_every=500,
                       validation_documents=10))
   first = int(steps) // 2
