@@ -312,7 +312,7 @@ def test_the_card_says_whether_to_attend(trained, card, expected):
 def test_shipped_weights_load_and_are_small():
   path = pretrained.shipped("smollm2-135m", "gistnet")
   params, config, card = gistnet.read_gistnet(path)
-  assert config.d_model == 576 and path.stat().st_size < 8e6
+  assert config.d_model == 576 and path.stat().st_size < 12e6
   assert card["base"] == "smollm2-135m" and card["steps"] > 0
   assert card["gist_attention"] in ("visible", "masked")
   assert max(gistnet.params_per_layer(params).values()) <= 500_000
