@@ -8,7 +8,7 @@ One of them alone, trained and evaluated as any GistNet:
 
 From a fresh network, 80 steps of 1,024 tokens unless told otherwise: about five
 minutes on 2 idle CPU cores. Short runs tell which change learns faster, not
-which ends better.
+which ends better. BUILD_NOTES.md has what 30 steps of each reached.
 `shared_levels` and `own_levels` train level 2 as well and compare with each
 other.
 """
