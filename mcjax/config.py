@@ -38,7 +38,8 @@ class Config:
     sink_tokens: first tokens of the history pinned at L0 (StreamingLLM).
     recent_tokens: newest tokens at L0 at cold start.
     gists_per_level: nodes kept at each level at cold start, nearest first.
-    protect_tokens: newest tokens that are never collapsed.
+    protect_tokens: newest tokens that are never collapsed; of those before a
+      question none.
     renew_tokens: newest tokens run again after an expand, so that they read
       the new detail; 1 renews the logits only.
     refresh_every: refocus steps between full rebuilds of the cache in splice

@@ -170,10 +170,13 @@ class FocusLoop:
     )
     with self.telemetry.phase("lens"):
       scores = self._policy.score(view)
+    protect = config.protect_tokens
+    if self.query.asked:  # the text before a question can be as far from it
+      protect = min(protect, self.tree.cursor - self.query.start)
     with self.telemetry.phase("allocate"):
       legal = focus_allocator.legal_edits(
         window, step=self.step, cooldown=config.cooldown,
-        sink=config.sink_tokens, protect=config.protect_tokens,
+        sink=config.sink_tokens, protect=protect,
       )
       plan = focus_allocator.plan_edits(
         scores, legal, free=window.free, need=need,

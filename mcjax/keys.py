@@ -145,9 +145,8 @@ def rerank_scores(
 ) -> np.ndarray:
   """Exact scores of blocks from their tokens and their neighbours'.
 
-  A query token counts fully if the block holds it, half if only a neighbour
-  does (a fact can straddle a boundary). Two adjacent query tokens that occur
-  in order add `PAIR` times the smaller weight.
+  As `coverage`; what only a neighbour holds counts half (a fact can straddle a
+  boundary).
 
   Args:
     query_ids: int [Q].
@@ -159,6 +158,27 @@ def rerank_scores(
   """
   near = np.full(spans.shape[1], 0.5)
   near[BRANCHING : 2 * BRANCHING] = 1.0
+  return coverage(query_ids, weights, spans, near)
+
+
+def coverage(
+  query_ids: np.ndarray, weights: np.ndarray, spans: np.ndarray,
+  near: np.ndarray,
+) -> np.ndarray:
+  """Share of the query's weight that spans of tokens hold.
+
+  Two adjacent query tokens that occur in order add `PAIR` times the smaller
+  weight.
+
+  Args:
+    query_ids: int [Q].
+    weights: float [Q].
+    spans: int [n, T]; -1 for no token.
+    near: float [T], what a token at this place counts, in [0, 1].
+
+  Returns:
+    float64 [n].
+  """
   weights = np.asarray(weights, np.float64)
   ids, where = np.unique(query_ids, return_inverse=True)
   token_weight = np.zeros(len(ids))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from mcjax import keys as lexical
-from mcjax import lens_keys, lens_rows, lensnet, pretrained
+from mcjax import lens_keys, lens_rows, lensnet, passages, pretrained
 from mcjax.base.load import BaseLM
 from mcjax.context_lm import ContextLM
 from mcjax.gistnet import GistEncoder
@@ -31,7 +31,7 @@ _SCAN = 1 << 15  # blocks up to which all keys are read: 1M tokens, 4 MFLOP
 _THRESHOLD = 0.2  # as the allocator's; scores below it are no wishes
 _ANSWER = 0.5  # score from which a block answers a question
 _RIVAL = 0.5  # share of the best score that another block must reach
-_NEAR = 0.9  # share of its score that blocks beside it take
+_SAME = 0.6  # share of the query that its sentence must hold, of the best one's
 _IDLE = -0.3  # score of raw blocks that do not answer it
 _NOVEL = 0.05  # share of the query's weight from which text wishes for a block
 _UNSURE_GAIN = 3.0  # a question without an answer wishes from 0.007 nats on
@@ -260,11 +260,12 @@ def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
       holds and the newest raw text does not}, see `novelty`; None for a
       question, whose wishes are LensNet's alone.
   """
-  answer = view.asked and float(scores.max(initial=0.0)) >= _ANSWER
+  past = (rows.block + 1) * BRANCHING <= view.query_start
+  answer = view.asked and scores[past].max(initial=0.0) >= _ANSWER
   scores = np.array(scores, np.float32)
   if answer:
     out = age_scores(dataclasses.replace(view, pressure=False))
-    scores = _for_answer(rows, scores, float(scores.max()))
+    scores = _for_answer(view, rows, scores, past)
   else:
     out = np.zeros(len(view.entries), np.float32)
     scores = _for_text(view, rows, scores, novel)
@@ -285,21 +286,32 @@ def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
   return out
 
 
-def _for_answer(rows: lens_rows.Rows, scores: np.ndarray, best: float
-                ) -> np.ndarray:
-  """Scores [R] when a block answers a question.
+def _for_answer(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
+                past: np.ndarray) -> np.ndarray:
+  """Scores [R] when a block answers a question; `past` [R] blocks before it.
 
-  Blocks far less worthy are not wished for, and raw ones ask to be collapsed:
-  together they distract a small model, though each alone hardly matters.
+  Blocks are wished for that the answering sentences touch. All other text is
+  not, and asks to be collapsed where it is raw: together it distracts a small
+  model, though each block alone hardly matters.
   """
   # The score saturates; what it is the tanh of does not.
-  least = np.tanh(_RIVAL * np.arctanh(min(best, 0.999)))
-  scores = _spread(rows.block, scores, least)
-  rivals = scores >= _NEAR * least
-  scores[~rivals] = np.minimum(scores[~rivals], 0.0)
-  idle = ~rivals & (rows.state == RAW)
-  scores[idle] = np.minimum(scores[idle], _IDLE)
-  return scores
+  top = min(float(scores[past].max()), 0.999)
+  near_top = past & (scores >= np.tanh(_RIVAL * np.arctanh(top)))
+  at = dict(zip(rows.block[near_top].tolist(), scores[near_top].tolist()))
+  found = passages.find_passages(
+    view.tree, view.context_lm.lm.tokenizer, at, view.query_ids,
+    lexical.query_weights(view.tree, view.query_ids, view.query_weights),
+    view.query_start)
+  best = max((p.share for p in found.values()), default=0.0)
+  wished: dict[int, float] = {}
+  for block, passage in found.items():
+    if passage.share >= _SAME * best:
+      for near in passage.blocks:
+        wished[near] = max(wished.get(near, 0.0), at[block])
+  wish = np.array([wished.get(b, 0.0) for b in rows.block.tolist()])
+  rest = np.minimum(scores, np.where(rows.state == RAW, _IDLE, 0.0))
+  rest[~past] = 0.0
+  return np.where(wish > 0, wish, rest).astype(np.float32)
 
 
 def _for_text(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
@@ -330,21 +342,6 @@ def _for_text(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
   least = max(_THRESHOLD, np.sort(order)[-_WISHES:].min(initial=1.0))
   wished = (order >= least) & (order > _THRESHOLD)
   return np.where(wished, wishes, worth).astype(np.float32)
-
-
-def _spread(block: np.ndarray, scores: np.ndarray, least: float) -> np.ndarray:
-  """Lets blocks beside one of at least `least` share in its score.
-
-  A sentence often straddles two blocks, and half of it is worth little.
-  """
-  at = {b: i for i, b in enumerate(block.tolist())}
-  out = scores.copy()
-  for i in np.flatnonzero(scores >= least):
-    for near in (block[i] - 1, block[i] + 1):
-      j = at.get(int(near))
-      if j is not None:
-        out[j] = max(out[j], _NEAR * scores[i])
-  return out
 
 
 def save_lensnet(path, params, config: lensnet.LensNetConfig, card: dict

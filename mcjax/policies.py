@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from mcjax import keys as lexical
+from mcjax import passages
 from mcjax.context_lm import ContextLM
 from mcjax.search import TreeSearch
 from mcjax.tree import MegaContextTree
@@ -166,10 +167,22 @@ class Similarity(_HostPolicy):
       if coverage < _RIVAL * ranked[0][1]:
         break
       strength = min(1.0, 0.25 + float(coverage))
-      for near, factor in ((block, 1.0), (block + 1, 0.9), (block - 1, 0.8)):
+      for near, factor in self._around(view, block):
         if 0 <= near < last and factor * strength > 0.2:
           found[near] = max(found.get(near, 0.0), factor * strength)
     return sorted(found.items(), key=lambda item: -item[1])
+
+  def _around(self, view: FocusView, block: int) -> list[tuple[int, float]]:
+    """Blocks that share in what a found one is worth, and their shares.
+
+    For a question those that its sentence touches, else those beside it.
+    """
+    if not view.asked:
+      return [(block, 1.0), (block + 1, 0.9), (block - 1, 0.8)]
+    passage = passages.find_passages(
+      view.tree, view.context_lm.lm.tokenizer, [block], view.query_ids,
+      self._weights, view.query_start)[block]
+    return [(near, 1.0 if near == block else 0.9) for near in passage.blocks]
 
   def _prepare(self, view: FocusView) -> None:
     blocks = view.tree.num_nodes(1)

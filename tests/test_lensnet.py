@@ -23,7 +23,7 @@ from mcjax import (
 from mcjax.lens_rows import BURIED, GIST, MARGIN, RAW, SPAN, TAIL, TAIL_GISTS
 from mcjax.lensnet_policy import LensKeyer
 from mcjax.policies import FocusView
-from mcjax.types import McjaxError
+from mcjax.types import BRANCHING, McjaxError
 from mcjax.working_context import WorkingContext
 
 CONFIG = lensnet.LensNetConfig(
@@ -240,14 +240,14 @@ def view_of(mc, query_start=None):
     context_lm=mc._loop.context)
 
 
-def opened(tiny_lm, tiny_gistnet, count, **config):
+def opened(tiny_lm, tiny_gistnet, count, text=None, **config):
   mc = MegaContext.create(
     tiny_base.memory_url(), tiny_lm,
     Config(**{"window": 512, "policy": "lensnet", "recent_tokens": 64,
               "gists_per_level": 8, **config}),
     gistnet=tiny_gistnet,
   )
-  mc.ingest(tiny_base.text(count))
+  mc.ingest(tiny_base.text(count) if text is None else text)
   return mc
 
 
@@ -291,23 +291,68 @@ def test_a_short_history_has_a_short_tail(tiny_lm, tiny_gistnet):
 # --- The policy --------------------------------------------------------------
 
 
+def asked_view(mc, question):
+  """The view of a question about the history as it is."""
+  ids = mc.lm.tokenizer.encode(question)
+  return dataclasses.replace(
+    view_of(mc, query_start=mc.cursor), asked=True, query_ids=ids,
+    query_weights=np.ones(len(ids), np.float32))
+
+
+def buried_rows(mc, *offsets):
+  """The window's rows and blocks below its first L2 entry; that entry."""
+  e = mc._loop.context.window.entries
+  coarse = int(np.flatnonzero(e.level == 2)[0])
+  found = [int(e.index[coarse]) * 32 + k for k in offsets]
+  return lens_rows.window_rows(mc._loop.context.window, found), coarse, found
+
+
 def test_an_answer_is_wished_for_and_other_raw_text_offered(
   tiny_lm, tiny_gistnet
 ):
   mc = opened(tiny_lm, tiny_gistnet, 4000)
-  view = dataclasses.replace(view_of(mc), asked=True)
-  e = view.entries
-  coarse = int(np.flatnonzero(e.level == 2)[0])
-  found = [int(e.index[coarse]) * 32 + 3, int(e.index[coarse]) * 32 + 9]
-  rows = lens_rows.window_rows(mc._loop.context.window, found)
+  rows, coarse, found = buried_rows(mc, 3, 9)
+  words = mc.lm.tokenizer.decode(mc.tree.tokens(found[1] * 32, found[1] * 32 + 9))
+  view = asked_view(mc, words)
   scores = np.linspace(-0.1, 0.3, len(rows)).astype(np.float32)
   scores[-2:] = [0.4, 0.7]
   out = lensnet_policy.entry_scores(view, rows, scores)
-  assert len(out) == len(e)
+  assert len(out) == len(view.entries)
   assert out[coarse] == np.float32(0.7)  # a coarse entry inherits
   assert (np.delete(out, coarse) <= 0).all()
   for at in rows.entry[rows.state == RAW]:
     assert (out[at : at + 32] <= -0.3).all()
+
+
+def test_what_shares_little_of_the_question_is_no_rival(tiny_lm, tiny_gistnet):
+  text = tiny_base.text(4000)
+  fact, other = "THE PUMP CODE IS 7314.", "THE ROPE IS BLUE."
+  mc = opened(tiny_lm, tiny_gistnet, 4000, text=(
+    text[:1223] + other + text[1223 + len(other) : 1330] + fact
+    + text[1330 + len(fact) :]))
+  rows, coarse, _ = buried_rows(mc, 6, 9)
+  view = asked_view(mc, "PUMP CODE")
+  scores = np.full(len(rows), -0.1, np.float32)
+  scores[-2:] = [0.8, 0.7]  # LensNet prefers the other one
+  assert rows.block[-2:].tolist() == [38, 41]
+  out = lensnet_policy.entry_scores(view, rows, scores)
+  assert out[coarse] == np.float32(0.7)
+
+
+def test_the_questions_own_blocks_stay(tiny_lm, tiny_gistnet):
+  mc = opened(tiny_lm, tiny_gistnet, 4000)
+  rows, _, _ = buried_rows(mc, 3)
+  newest = int(rows.block[rows.state == RAW].max())
+  view = dataclasses.replace(
+    asked_view(mc, "x"), query_start=newest * BRANCHING - 5)
+  scores = np.full(len(rows), -0.9, np.float32)
+  scores[-1] = 0.7
+  scores[rows.block == newest] = 0.9  # it is no answer to itself
+  out = lensnet_policy.entry_scores(view, rows, scores)
+  own = rows.entry[(rows.state == RAW) & (rows.block >= newest - 1)]
+  assert len(own) == 2
+  for at in own:
+    assert (out[at : at + 32] == 0).all()
 
 
 def test_text_read_on_gives_up_least_worth_first(tiny_lm, tiny_gistnet):

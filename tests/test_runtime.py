@@ -105,6 +105,33 @@ def test_generation_is_greedy_over_the_whole_short_history(make, tiny_lm):
   assert len(set(out.token_ids.tolist())) > 3
 
 
+class NothingMatters:
+  """A policy that gives everything up."""
+
+  touched = bytes_read = 0
+
+  def score(self, view):
+    return np.full(len(view.entries), -0.9, np.float32)
+
+  def warm_up(self, context):
+    del context
+
+
+def test_a_question_protects_itself_and_not_the_text_before(make):
+  mc = make(protect_tokens=128, recent_tokens=128, check_invariants=True)
+  mc.ingest(tiny_base.text(1000 + 23, 1))  # with <bos> 32 blocks
+  mc._loop._policy = NothingMatters()
+  for _ in range(8):
+    mc._loop.refocus(need=0)
+  assert sum(e.level == 0 for e in mc.focus()) == 32 + 128  # sink and newest
+  out = mc.generate("x" * 40, max_new_tokens=1, remember=False)
+  raw = [e.start for e in out.focus if e.level == 0]
+  assert raw == [*range(32), *range(1024, 1064)]
+  out = mc.generate("x" * 400, max_new_tokens=1, remember=False)
+  raw = [e.start for e in out.focus if e.level == 0]
+  assert raw == [*range(32), *range(1280, 1424)]  # 128 newest, whole blocks
+
+
 def test_an_empty_history_answers_too(make):
   mc = make()
   assert mc.focus() == []

@@ -36,6 +36,8 @@ _ENDS = (
   "<|eom_id|>",
   "</s>",
 )
+# How byte-level and SentencePiece vocabularies spell blanks and newlines.
+_SPELLED = (("\u0120", " "), ("\u010a", "\n"), ("\u2581", " "), ("<0x0A>", "\n"))
 # Stand-ins for the words of user and model while a template is taken apart.
 _USER, _EARLIER, _ANSWER = "QzUserWordsQz", "QzEarlierQz", "QzAnswerQz"
 
@@ -164,6 +166,19 @@ class Tokenizer:
     return self._core.decode(
       np.asarray(ids).tolist(), skip_special_tokens=not keep_special
     )
+
+  def pieces(self, ids: Iterable[int]) -> list[str]:
+    """Each token by itself, blanks and newlines as such.
+
+    Bytes beyond ASCII stay in the vocabulary's own spelling.
+    """
+    out = []
+    for i in np.asarray(ids).tolist():
+      piece = self._core.id_to_token(i) or ""
+      for spelling, character in _SPELLED:
+        piece = piece.replace(spelling, character)
+      out.append(piece)
+    return out
 
   def vocabulary_digest(self) -> bytes:
     """SHA-256 of the tokens in the order of their ids."""

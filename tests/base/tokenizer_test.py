@@ -70,6 +70,15 @@ def test_smollm2_facts(smollm2):
   assert tokenizer.decode(np.array([2])) == ""
 
 
+def test_pieces_are_tokens_by_themselves(smollm2):
+  tokenizer = smollm2.tokenizer
+  text = "One, two.\n  3.14 x_y"
+  pieces = tokenizer.pieces(tokenizer.encode(text))
+  assert "".join(pieces) == text
+  assert pieces[:3] == ["One", ",", " two"]
+  assert tokenizer.pieces([10**6]) == [""]
+
+
 def test_digits_stand_alone(smollm2):
   """SmolLM's rule; GPT-2's alone would split the blanks otherwise."""
   ids = smollm2.tokenizer.encode("x  12")
@@ -291,6 +300,8 @@ def test_sentence_piece_from_gguf():
   for text in ("abc ab", "a  cab", "né 🙂", "abc</s>ab"):
     assert tokenizer.decode(tokenizer.encode(text)) == text
   assert tokenizer.encode("abc ab").tolist() == [259 + 7, 259 + 5]
+  pieces = tokenizer.pieces(tokenizer.encode("abc ab\nab"))
+  assert "".join(pieces).strip() == "abc ab\nab"  # a blank may stand in front
   long = "abc ab\n" * 100_000
   assert tokenizer.decode(tokenizer.encode(long)) == long
 

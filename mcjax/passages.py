@@ -1,0 +1,95 @@
+"""Passages: the sentence of a block that a question is about.
+
+Blocks end where 32 tokens end, sentences do not. A small model is easily
+distracted by what stands around a fact, so where a block answers a question
+only the blocks are wanted that its sentence touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from mcjax import keys as lexical
+from mcjax.base.tokenizer import Tokenizer
+from mcjax.tree import MegaContextTree
+from mcjax.types import BRANCHING
+
+_REACH = 16  # tokens of a sentence beyond the outermost that the query shares
+_STOPS = (".", "!", "?")
+_CLOSING = "\"')]*_"  # may stand between a full stop and the blank behind it
+
+
+class Passage(NamedTuple):
+  """What a block says on a query.
+
+  Attributes:
+    share: of the query's weight in its best sentence, in [0, 1].
+    blocks: L1 blocks that this sentence touches, the block and those beside it
+      at most.
+  """
+
+  share: float
+  blocks: range
+
+
+def sentence_ends(pieces: list[str]) -> np.ndarray:
+  """Whether a sentence or line ends with a token, [T] bool.
+
+  Args:
+    pieces: [T] tokens as text, see `Tokenizer.pieces`.
+  """
+  out = np.zeros(len(pieces), bool)
+  for i, piece in enumerate(pieces):
+    follows = pieces[i + 1][:1] if i + 1 < len(pieces) else " "
+    stop = piece.rstrip(_CLOSING).endswith(_STOPS) and follows.isspace()
+    out[i] = stop or "\n" in piece
+  return out
+
+
+def find_passages(
+  tree: MegaContextTree, tokenizer: Tokenizer, blocks: Iterable[int],
+  query_ids: np.ndarray, weights: np.ndarray, stop: int,
+) -> dict[int, Passage]:
+  """The passage of each block; reads 96 tokens a block.
+
+  Args:
+    tree: the history.
+    tokenizer: of the base.
+    blocks: indices of L1 nodes before `stop`.
+    query_ids: int [Q].
+    weights: float [Q], see `keys.query_weights`.
+    stop: token at which the query begins; nothing from there on is read.
+  """
+  shared = query_ids[weights > 0]
+  out = {}
+  for block in blocks:
+    start = max(0, (block - 1) * BRANCHING)
+    ids = tree.tokens(start, min(stop, (block + 2) * BRANCHING))
+    spans = _sentences(ids, tokenizer, block * BRANCHING - start)
+    padded = np.full((len(spans), len(ids)), -1, np.int64)
+    for row, (a, b) in zip(padded, spans):
+      row[: b - a] = ids[a:b]
+    shares = lexical.coverage(query_ids, weights, padded, np.ones(len(ids)))
+    best = int(np.argmax(shares))
+    a, b = spans[best]
+    held = a + np.flatnonzero(np.isin(ids[a:b], shared))
+    if len(held):
+      a, b = max(a, held[0] - _REACH), min(b, held[-1] + 1 + _REACH)
+      first, last = (start + a) // BRANCHING, (start + b - 1) // BRANCHING
+      touched = range(max(first, block - 1), min(last, block + 1) + 1)
+    else:
+      touched = range(block, block + 1)
+    out[block] = Passage(float(shares[best]), touched)
+  return out
+
+
+def _sentences(ids: np.ndarray, tokenizer: Tokenizer, at: int
+               ) -> list[tuple[int, int]]:
+  """(start, stop) in `ids` of the sentences that touch the block at `at`."""
+  ends = np.flatnonzero(sentence_ends(tokenizer.pieces(ids))) + 1
+  edges = [0, *ends.tolist(), len(ids)]
+  return [(a, b) for a, b in zip(edges[:-1], edges[1:])
+          if a < b and a < at + BRANCHING and b > at]

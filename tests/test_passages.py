@@ -1,0 +1,94 @@
+"""Passages: sentences across block edges, and what a question shares with them.
+"""
+
+import numpy as np
+import pytest
+import tiny_base
+
+from mcjax import passages
+from mcjax.types import BRANCHING
+
+BLOCK = 4
+
+
+class TokensOnly:
+  """A tree of which only tokens are read."""
+
+  def __init__(self, ids):
+    self._ids = ids
+    self.cursor = len(ids)
+
+  def tokens(self, start, stop):
+    assert 0 <= start <= stop <= self.cursor
+    return self._ids[start:stop]
+
+
+def passage_of(text, query, block=BLOCK, stop=None, weight=None):
+  """One byte is one token."""
+  tokenizer = tiny_base.byte_tokenizer()
+  ids = tokenizer.encode(text)
+  asked = tokenizer.encode(query)
+  weights = np.array([
+    (weight or {}).get(c, 1.0) for c in query], np.float32)
+  found = passages.find_passages(
+    TokensOnly(ids), tokenizer, [block], asked, weights,
+    len(ids) if stop is None else stop)
+  return found[block]
+
+
+def placed(sentence, at, size=10 * BRANCHING):
+  """Lines of dots around a sentence that begins at token `at`."""
+  return "-" * (at - 1) + "\n" + sentence + "\n" + "-" * (size - at)
+
+
+def test_ends_of_sentences_and_lines():
+  pieces = ["A", " b", ".", " C", "3", ".", "1", "!\"", "\n", "x.y", ".)"]
+  assert passages.sentence_ends(pieces).tolist() == [
+    False, False, True, False, False, False, False, True, True, False, True]
+
+
+@pytest.mark.parametrize("offset,touched", [
+  (2, [BLOCK]), (-9, [BLOCK - 1, BLOCK]), (25, [BLOCK, BLOCK + 1]),
+])
+def test_a_passage_is_the_blocks_its_sentence_touches(offset, touched):
+  text = placed("THE CODE IS 7314.", BLOCK * BRANCHING + offset)
+  found = passage_of(text, "CODE")
+  assert list(found.blocks) == touched
+  assert found.share == 1.0
+
+
+def test_the_sentence_that_shares_most_counts():
+  text = placed("THE CAT. THE CODE IS 7.", BLOCK * BRANCHING - 7)
+  assert list(passage_of(text, "CODE").blocks) == [BLOCK]
+  assert list(passage_of(text, "CAT").blocks) == [BLOCK - 1, BLOCK]
+  half = passage_of(text, "CODEXYZW")
+  assert half.share == pytest.approx(7 / 15)  # 4 of 8 tokens, 3 of 7 pairs
+
+
+def test_a_long_line_reaches_sixteen_tokens_beyond_what_is_shared():
+  text = "-" * (BLOCK * BRANCHING + 16) + "Q" + "-" * 200
+  assert list(passage_of(text, "Q").blocks) == [BLOCK, BLOCK + 1]
+  text = "-" * (BLOCK * BRANCHING + 15) + "Q" + "-" * 200
+  assert list(passage_of(text, "Q").blocks) == [BLOCK - 1, BLOCK]
+
+
+def test_without_anything_shared_it_is_the_block_itself():
+  found = passage_of("-" * 400, "Q")
+  assert found == passages.Passage(0.0, range(BLOCK, BLOCK + 1))
+  weightless = passage_of(placed("A Q.", 130), "Q", weight={"Q": 0.0})
+  assert weightless == passages.Passage(0.0, range(BLOCK, BLOCK + 1))
+
+
+def test_the_query_itself_is_not_read():
+  start = (BLOCK + 1) * BRANCHING
+  text = "-" * start + "WHAT IS THE CODE?" + "-" * 60
+  assert passage_of(text, "CODE", stop=start).share == 0.0
+
+
+@pytest.mark.parametrize("block", [0, 9])
+def test_the_ends_of_the_history(block):
+  text = ("CODE." + "-" * 310 + ".CODE")[: 10 * BRANCHING]
+  assert len(text) == 10 * BRANCHING
+  found = passage_of(text, "CODE", block=block)
+  assert found.share == 1.0 and block in found.blocks
+  assert found.blocks.start >= 0 and found.blocks.stop <= 10
