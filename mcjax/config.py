@@ -34,7 +34,8 @@ class Config:
     gist_attention: whether the LM attends to gists; auto does what the
       GistNet's model card measured to be better, and masks untrained ones.
     gist_stride: positions one gist advances (1 compact ... 32 true span);
-      reduced automatically so that the window fits the base's range.
+      reduced automatically so that the window fits the base's range. None
+      where the LM does not attend to gists.
     sink_tokens: first tokens of the history pinned at L0 (StreamingLLM).
     recent_tokens: newest tokens at L0 at cold start.
     gists_per_level: nodes kept at each level at cold start, nearest first.

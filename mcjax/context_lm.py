@@ -88,10 +88,18 @@ class ContextLM:
       return tree.gists(level, first, first + count)
     return self.token_embeddings(tree.tokens(first, first + count))
 
+  @property
+  def gist_stride(self) -> int:
+    """Positions a gist takes at most; none where the LM sees no gists.
+
+    Gaps in front of text would make it look farther away than it is.
+    """
+    return self._config.gist_stride if self.show_gists else 0
+
   def positions_of(self, levels: np.ndarray) -> np.ndarray:
     """Positions [E] a window of entries with `levels` [E] would have."""
     return positions_of(
-      levels, self._config.gist_stride, self.lm.config.max_positions
+      levels, self.gist_stride, self.lm.config.max_positions
     )
 
   def token_embeddings(self, token_ids: np.ndarray) -> np.ndarray:
@@ -128,7 +136,7 @@ class ContextLM:
   def slot_arrays(self) -> tuple[np.ndarray, np.ndarray]:
     """Positions [S] and visibility [S], unready slots hidden."""
     positions, visible = self.window.slot_arrays(
-      self._config.gist_stride, self.lm.config.max_positions, self.show_gists
+      self.gist_stride, self.lm.config.max_positions, self.show_gists
     )
     e = self.window.entries
     visible[e.slot[~e.ready]] = False
@@ -222,7 +230,7 @@ class ContextLM:
     slots = self.window.take_slots(limit)
     positions, visible = self.slot_arrays()
     first = self.window.next_position(
-      self._config.gist_stride, self.lm.config.max_positions
+      self.gist_stride, self.lm.config.max_positions
     )
     self.state, out = kv_slots.decode_block(
       self._layers, self.lm.config, self.state,

@@ -330,7 +330,7 @@ class FocusLoop:
       sink=self._config.sink_tokens,
     )
     invariants.check_positions(
-      window, self._config.gist_stride, self.context.lm.config.max_positions
+      window, self.context.gist_stride, self.context.lm.config.max_positions
     )
 
   def warm_up(self) -> None:

@@ -60,8 +60,13 @@ def check_window(
 def check_positions(
   context: WorkingContext, gist_stride: int, max_positions: int
 ) -> None:
-  """Positions rise strictly and leave room for the next block."""
+  """Positions rise strictly and leave room for the next block.
+
+  With a stride of 0 gists take none, and those of the raw text rise.
+  """
   positions = context.positions(gist_stride, max_positions)
+  if not gist_stride:
+    positions = positions[context.entries.level == 0]
   _require(bool(np.all(np.diff(positions) > 0)), "monotone positions")
   last = context.next_position(gist_stride, max_positions)
   _require(last + BRANCHING <= max_positions, "positions exceed the base")

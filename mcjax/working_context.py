@@ -135,14 +135,14 @@ def effective_stride(
 
   Args:
     level: [E] int, levels of the window's entries.
-    gist_stride: positions a gist would take.
+    gist_stride: positions a gist would take; 0 where the LM sees none.
     max_positions: the base's; 32 are kept for the next block.
   """
   gists = int(np.count_nonzero(level))
   if not gists:
     return gist_stride
   room = max_positions - BRANCHING - (len(level) - gists)
-  return max(1, min(gist_stride, room // gists))
+  return min(gist_stride, max(1, room // gists))
 
 
 def positions_of(

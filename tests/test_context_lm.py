@@ -59,8 +59,7 @@ def assert_exact(context, tree):
 
 def greedy(context, tree, count):
   """Token by token with the plain decoder, starting at the window."""
-  lm, config = context.lm, context._config
-  window = context.window.copy()
+  lm, window = context.lm, context.window.copy()
   e = window.entries
   table = np.asarray(lm.params["embed"])
   x = [
@@ -69,10 +68,10 @@ def greedy(context, tree, count):
     for l, i in zip(e.level, e.index)
   ]
   seen = np.flatnonzero((e.level == 0) | context.show_gists)
-  positions = window.positions(config.gist_stride, lm.config.max_positions)
+  positions = window.positions(context.gist_stride, lm.config.max_positions)
   places = positions[seen].tolist()
   rows = [x[k] for k in seen]
-  at = window.next_position(config.gist_stride, lm.config.max_positions)
+  at = window.next_position(context.gist_stride, lm.config.max_positions)
   out = []
   for _ in range(count):
     token = int(np.argmax(tiny_base.plain_logits(lm, rows, places)[-1]))
@@ -108,6 +107,16 @@ def test_a_rebuild_equals_a_plain_forward_of_what_is_visible(
     len(nodes) if visible else sum(level == 0 for level, _ in nodes)
   )
   assert_exact(context, tree)
+
+
+def test_gists_that_are_not_seen_leave_no_gap(tiny_lm, tree):
+  nodes = nodes_to(1000, raw=(3, 20))
+  context = context_of(tiny_lm, tree, nodes, False, gist_stride=5)
+  raw = [index for level, index in nodes if level == 0]
+  ids = np.array([tree.tokens(k, k + 1)[0] for k in raw])
+  x = np.asarray(tiny_lm.params["embed"])[ids]
+  plain = tiny_base.plain_logits(tiny_lm, x, np.arange(len(ids)))[-1]
+  np.testing.assert_allclose(context.logits(), plain, atol=1e-4)
 
 
 @settings(max_examples=15)

@@ -195,10 +195,9 @@ def window_logits(context, tree) -> np.ndarray:
     context: the ContextLM; only its bookkeeping is looked at.
     tree: the history.
   """
-  lm, config = context.lm, context._config
-  e = context.window.entries
+  lm, e = context.lm, context.window.entries
   positions = context.window.positions(
-    config.gist_stride, lm.config.max_positions
+    context.gist_stride, lm.config.max_positions
   )
   table = np.asarray(lm.params["embed"])
   seen = [k for k in range(len(e)) if e.level[k] == 0 or context.show_gists]
