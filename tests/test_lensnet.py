@@ -312,7 +312,8 @@ def test_an_answer_is_wished_for_and_other_raw_text_offered(
 ):
   mc = opened(tiny_lm, tiny_gistnet, 4000)
   rows, coarse, found = buried_rows(mc, 3, 9)
-  words = mc.lm.tokenizer.decode(mc.tree.tokens(found[1] * 32, found[1] * 32 + 9))
+  start = found[1] * BRANCHING
+  words = mc.lm.tokenizer.decode(mc.tree.tokens(start, start + 9))
   view = asked_view(mc, words)
   scores = np.linspace(-0.1, 0.3, len(rows)).astype(np.float32)
   scores[-2:] = [0.4, 0.7]

@@ -37,7 +37,8 @@ _ENDS = (
   "</s>",
 )
 # How byte-level and SentencePiece vocabularies spell blanks and newlines.
-_SPELLED = (("\u0120", " "), ("\u010a", "\n"), ("\u2581", " "), ("<0x0A>", "\n"))
+_SPELLED = (("\u0120", " "), ("\u010a", "\n"), ("\u2581", " "),
+            ("<0x0A>", "\n"))
 # Stand-ins for the words of user and model while a template is taken apart.
 _USER, _EARLIER, _ANSWER = "QzUserWordsQz", "QzEarlierQz", "QzAnswerQz"
 
