@@ -37,7 +37,7 @@ def passage_of(text, query, block=BLOCK, stop=None, weight=None):
 
 
 def placed(sentence, at, size=10 * BRANCHING):
-  """Lines of dots around a sentence that begins at token `at`."""
+  """Lines of dashes around a sentence that begins at token `at`."""
   return "-" * (at - 1) + "\n" + sentence + "\n" + "-" * (size - at)
 
 
