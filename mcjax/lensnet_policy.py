@@ -108,7 +108,7 @@ class LensNetPolicy:
       wishes = self._novelty.wishes(view)
       self.touched = self._novelty.touched
       self.bytes_read = self._novelty.bytes_read
-      return reading_scores(view, wishes)
+      return reading_scores(view, wishes, self._novelty.unwelcome)
     rows = lens_rows.window_rows(view.context_lm.window, self.found(view))
     return entry_scores(view, rows, self.score_rows(view, rows))
 

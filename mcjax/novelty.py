@@ -32,7 +32,10 @@ _FOUND = 16  # blocks taken from a search
 _THERE = 0.5  # of its price for slots that a block has already
 _SLOT_PRICE = 0.001  # share of the query that a slot must bring
 _KEPT = 0.19  # of a gist beside one that is wished for
-_GIST_WORTH = 0.01  # most that a block behind a gist scores without a wish
+_UNWELCOME = -0.3  # of what was brought in and does harm
+_HARM = 0.01  # nats a token that it may cost, smoothed over two steps or so
+_PAUSE = 8  # refocus steps without a wish after that, the first time
+_GIST_WORTH = 0.006  # of a gist; twice that of raw text from farther back
 _NEAR_WORTH = 0.17  # what the newest raw block scores above that
 _NEAR_HALF = 256.0  # tokens over which that is halved
 
@@ -43,6 +46,13 @@ def newest_raw(entries: Entries) -> int:
   return int(coarse[-1]) + 1 if len(coarse) else 0
 
 
+def _brought(entries: Entries) -> np.ndarray:
+  """[E] bool raw entries from farther back that an expand brought in."""
+  out = (entries.level == 0) & (entries.action == EXPAND)
+  out[newest_raw(entries) :] = False
+  return out
+
+
 class Novelty:
   """Finds what the window lacks of the newest text, anywhere in the history.
 
@@ -50,12 +60,23 @@ class Novelty:
   `max_nodes` nodes, for words that the newest raw text does not hold before the
   query; true tokens rank what it finds.
 
+  What was brought in can also mislead: a passage much like the one that is
+  read makes the LM copy from it. So where the LM has read on since, the newest
+  block is run again with and without it. What makes the block less likely has
+  to go, and nothing is wished for during the next steps, twice as many each
+  time.
+
   Attributes:
     touched, bytes_read: nodes and bytes of the last call's search.
+    unwelcome: what was brought in does harm and shall go.
   """
 
   def __init__(self, max_nodes: int):
     self._max_nodes = max_nodes
+    self._gain = 0.0  # nats a token, of what was brought in, smoothed
+    self._pause = _PAUSE
+    self._resume = 0  # refocus step from which wishes are made again
+    self.unwelcome = False
     self.touched = 0
     self.bytes_read = 0
 
@@ -67,6 +88,9 @@ class Novelty:
     below a coarse entry that is opened for another takes fewer.
     """
     self.touched = self.bytes_read = 0
+    self._judge(view)
+    if self.unwelcome:
+      return {}
     shares = self._shares(view)
     entries, chosen = view.entries, {}
     starts = entries.start()
@@ -92,6 +116,22 @@ class Novelty:
       opened.add(best // BRANCHING)
     return chosen
 
+  def _judge(self, view: FocusView) -> None:
+    """Measures what was brought in; sets `unwelcome`."""
+    brought = _brought(view.entries)
+    context = view.context_lm
+    if brought.any() and context.is_synced and not self.unwelcome:
+      tree = view.tree
+      newest = tree.tokens(max(0, tree.cursor - BRANCHING), tree.cursor)
+      change = context.probe_nll(newest, brought) - context.probe_nll(newest)
+      self._gain = (self._gain + float(np.nanmean(change))) / 2
+      if self._gain < -_HARM and view.step >= self._resume:
+        self._resume = view.step + self._pause
+        self._pause *= 2
+    if view.step >= self._resume > 0 and self.unwelcome:
+      self._gain = 0.0
+    self.unwelcome = view.step < self._resume
+
   def _shares(self, view: FocusView) -> dict[int, float]:
     """{block: share of the query's weight} of blocks that hold novel words."""
     entries, tree = view.entries, view.tree
@@ -111,38 +151,35 @@ class Novelty:
       stop_block=start // BRANCHING)
     search.run(self._max_nodes)
     self.touched, self.bytes_read = search.touched, search.bytes_read
-    pinned = np.flatnonzero(
-      (entries.level[:first] == 0) & (entries.action[:first] != EXPAND))
-    brought = np.flatnonzero(
-      (entries.level[:first] == 0) & (entries.action[:first] == EXPAND))
+    brought = _brought(entries)
+    pinned = (entries.level[:first] == 0) & ~brought[:first]
     blocks = {b for b, _ in search.best(_FOUND)}
     blocks |= set((entries.index[brought] // BRANCHING).tolist())
-    blocks -= set((entries.index[pinned] // BRANCHING).tolist())
+    blocks -= set((entries.index[:first][pinned] // BRANCHING).tolist())
     ranked = lexical.rank_blocks(
       tree, sorted(blocks), view.query_ids, weights)
     return {b: share * novel / total for b, share in ranked if share > 0}
 
 
 def reading_scores(view: FocusView, wishes: Mapping[int, float],
-                   gist_worth: Mapping[int, float] = {}) -> np.ndarray:
+                   unwelcome: bool = False) -> np.ndarray:
   """Signed scores [E] float32 of a window while text is read on.
 
   Args:
     view: the policy's.
     wishes: {block: what it is wished for by, in (0, 1]}.
-    gist_worth: {block: in [0, 1]}, which gists to give up first: the least.
+    unwelcome: what was brought in shall go.
   """
   entries = view.entries
   starts, first = entries.start(), newest_raw(view.entries)
   out = np.zeros(len(entries), np.float32)
   raw = entries.level == 0
-  out[raw] = _GIST_WORTH * 1.5
-  near = np.flatnonzero(raw)[np.flatnonzero(raw) >= first]
+  out[entries.level == 1] = _GIST_WORTH
+  out[raw] = 2 * _GIST_WORTH
+  near = np.arange(first, len(entries))
   age = view.tree.cursor - (starts[near] // BRANCHING + 1) * BRANCHING
   age = np.maximum(age, 0)  # of the block that is not complete
-  out[near] = 2 * _GIST_WORTH + _NEAR_WORTH * np.exp2(-age / _NEAR_HALF)
-  for at in np.flatnonzero(entries.level == 1).tolist():
-    out[at] = _GIST_WORTH * gist_worth.get(int(entries.index[at]), 0.5)
+  out[near] = 3 * _GIST_WORTH + _NEAR_WORTH * np.exp2(-age / _NEAR_HALF)
   places = np.searchsorted(
     starts, np.fromiter(wishes, np.int64) * BRANCHING, side="right") - 1
   for at in places[~raw[places]].tolist():
@@ -153,6 +190,8 @@ def reading_scores(view: FocusView, wishes: Mapping[int, float],
     stop = at + BRANCHING if raw[at] else at + 1
     out[at:stop] = np.maximum(out[at:stop], min(1.0, _THRESHOLD + share))
   _pay(view, out)
+  if unwelcome:
+    out[_brought(entries)] = _UNWELCOME
   return out
 
 

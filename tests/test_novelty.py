@@ -168,3 +168,50 @@ def test_a_coarse_entry_is_opened_down_to_the_wish_in_one_go(
   raw = (e.level == 0) & (e.index // BRANCHING == block)
   assert raw.sum() == BRANCHING
   assert loop.refocus_down() == 0 and loop.step == before + 3
+
+
+def test_what_misleads_has_to_go_and_is_tried_again_later(mc, monkeypatch):
+  window = mc._loop.context.window
+  blocks, entries = gist_blocks(mc)
+  window.expand(int(entries[0]), -10)
+  mc.next_logits()  # the LM has read on
+  ids = lacking(mc, blocks[0])
+  policy = novelty.Novelty(max_nodes=256)
+  harm = 0.0
+
+  def probe(newest, without=None):
+    if without is not None:
+      assert without.sum() == BRANCHING
+    return np.full(len(newest), 1.0 - (harm if without is not None else 0.0))
+
+  def wishes(step):
+    return policy.wishes(view_of(mc, ids, step=step))
+
+  monkeypatch.setattr(mc._loop.context, "probe_nll", probe)
+  assert blocks[0] in wishes(0) and not policy.unwelcome
+  for step, pause in ((1, 8), (50, 16)):  # twice as long the second time
+    harm = 0.5
+    assert wishes(step) == {} and policy.unwelcome
+    out = novelty.reading_scores(view_of(mc), {}, policy.unwelcome)
+    assert (out < -0.2).sum() == BRANCHING
+    assert wishes(step + pause - 1) == {}
+    harm = -0.1
+    assert blocks[0] in wishes(step + pause) and not policy.unwelcome
+
+
+def test_a_probe_can_leave_entries_out(mc):
+  loop = mc._loop
+  window = loop.context.window
+  _, entries = gist_blocks(mc)
+  window.expand(int(entries[0]), -10)
+  mc.next_logits()
+  newest = mc.tree.tokens(mc.cursor - BRANCHING, mc.cursor)
+  none = np.zeros(len(window.entries), bool)
+  plain = loop.context.probe_nll(newest)
+  np.testing.assert_array_equal(loop.context.probe_nll(newest, none), plain)
+  brought = novelty._brought(window.entries)
+  assert brought.sum() == BRANCHING
+  less = loop.context.probe_nll(newest, brought)
+  assert np.abs(less - plain).max() > 1e-4
+  window.entries.ready[brought] = False  # as if it were not there
+  np.testing.assert_allclose(loop.context.probe_nll(newest), less, rtol=1e-5)
