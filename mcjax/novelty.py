@@ -11,7 +11,7 @@ newest raw text, oldest first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,6 +53,18 @@ def _brought(entries: Entries) -> np.ndarray:
   return out
 
 
+def _costs(entries: Entries, blocks: Iterable[int]
+           ) -> dict[int, tuple[float, float]]:
+  """{block: slots that it takes to show it raw, and to open what is above}."""
+  starts, out = entries.start(), {}
+  for block in blocks:
+    at = int(np.searchsorted(starts, block * BRANCHING, side="right")) - 1
+    level = int(entries.level[at])
+    out[block] = (_COST * (_THERE if level == 0 else 1.0),
+                  _COST * (_THERE if level <= 1 else level - 1.0))
+  return out
+
+
 class Novelty:
   """Finds what the window lacks of the newest text, anywhere in the history.
 
@@ -76,6 +88,7 @@ class Novelty:
     self._gain = 0.0  # nats a token, of what was brought in, smoothed
     self._pause = _PAUSE
     self._resume = 0  # refocus step from which wishes are made again
+    self._step = 0  # the last one
     self.unwelcome = False
     self.touched = 0
     self.bytes_read = 0
@@ -84,31 +97,27 @@ class Novelty:
     """{block: its share, in (0, 1], of the query's weight} of wished blocks.
 
     Chosen one after the other by share less the price of the slots that it
-    takes to show the block raw; a block that is raw already takes none, one
-    below a coarse entry that is opened for another takes fewer.
+    takes to show the block raw, of which those below a coarse entry that is
+    open anyway are free.
     """
     self.touched = self.bytes_read = 0
     self._judge(view)
     if self.unwelcome:
       return {}
     shares = self._shares(view)
-    entries, chosen = view.entries, {}
-    starts = entries.start()
-    newest = int(starts[newest_raw(entries)]) // BRANCHING if shares else 0
-    open_anyway = newest // BRANCHING
-    opened = {open_anyway}
-    costs = {}
-    for block in shares:
-      at = int(np.searchsorted(starts, block * BRANCHING, side="right")) - 1
-      level = int(entries.level[at])
-      costs[block] = (
-        _COST * (_THERE if level == 0 else 1.0),
-        _COST * (_THERE if level <= 1 else level - 1.0))
+    if not shares:
+      return {}
+    costs = _costs(view.entries, shares)
+    starts = view.entries.start()
+    newest = int(starts[newest_raw(view.entries)]) // BRANCHING
+    opened, chosen = {newest // BRANCHING}, {}
+
+    def value(block: int) -> float:
+      own, above = costs[block]
+      slots = own + (0 if block // BRANCHING in opened else above)
+      return shares[block] - _SLOT_PRICE * slots
+
     while shares and len(chosen) < WISHES:
-      def value(block):
-        own, above = costs[block]
-        slots = own + (0 if block // BRANCHING in opened else above)
-        return shares[block] - _SLOT_PRICE * slots
       best = max(shares, key=value)
       if value(best) <= 0:
         break
@@ -118,19 +127,23 @@ class Novelty:
 
   def _judge(self, view: FocusView) -> None:
     """Measures what was brought in; sets `unwelcome`."""
-    brought = _brought(view.entries)
-    context = view.context_lm
-    if brought.any() and context.is_synced and not self.unwelcome:
-      tree = view.tree
-      newest = tree.tokens(max(0, tree.cursor - BRANCHING), tree.cursor)
-      change = context.probe_nll(newest, brought) - context.probe_nll(newest)
-      self._gain = (self._gain + float(np.nanmean(change))) / 2
-      if self._gain < -_HARM and view.step >= self._resume:
-        self._resume = view.step + self._pause
-        self._pause *= 2
-    if view.step >= self._resume > 0 and self.unwelcome:
+    if view.step < self._step:  # a history undone, or another one
+      self._gain, self._pause, self._resume = 0.0, _PAUSE, 0
+    self._step = view.step
+    if self.unwelcome and view.step >= self._resume:
       self._gain = 0.0
     self.unwelcome = view.step < self._resume
+    brought, context = _brought(view.entries), view.context_lm
+    if self.unwelcome or not brought.any() or not context.is_synced:
+      return
+    cursor = view.tree.cursor
+    newest = view.tree.tokens(max(0, cursor - BRANCHING), cursor)
+    change = context.probe_nll(newest, brought) - context.probe_nll(newest)
+    self._gain = (self._gain + float(np.nanmean(change))) / 2
+    if self._gain < -_HARM:
+      self.unwelcome = True
+      self._resume = view.step + self._pause
+      self._pause *= 2
 
   def _shares(self, view: FocusView) -> dict[int, float]:
     """{block: share of the query's weight} of blocks that hold novel words."""

@@ -197,6 +197,10 @@ def test_what_misleads_has_to_go_and_is_tried_again_later(mc, monkeypatch):
     assert wishes(step + pause - 1) == {}
     harm = -0.1
     assert blocks[0] in wishes(step + pause) and not policy.unwelcome
+  harm = 0.5
+  assert wishes(90) == {}
+  harm = 0.0
+  assert blocks[0] in wishes(3)  # time went back: what was read is undone
 
 
 def test_a_probe_can_leave_entries_out(mc):
