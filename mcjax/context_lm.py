@@ -174,13 +174,10 @@ class ContextLM:
     for chunk in chunks:
       self._hidden, self._rows = self._run(chunk, kv_slots.splice)
 
-  def _run(self, rows: np.ndarray, function,
-           without: np.ndarray | None = None) -> tuple[jax.Array, int]:
+  def _run(self, rows: np.ndarray, function) -> tuple[jax.Array, int]:
     e = self.window.entries
     e.ready[rows] = True
     positions, visible = self.slot_arrays()
-    if without is not None:
-      visible[e.slot[without]] = False
     size = next(s for s in self._sizes if s >= len(rows))
     out = function(
       self.lm.params, self.lm.config, self.state,
@@ -199,20 +196,14 @@ class ContextLM:
     """
     return self._nll(self._hidden, self._rows, token_ids)
 
-  def probe_nll(self, token_ids: np.ndarray,
-                without: np.ndarray | None = None) -> np.ndarray:
+  def probe_nll(self, token_ids: np.ndarray) -> np.ndarray:
     """As `newest_nll`, computed against the window as it is, storing nothing.
 
     At most `n + 1` entries are run; n must be below the smallest expand size.
-
-    Args:
-      token_ids: [n] of the newest entries.
-      without: [E] bool entries that the LM shall not see; none by default.
     """
     e = self.window.entries
     first = max(0, len(e) - len(token_ids) - 1)
-    hidden, rows = self._run(
-      np.arange(first, len(e)), kv_slots.peek, without)
+    hidden, rows = self._run(np.arange(first, len(e)), kv_slots.peek)
     return self._nll(hidden, rows, token_ids)
 
   def _nll(self, hidden, rows: int, token_ids: np.ndarray) -> np.ndarray:

@@ -69,7 +69,6 @@ class FocusLoop:
     self._key = jax.random.key(config.seed)
     self._warm = False
     self._expanded = False  # since the LM last ran
-    self._opened = False  # a coarse entry, in the last refocus step
 
   # --- what enters --------------------------------------------------------
 
@@ -145,22 +144,6 @@ class FocusLoop:
 
   # --- what is seen -------------------------------------------------------
 
-  def refocus_down(self, continuation: np.ndarray | None = None) -> int:
-    """A refocus step, and one more for each level that it opened.
-
-    Children of a coarse entry lead down to what was wished for; 32 tokens
-    later, with another query, the wish has often passed.
-
-    Returns:
-      The edits applied.
-    """
-    edits = 0
-    for _ in range(max(1, self.tree.top_level)):
-      edits += self.refocus(BRANCHING, continuation)
-      if not self._opened:
-        break
-    return edits
-
   def settle(self) -> None:
     """Refocuses until nothing changes, at most `settle_steps` times."""
     for _ in range(self._config.settle_steps):
@@ -178,6 +161,15 @@ class FocusLoop:
       The edits applied.
     """
     window, config = self.context.window, self._config
+    view = policies.FocusView(
+      entries=window.entries, tree=self.tree, query_ids=self.query.ids,
+      query_weights=self.query.weights, query_start=self.query.start,
+      asked=self.query.asked,
+      step=self.step, context_lm=self.context, continuation=continuation,
+      pressure=window.free < need + config.max_edits * (BRANCHING - 1),
+    )
+    with self.telemetry.phase("lens"):
+      scores = self._policy.score(view)
     protect = config.protect_tokens
     if self.query.asked:  # the text before a question can be as far from it
       protect = min(protect, self.tree.cursor - self.query.start)
@@ -186,17 +178,6 @@ class FocusLoop:
         window, step=self.step, cooldown=config.cooldown,
         sink=config.sink_tokens, protect=protect,
       )
-    view = policies.FocusView(
-      entries=window.entries, tree=self.tree, query_ids=self.query.ids,
-      query_weights=self.query.weights, query_start=self.query.start,
-      asked=self.query.asked,
-      step=self.step, context_lm=self.context, continuation=continuation,
-      pressure=window.free < need + config.max_edits * (BRANCHING - 1),
-      collapsible=legal.collapse[: len(window.entries)],
-    )
-    with self.telemetry.phase("lens"):
-      scores = self._policy.score(view)
-    with self.telemetry.phase("allocate"):
       plan = focus_allocator.plan_edits(
         scores, legal, free=window.free, need=need,
         threshold=config.threshold, max_edits=config.max_edits,
@@ -204,8 +185,6 @@ class FocusLoop:
       edits = focus_allocator.apply_plan(window, plan, self.step)
     self.step += 1
     self._expanded |= any(action == EXPAND for action, *_ in edits)
-    self._opened = any(action == EXPAND and level > 1
-                       for action, level, _ in edits)
     self._record(edits)
     every = config.refresh_every
     rebuild = config.kv == "exact" and edits
@@ -323,7 +302,7 @@ class FocusLoop:
       out.append(nll)
       if self._due() and b < len(ids):
         self.follow()
-        self.refocus_down(ids[b:])
+        self.refocus(need=BRANCHING, continuation=ids[b:])
     return np.concatenate(out)
 
   # --- housekeeping -------------------------------------------------------

@@ -39,8 +39,6 @@ class FocusView:
     asked: the query is a question, not just the newest text.
     step: refocus step.
     pressure: the next block and the next edits do not fit the free slots.
-    collapsible: [E] bool first entries of groups that may be collapsed; None
-      where nobody asked the allocator.
     context_lm: the LM's window, for policies that look at embeddings or at
       counterfactual losses.
     continuation: [H] int32 true next tokens, known in `score` only.
@@ -54,7 +52,6 @@ class FocusView:
   asked: bool
   step: int
   pressure: bool
-  collapsible: np.ndarray | None = None
   context_lm: ContextLM | None = None
   continuation: np.ndarray | None = None
 
