@@ -21,7 +21,7 @@ from mcjax.types import BRANCHING
 from mcjax.working_context import EXPAND, Entries
 
 _RIVAL = 0.6  # share of the best span's coverage that a span must reach
-_LOOKUP = 0.65  # strength from which a question is about one place
+_LOOKUP = 0.55  # strength from which a question is about one place
 _FADE = 64.0  # tokens over which a query token loses half its weight
 
 

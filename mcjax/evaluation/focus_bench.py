@@ -51,6 +51,8 @@ class Settings:
     long_history: planted: tokens of one more, long history; 0 skips it.
     long_needs: planted: facts in the long history.
     answers: planted: generate answers too, not only focus.
+    in_a_row: planted: one conversation, every exchange joins the history; else
+      every question is asked from the same window.
     retriever: planted: compare with an embedding retriever.
     documents: labels and text: documents per kind of text.
     document_history: labels and text: tokens before the first step.
@@ -79,6 +81,7 @@ class Settings:
   long_history: int = 0
   long_needs: int = 20
   answers: bool = True
+  in_a_row: bool = False
   retriever: bool = True
   documents: int = 2
   document_history: int = 8192

@@ -1,8 +1,8 @@
 """Planted facts: is what a question asks about in detail when it is answered?
 
 Made-up facts lie far apart in held-out documents; every question is asked from
-the same window and not remembered. See `mcjax.evaluation.focus` for what is
-reported.
+the same window and not remembered, or all of them in one conversation. See
+`mcjax.evaluation.focus` for what is reported.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ def measure(bench: Bench, report: Report,
   }
   if s.long_history:
     _growth(bench, report, summaries)
+  if s.in_a_row:
+    report.notes.append("planted: the questions of a history are one "
+                        "conversation, every exchange in the window after it.")
   report.notes.append(
     "planted: hit@budget is the share of facts with every token at L0 within 8 "
     "refocus steps of the question; of those answered in front: among the "
@@ -88,7 +91,7 @@ def _story(bench: Bench, length: int, count: int, number: int,
   story = Story(f"planted-{length}-{number}", bench.timeline(ids), needs,
                 places)
   key = {"history": length, "number": number, "needs": count,
-         "answers": s.answers}
+         "answers": s.answers, "in a row": s.in_a_row}
   out = {}
   for name in s.policies:
     policy = KnownPlaces() if name == "oracle" else bench.policy(name)
@@ -116,10 +119,14 @@ def _ask_all(bench: Bench, story: Story, policy) -> dict:
   hits, answers, raw = [], [], []
   limit = _ANSWER if bench.settings.answers else 1
   with bench.opened(bench.tree(story.timeline), policy) as mc:
+    mc._loop.warm_up()
     for need, place in zip(story.needs, story.places):
       if isinstance(policy, KnownPlaces):
         policy.places = (place,)
-      out = mc.generate(need.question, limit, remember=False)
+      if bench.settings.in_a_row:  # joins the history in memory alone
+        out = mc._generate(need.question, limit, None)
+      else:
+        out = mc.generate(need.question, limit, remember=False)
       hits.append(covered(place, out.focus))
       answers.append(_holds(out.text, need.answer))
       tokens = sum(e.level == 0 and e.start < len(story.timeline)

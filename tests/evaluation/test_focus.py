@@ -159,6 +159,31 @@ def test_a_killed_run_goes_on(planted_run, monkeypatch):
   }
 
 
+@pytest.mark.parametrize("in_a_row", [False, True])
+def test_questions_in_a_row_join_the_history_in_memory(
+  tiny_lm, stores, tmp_path, in_a_row
+):
+  settings = settings_of(parts=("planted",), policies=("similarity",),
+                         history=2000, needs=2, in_a_row=in_a_row)
+  bench = focus_bench.Bench(tiny_lm, stores, settings, tmp_path)
+  needs = planted.draw(2, seed=0)
+  timeline = bench.timeline(stores["prose"].document(0)[:2000])
+  story = focus_planted.Story("s", timeline, needs, [(40, 50), (60, 70)])
+  seen = []
+
+  class Watching(KnownPlaces):
+    def score(self, view):
+      seen.append(view.query_start)
+      return super().score(view)
+
+  out = focus_planted._ask_all(bench, story, Watching())
+  assert out["hit"] == [True, True]
+  assert min(seen) == len(timeline)  # the first question follows the text
+  assert (max(seen) > len(timeline)) == in_a_row
+  with bench.opened(bench.tree(timeline), KnownPlaces()) as mc:
+    assert mc.cursor == len(timeline)
+
+
 def test_an_ingest_goes_on_where_it_was_killed(
   tiny_lm, stores, tmp_path, monkeypatch
 ):
