@@ -23,6 +23,7 @@ from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
 from mcjax.working_context import EXPAND, cold_start
 
+_DEEPER = 3  # refocus steps that follow a wish down, while text is read on
 _QUERY = 64  # newest tokens that act as the query where there is no prompt
 
 
@@ -69,6 +70,7 @@ class FocusLoop:
     self._key = jax.random.key(config.seed)
     self._warm = False
     self._expanded = False  # since the LM last ran
+    self._deeper = False  # the last refocus step expanded something
 
   # --- what enters --------------------------------------------------------
 
@@ -144,6 +146,23 @@ class FocusLoop:
 
   # --- what is seen -------------------------------------------------------
 
+  def refocus_deeper(self, continuation: np.ndarray | None = None) -> int:
+    """A refocus step, and further ones while they expand, `_DEEPER` at most.
+
+    The way to a block leads through its coarse parents, and one step's edits
+    may not pay for all of it; 32 tokens later, with another query, the wish
+    has often passed.
+
+    Returns:
+      The edits applied.
+    """
+    edits = 0
+    for _ in range(_DEEPER):
+      edits += self.refocus(BRANCHING, continuation)
+      if not self._deeper:
+        break
+    return edits
+
   def settle(self) -> None:
     """Refocuses until nothing changes, at most `settle_steps` times."""
     for _ in range(self._config.settle_steps):
@@ -184,7 +203,8 @@ class FocusLoop:
       )
       edits = focus_allocator.apply_plan(window, plan, self.step)
     self.step += 1
-    self._expanded |= any(action == EXPAND for action, *_ in edits)
+    self._deeper = any(action == EXPAND for action, *_ in edits)
+    self._expanded |= self._deeper
     self._record(edits)
     every = config.refresh_every
     rebuild = config.kv == "exact" and edits
@@ -302,7 +322,7 @@ class FocusLoop:
       out.append(nll)
       if self._due() and b < len(ids):
         self.follow()
-        self.refocus(need=BRANCHING, continuation=ids[b:])
+        self.refocus_deeper(ids[b:])
     return np.concatenate(out)
 
   # --- housekeeping -------------------------------------------------------

@@ -8,14 +8,20 @@ below it, so that an expand path leads down to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import dataclasses
 
 import jax
 import numpy as np
 
 from mcjax import keys as lexical
-from mcjax import lens_keys, lens_rows, lensnet, passages, pretrained
+from mcjax import (
+  lens_keys,
+  lens_rows,
+  lensnet,
+  passages,
+  pretrained,
+  reading,
+)
 from mcjax.base.load import BaseLM
 from mcjax.context_lm import ContextLM
 from mcjax.gistnet import GistEncoder
@@ -23,7 +29,6 @@ from mcjax.lens_rows import GIST, RAW, LensInputs
 from mcjax.policies import FocusView, Similarity, age_scores
 from mcjax.search import TreeSearch, brute_force
 from mcjax.types import BRANCHING, McjaxError
-from mcjax.working_context import Entries
 
 _KEY_BATCH = 2048  # blocks per call of the key head
 _FOUND = 8  # blocks taken from each search
@@ -33,9 +38,7 @@ _ANSWER = 0.5  # score from which a block answers a question
 _RIVAL = 0.5  # share of the best score that another block must reach
 _SAME = 0.6  # share of the query that its sentence must hold, of the best one's
 _IDLE = -0.3  # score of raw blocks that do not answer it
-_NOVEL = 0.05  # share of the query's weight from which text wishes for a block
 _UNSURE_GAIN = 3.0  # a question without an answer wishes from 0.007 nats on
-_WISHES = 4  # blocks wished for at one time where no block answers
 _GIST_WORTH = 0.01  # most that a block behind a gist scores without a wish
 _NEAR_WORTH = 0.17  # what the newest raw block scores above that
 _NEAR_HALF = 256.0  # tokens over which that is halved
@@ -110,12 +113,12 @@ class LensNetPolicy:
 
   def score(self, view: FocusView) -> np.ndarray:
     """Signed score per entry, [E] float32."""
-    found = self.found(view)
-    window = view.context_lm.window
-    rows = lens_rows.window_rows(window, found)
-    scores = self.score_rows(view, rows)
-    novel = None if view.asked else novelty(view, rows, found)
-    return entry_scores(view, rows, scores, novel)
+    found, wished = self.found(view), None
+    if not view.asked:
+      wished = reading.wishes(view, found, self._lexical.candidates())
+      found = list(dict.fromkeys([*found, *wished]))
+    rows = lens_rows.window_rows(view.context_lm.window, found)
+    return entry_scores(view, rows, self.score_rows(view, rows), wished)
 
   def found(self, view: FocusView) -> list[int]:
     """Blocks that either search proposes."""
@@ -188,43 +191,6 @@ class LensNetPolicy:
     context.token_embeddings(np.zeros(BRANCHING, np.int32))
 
 
-def newest_raw(entries: Entries) -> int:
-  """The first entry of the raw text that reaches up to the cursor."""
-  coarse = np.flatnonzero(entries.level > 0)
-  return int(coarse[-1]) + 1 if len(coarse) else 0
-
-
-def novelty(view: FocusView, rows: lens_rows.Rows, found: Sequence[int]
-            ) -> dict[int, float]:
-  """What far blocks hold of the query that the newest raw text does not.
-
-  Args:
-    view: the policy's view.
-    rows: the window's blocks; raw ones from farther back are asked too, so
-      that they stay while they are needed.
-    found: blocks that the searches propose.
-
-  Returns:
-    {block: its share, in [0, 1], of the query's weight by rarity and age}.
-  """
-  first = newest_raw(view.entries)
-  if first == len(view.entries) or not len(view.query_ids):
-    return {}
-  start = int(view.entries.start()[first])
-  near = view.tree.tokens(start, max(start, view.query_start))
-  weights = lexical.query_weights(
-    view.tree, view.query_ids, view.query_weights)
-  total = float(weights.sum())
-  weights[np.isin(view.query_ids, near)] = 0.0
-  left = float(weights.sum())
-  if not left:
-    return {}
-  raw_far = rows.block[(rows.state == RAW) & (rows.entry < first)]
-  blocks = list(dict.fromkeys([*found, *raw_far.tolist()]))
-  ranked = lexical.rank_blocks(view.tree, blocks, view.query_ids, weights)
-  return {b: share * left / total for b, share in ranked[:_WISHES]}
-
-
 def _sizes(window: int) -> tuple[int, ...]:
   """Padded numbers of rows: usual ones, and all a window can hold."""
   return (128, 256, window + 8 * _FOUND)
@@ -246,7 +212,7 @@ def empty_inputs(size: int, d_model: int) -> LensInputs:
 
 
 def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
-                 novel: dict[int, float] | None = None) -> np.ndarray:
+                 wished: dict[int, float] | None = None) -> np.ndarray:
   """Scores of entries [E] from scores of blocks [R].
 
   A coarse entry takes the best wish found below it. Everything that is not
@@ -256,9 +222,8 @@ def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
     view: the policy's view.
     rows: blocks of the window, and blocks found below its coarse entries.
     scores: [R] LensNet's, in (-1, 1).
-    novel: {block: share of the query's weight in rare tokens that this block
-      holds and the newest raw text does not}, see `novelty`; None for a
-      question, whose wishes are LensNet's alone.
+    wished: {block: score} that text which is read on wishes for, see
+      `reading.wishes`; None for a question, whose wishes are LensNet's alone.
   """
   past = (rows.block + 1) * BRANCHING <= view.query_start
   answer = view.asked and scores[past].max(initial=0.0) >= _ANSWER
@@ -268,7 +233,7 @@ def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
     scores = _for_answer(view, rows, scores, past)
   else:
     out = np.zeros(len(view.entries), np.float32)
-    scores = _for_text(view, rows, scores, novel)
+    scores = _for_text(view, rows, scores, wished)
   for at, state, score in zip(rows.entry.tolist(), rows.state.tolist(), scores):
     if state == RAW:
       out[at : at + BRANCHING] = score
@@ -315,33 +280,29 @@ def _for_answer(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
 
 
 def _for_text(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
-              novel: dict[int, float] | None) -> np.ndarray:
+              wished: dict[int, float] | None) -> np.ndarray:
   """Scores [R] where no block answers: what a block is worth raw.
 
-  What a block of plain text is worth for the next tokens is mostly below what
-  can be foreseen. So a block is wished for only where it holds rare words of
-  the newest text that the window does not show, or, for a question, where
-  LensNet sees a gain. All else scores within the threshold and moves only to
-  make room, least worth first: gists, which the LM does not see; raw blocks
-  from farther back; then the newest raw text, oldest first.
+  Blocks are wished for by `reading.wishes` or, for a question, where LensNet
+  sees a gain. All else scores within the threshold and moves only to make room,
+  least worth first: gists, which the LM does not see; raw blocks from farther
+  back; then the newest raw text, oldest first.
   """
-  newest = newest_raw(view.entries)
+  newest = reading.newest_raw(view.entries)
   raw = rows.state == RAW
   near, far = raw & (rows.entry >= newest), raw & (rows.entry < newest)
   worth = _GIST_WORTH * (1 + scores) / 2
   worth[far] += _GIST_WORTH
   age = view.tree.cursor - (rows.block[near] + 1) * BRANCHING
   worth[near] = 2 * _GIST_WORTH + _NEAR_WORTH * np.exp2(-age / _NEAR_HALF)
-  if novel is None:
+  if wished is None:
     wishes = np.tanh(_UNSURE_GAIN * np.arctanh(np.clip(scores, -0.99, 0.99)))
   else:
-    shares = np.array([novel.get(b, 0.0) for b in rows.block.tolist()])
-    asked = np.minimum(1.0, _THRESHOLD + shares)
-    wishes = np.where(shares >= _NOVEL, asked, 0.0)
+    wishes = np.array([wished.get(b, 0.0) for b in rows.block.tolist()])
   order = np.where(near, -1.0, wishes)
-  least = max(_THRESHOLD, np.sort(order)[-_WISHES:].min(initial=1.0))
-  wished = (order >= least) & (order > _THRESHOLD)
-  return np.where(wished, wishes, worth).astype(np.float32)
+  least = max(_THRESHOLD, np.sort(order)[-reading.WISHES :].min(initial=1.0))
+  best = (order >= least) & (order > _THRESHOLD)
+  return np.where(best, wishes, worth).astype(np.float32)
 
 
 def save_lensnet(path, params, config: lensnet.LensNetConfig, card: dict

@@ -158,9 +158,8 @@ class Similarity(_HostPolicy):
     self.touched = self._search.touched - before[0]
     self.bytes_read = self._search.bytes_read - before[1]
     last = view.query_start // BRANCHING
-    blocks = [b for b, _ in self._search.best(4 * self._spans)]
     ranked = lexical.rank_blocks(
-      view.tree, blocks, view.query_ids, self._weights
+      view.tree, self.candidates(), view.query_ids, self._weights
     )
     found: dict[int, float] = {}
     for block, coverage in ranked[: self._spans]:
@@ -171,6 +170,12 @@ class Similarity(_HostPolicy):
         if 0 <= near < last and factor * strength > 0.2:
           found[near] = max(found.get(near, 0.0), factor * strength)
     return sorted(found.items(), key=lambda item: -item[1])
+
+  def candidates(self) -> list[int]:
+    """Blocks that the search has found, best first, before true tokens rank."""
+    if self._search is None:
+      return []
+    return [b for b, _ in self._search.best(4 * self._spans)]
 
   def _around(self, view: FocusView, block: int) -> list[tuple[int, float]]:
     """Blocks that share in what a found one is worth, and their shares.

@@ -16,9 +16,7 @@ from mcjax import (
   lensnet,
   lensnet_policy,
   pretrained,
-)
-from mcjax import (
-  keys as lexical,
+  reading,
 )
 from mcjax.lens_rows import BURIED, GIST, MARGIN, RAW, SPAN, TAIL, TAIL_GISTS
 from mcjax.lensnet_policy import LensKeyer
@@ -363,7 +361,7 @@ def test_text_read_on_gives_up_least_worth_first(tiny_lm, tiny_gistnet):
   rows = lens_rows.window_rows(mc._loop.context.window, [])
   scores = np.linspace(-0.9, 0.9, len(rows)).astype(np.float32)
   out = lensnet_policy.entry_scores(view, rows, scores, {})
-  newest = lensnet_policy.newest_raw(e)
+  newest = reading.newest_raw(e)
   assert (np.abs(out) < 0.2).all()  # nothing moves but to make room
   gists = rows.entry[rows.state == GIST]
   near = np.sort(rows.entry[(rows.state == RAW) & (rows.entry >= newest)])
@@ -373,19 +371,18 @@ def test_text_read_on_gives_up_least_worth_first(tiny_lm, tiny_gistnet):
     np.argsort(out[gists]), np.argsort(scores[rows.state == GIST]))
 
 
-def test_text_wishes_for_what_the_window_does_not_show(tiny_lm, tiny_gistnet):
+def test_text_gets_its_few_best_wishes_and_pays_for_them(tiny_lm, tiny_gistnet):
   mc = opened(tiny_lm, tiny_gistnet, 4000)
   window = mc._loop.context.window
   view = view_of(mc)
   rows = lens_rows.window_rows(window, [])
   scores = np.zeros(len(rows), np.float32)
   gists = np.flatnonzero(rows.state == GIST)
-  novel = {int(rows.block[row]): 0.5 - 0.01 * i for i, row in enumerate(gists)}
-  out = lensnet_policy.entry_scores(view, rows, scores, novel)
+  many = {int(rows.block[row]): 0.7 - 0.01 * i for i, row in enumerate(gists)}
+  out = lensnet_policy.entry_scores(view, rows, scores, many)
   assert (out > 0.2).sum() == 4  # few wishes at one time, the best ones
   assert (out[rows.entry[gists[:4]]] > 0.2).all()
-  weak = {block: 0.01 for block in novel}
-  out = lensnet_policy.entry_scores(view, rows, scores, weak)
+  out = lensnet_policy.entry_scores(view, rows, scores, {})
   assert (out < 0.2).all()
   window.append_tokens(window.take_slots(window.free - 40))
   view = dataclasses.replace(view, entries=window.entries)
@@ -406,29 +403,6 @@ def test_a_question_without_an_answer_wishes_by_lensnet(tiny_lm, tiny_gistnet):
   out = lensnet_policy.entry_scores(view, rows, scores)
   assert (out[rows.entry[few]] > 0.2).all()
   assert (np.delete(out, rows.entry[few]) < 0.2).all()
-
-
-def test_novelty_leaves_out_what_is_raw_already(tiny_lm, tiny_gistnet):
-  mc = opened(tiny_lm, tiny_gistnet, 4000)
-  window = mc._loop.context.window
-  e = window.entries
-  far = int(e.index[np.flatnonzero(e.level == 1)[0]])
-  query = mc.tree.tokens(far * 32, far * 32 + 32)
-  view = dataclasses.replace(
-    view_of(mc, query_start=mc.cursor), query_ids=query,
-    query_weights=np.ones(32, np.float32))
-  rows = lens_rows.window_rows(window, [])
-  start = int(e.start()[lensnet_policy.newest_raw(e)])
-  shown = np.isin(query, mc.tree.tokens(start, mc.cursor))
-  assert not shown.all(), "the text repeats too much for this test"
-  weights = lexical.query_weights(mc.tree, query, np.ones(32, np.float32))
-  got = lensnet_policy.novelty(view, rows, [far])
-  left = weights[~shown].sum() / weights.sum()
-  assert 0 < got[far] <= left + 1e-6
-  shows_all = dataclasses.replace(
-    view, query_ids=query[shown],
-    query_weights=np.ones(shown.sum(), np.float32))
-  assert lensnet_policy.novelty(shows_all, rows, [far]) == {}
 
 
 def test_the_policy_scores_what_is_there(tiny_lm, tiny_gistnet):

@@ -112,7 +112,7 @@ def _follow(bench: Bench, passage: Passage, policy: Policy) -> dict:
       edits = mc.telemetry.counters["edits"]
       loop.append(passage.timeline[at : at + BRANCHING])
       loop.follow()
-      loop.refocus(need=BRANCHING)
+      loop.refocus_deeper()
       steps.append({
         **_counts(loop, passage, mc.config.sink_tokens),
         "edits": mc.telemetry.counters["edits"] - edits,
