@@ -263,10 +263,10 @@ def _for_answer(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
   top = min(float(scores[past].max()), 0.999)
   near_top = past & (scores >= np.tanh(_RIVAL * np.arctanh(top)))
   at = dict(zip(rows.block[near_top].tolist(), scores[near_top].tolist()))
-  found = passages.find_passages(
+  found = passages.statements(passages.find_passages(
     view.tree, view.context_lm.lm.tokenizer, at, view.query_ids,
     lexical.query_weights(view.tree, view.query_ids, view.query_weights),
-    view.query_start)
+    view.query_start))
   best = max((p.share for p in found.values()), default=0.0)
   wished: dict[int, float] = {}
   for block, passage in found.items():

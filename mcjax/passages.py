@@ -29,10 +29,12 @@ class Passage(NamedTuple):
     share: of the query's weight in its best sentence, in [0, 1].
     blocks: L1 blocks that this sentence touches, the block and those beside it
       at most.
+    asks: this sentence is a question itself.
   """
 
   share: float
   blocks: range
+  asks: bool = False
 
 
 def sentence_ends(pieces: list[str]) -> np.ndarray:
@@ -47,6 +49,29 @@ def sentence_ends(pieces: list[str]) -> np.ndarray:
     stop = piece.rstrip(_CLOSING).endswith(_STOPS) and follows.isspace()
     out[i] = stop or "\n" in piece
   return out
+
+
+def is_question(pieces: list[str], special: np.ndarray) -> bool:
+  """Whether a sentence [T] of tokens as text ends with a question mark.
+
+  Args:
+    pieces: [T] tokens as text.
+    special: [T] bool, tokens that stand for no text.
+  """
+  words = "".join(p for p, skip in zip(pieces, special) if not skip)
+  return words.rstrip().rstrip(_CLOSING).endswith("?")
+
+
+def statements(passages: dict[int, Passage]) -> dict[int, Passage]:
+  """Those that may answer: without questions, unless the best one is one.
+
+  In a conversation earlier questions of the same wording share more with the
+  new one than most facts do.
+  """
+  best = max(passages.values(), key=lambda p: p.share, default=None)
+  if best is None or best.asks:
+    return passages
+  return {block: p for block, p in passages.items() if not p.asks}
 
 
 def find_passages(
@@ -68,13 +93,16 @@ def find_passages(
   for block in blocks:
     start = max(0, (block - 1) * BRANCHING)
     ids = tree.tokens(start, min(stop, (block + 2) * BRANCHING))
-    spans = _sentences(ids, tokenizer, block * BRANCHING - start)
+    pieces = tokenizer.pieces(ids)
+    spans = _sentences(pieces, block * BRANCHING - start)
     padded = np.full((len(spans), len(ids)), -1, np.int64)
     for row, (a, b) in zip(padded, spans):
       row[: b - a] = ids[a:b]
     shares = lexical.coverage(query_ids, weights, padded, np.ones(len(ids)))
     best = int(np.argmax(shares))
     a, b = spans[best]
+    special = np.isin(ids[a:b], list(tokenizer.special_ids))
+    asks = is_question(pieces[a:b], special)
     held = a + np.flatnonzero(np.isin(ids[a:b], shared))
     if len(held):
       a, b = max(a, held[0] - _REACH), min(b, held[-1] + 1 + _REACH)
@@ -82,14 +110,13 @@ def find_passages(
       touched = range(max(first, block - 1), min(last, block + 1) + 1)
     else:
       touched = range(block, block + 1)
-    out[block] = Passage(float(shares[best]), touched)
+    out[block] = Passage(float(shares[best]), touched, asks)
   return out
 
 
-def _sentences(ids: np.ndarray, tokenizer: Tokenizer, at: int
-               ) -> list[tuple[int, int]]:
-  """(start, stop) in `ids` of the sentences that touch the block at `at`."""
-  ends = np.flatnonzero(sentence_ends(tokenizer.pieces(ids))) + 1
-  edges = [0, *ends.tolist(), len(ids)]
+def _sentences(pieces: list[str], at: int) -> list[tuple[int, int]]:
+  """(start, stop) in `pieces` of sentences that touch the block at `at`."""
+  ends = np.flatnonzero(sentence_ends(pieces)) + 1
+  edges = [0, *ends.tolist(), len(pieces)]
   return [(a, b) for a, b in zip(edges[:-1], edges[1:])
           if a < b and a < at + BRANCHING and b > at]

@@ -7,6 +7,7 @@ for, and the fallback of, the learned LensNet.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import dataclasses
 from typing import Protocol
 
@@ -161,14 +162,15 @@ class Similarity(_HostPolicy):
     ranked = lexical.rank_blocks(
       view.tree, self.candidates(), view.query_ids, self._weights
     )
+    rivals = {block: min(1.0, 0.25 + float(coverage))
+              for block, coverage in ranked[: self._spans]
+              if coverage >= _RIVAL * ranked[0][1]}
     found: dict[int, float] = {}
-    for block, coverage in ranked[: self._spans]:
-      if coverage < _RIVAL * ranked[0][1]:
-        break
-      strength = min(1.0, 0.25 + float(coverage))
-      for near, factor in self._around(view, block):
-        if 0 <= near < last and factor * strength > 0.2:
-          found[near] = max(found.get(near, 0.0), factor * strength)
+    for block, around in self._around(view, rivals).items():
+      for near, factor in around.items():
+        strength = factor * rivals[block]
+        if 0 <= near < last and strength > 0.2:
+          found[near] = max(found.get(near, 0.0), strength)
     return sorted(found.items(), key=lambda item: -item[1])
 
   def candidates(self) -> list[int]:
@@ -177,17 +179,20 @@ class Similarity(_HostPolicy):
       return []
     return [b for b, _ in self._search.best(4 * self._spans)]
 
-  def _around(self, view: FocusView, block: int) -> list[tuple[int, float]]:
-    """Blocks that share in what a found one is worth, and their shares.
+  def _around(self, view: FocusView, blocks: Iterable[int]
+              ) -> dict[int, dict[int, float]]:
+    """{block: {block: share in what it is worth}} of what answers.
 
-    For a question those that its sentence touches, else those beside it.
+    For a question the blocks that the answering sentence touches, and none of
+    earlier questions; else those beside it.
     """
     if not view.asked:
-      return [(block, 1.0), (block + 1, 0.9), (block - 1, 0.8)]
-    passage = passages.find_passages(
-      view.tree, view.context_lm.lm.tokenizer, [block], view.query_ids,
-      self._weights, view.query_start)[block]
-    return [(near, 1.0 if near == block else 0.9) for near in passage.blocks]
+      return {b: {b: 1.0, b + 1: 0.9, b - 1: 0.8} for b in blocks}
+    found = passages.statements(passages.find_passages(
+      view.tree, view.context_lm.lm.tokenizer, blocks, view.query_ids,
+      self._weights, view.query_start))
+    return {b: {near: 1.0 if near == b else 0.9 for near in p.blocks}
+            for b, p in found.items()}
 
   def _prepare(self, view: FocusView) -> None:
     blocks = view.tree.num_nodes(1)

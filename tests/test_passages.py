@@ -92,3 +92,33 @@ def test_the_ends_of_the_history(block):
   found = passage_of(text, "CODE", block=block)
   assert found.share == 1.0 and block in found.blocks
   assert found.blocks.start >= 0 and found.blocks.stop <= 10
+
+
+@pytest.mark.parametrize("text, expected", [
+  ("Who sails?", True), ("Who sails?\"\n", True), ("Sails (why?)", True),
+  ("It sails.", False), ("Who? Me.", False), ("", False),
+])
+def test_a_question_ends_with_its_mark(text, expected):
+  assert passages.is_question(list(text), np.zeros(len(text), bool)) is expected
+  marked = [*text, "<|im_end|>", "\n"]
+  special = np.arange(len(marked)) == len(text)
+  assert passages.is_question(marked, special) is expected
+
+
+def test_a_passage_says_whether_it_asks():
+  asked = passage_of(placed("is the ship red?", 4 * BRANCHING), "ship red")
+  told = passage_of(placed("the ship is red.", 4 * BRANCHING), "ship red")
+  assert asked.asks and not told.asks
+  assert asked.share == pytest.approx(told.share)
+
+
+def test_earlier_questions_are_no_rivals_of_a_statement():
+  def passage(share, asks):
+    return passages.Passage(share, range(1), asks)
+
+  told, weak = passage(0.9, False), passage(0.6, False)
+  asked, first = passage(0.8, True), passage(1.0, True)
+  assert passages.statements({1: told, 2: asked, 3: weak}) == {1: told, 3: weak}
+  # a page of questions and answers: the question leads to its answer
+  assert passages.statements({1: told, 2: first}) == {1: told, 2: first}
+  assert passages.statements({}) == {}
