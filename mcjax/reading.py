@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mcjax import alignment
+from mcjax import alignment, lens_rows
 from mcjax import keys as lexical
 from mcjax.types import BRANCHING
 from mcjax.working_context import Entries
@@ -72,9 +72,7 @@ def continuations(view: FocusView, candidates: Sequence[int]
     return {}
   start = int(view.entries.start()[first])
   newest = tree.tokens(max(0, tree.cursor - alignment.SPAN), tree.cursor)
-  weights = alignment.span_weights(
-    lexical.query_weights(tree, newest, np.ones(len(newest), np.float32))
-    ** (1 / lexical.IDF_POWER))
+  weights = alignment.span_weights(lens_rows.rarity(tree, newest))
   last = start // BRANCHING
   near = [*candidates, *_far_raw(view.entries, first)]
   blocks = sorted({b + d for b in near for d in (0, 1) if b + d < last})
