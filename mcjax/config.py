@@ -9,6 +9,7 @@ from mcjax.types import BRANCHING, McjaxError
 POLICIES = ("similarity", "lensnet", "recency", "random", "oracle")
 KV_MODES = ("splice", "exact")
 GIST_ATTENTION = ("auto", "visible", "masked")
+RAW_ATTENTION = ("sources", "all")
 MIN_WINDOW = 512
 
 
@@ -33,6 +34,9 @@ class Config:
       tokens LensNet reads all its L1 keys instead.
     gist_attention: whether the LM attends to gists; auto does what the
       GistNet's model card measured to be better, and masks untrained ones.
+    raw_attention: what the LM attends to of the raw text before a question.
+      sources: where sentences answer it, these and the history's first token
+      alone, unless the whole history is raw; all: everything.
     gist_stride: positions one gist advances (1 compact ... 32 true span);
       reduced automatically so that the window fits the base's range. None
       where the LM does not attend to gists.
@@ -66,6 +70,7 @@ class Config:
   settle_steps: int = 8
   search_nodes: int = 256
   gist_attention: str = "auto"
+  raw_attention: str = "sources"
   gist_stride: int = 1
   sink_tokens: int = 32
   recent_tokens: int = 256
@@ -86,6 +91,7 @@ class Config:
     self._one_of("policy", POLICIES)
     self._one_of("kv", KV_MODES)
     self._one_of("gist_attention", GIST_ATTENTION)
+    self._one_of("raw_attention", RAW_ATTENTION)
     self._one_of("chat", ("auto", "plain"))
     for name in ("window", "refocus_every", "sink_tokens", "recent_tokens",
                  "protect_tokens"):

@@ -18,7 +18,12 @@ from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
-from mcjax.working_context import Entries, WorkingContext, positions_of
+from mcjax.working_context import (
+  Attention,
+  Entries,
+  WorkingContext,
+  positions_of,
+)
 
 _LOAD = 256  # padded batch of input embeddings
 _WARM: set[tuple] = set()  # shapes compiled in this process
@@ -144,25 +149,46 @@ class ContextLM:
 
   @property
   def is_synced(self) -> bool:
-    """Whether every entry has its keys and values."""
-    return bool(self.window.entries.ready.all())
+    """Whether every entry that the LM attends to has its keys and values."""
+    return bool((self.window.entries.ready | self.window.hidden()).all())
 
   def forget(self) -> None:
     """Marks every entry unready: the next `sync` is an exact rebuild."""
     self.window.mark_unready()
+
+  def attend(self, attention: Attention | None) -> bool:
+    """Sets what the LM attends to of raw text; None is all of it.
+
+    Earlier text that is or was all that is attended to is marked unready: it
+    is run again beside what else is seen now.
+
+    Returns:
+      Whether anything changed.
+    """
+    window, e = self.window, self.window.entries
+    before, changed = window.attention, attention != window.attention
+    for narrow in (before, attention):
+      if changed and narrow is not None:
+        window.attention = narrow
+        e.ready[(e.start() < narrow.start) & ~window.hidden()
+                & (e.level == 0)] = False
+    window.attention = attention
+    return changed
 
   def sync(self, renew: int = 1) -> None:
     """Computes what is missing, and the newest `renew` entries anew.
 
     Entries without keys and values are run in position order, in padded
     chunks; the newest ones run again because what they attend to may have
-    changed. Afterwards `decode` and `newest_nll` may be called.
+    changed; hidden ones are left alone. Afterwards `decode` and `newest_nll`
+    may be called.
     """
     e = self.window.entries
     if not self.show_gists:
       e.ready[e.level > 0] = True
     todo = ~e.ready
     todo[len(e) - min(renew, len(e)) :] = True
+    todo &= ~self.window.hidden()
     rows = np.flatnonzero(todo)
     e.ready[rows] = False
     largest = self._sizes[-1]
@@ -199,7 +225,8 @@ class ContextLM:
   def probe_nll(self, token_ids: np.ndarray) -> np.ndarray:
     """As `newest_nll`, computed against the window as it is, storing nothing.
 
-    At most `n + 1` entries are run; n must be below the smallest expand size.
+    At most `n + 1` entries are run; n must be below the smallest expand size,
+    and none of them hidden.
     """
     e = self.window.entries
     first = max(0, len(e) - len(token_ids) - 1)

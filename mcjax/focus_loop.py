@@ -21,9 +21,10 @@ from mcjax.gistnet import BATCH_SIZES, GistEncoder
 from mcjax.telemetry import Telemetry, compile_count, peak_memory_mib
 from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
-from mcjax.working_context import EXPAND, cold_start
+from mcjax.working_context import EXPAND, Attention, cold_start
 
 _DEEPER = 3  # refocus steps that follow a wish down, while text is read on
+_FIRST = (0, 1)  # the token that attention rests on
 _QUERY = 64  # newest tokens that act as the query where there is no prompt
 
 
@@ -37,12 +38,15 @@ class Query:
     start: first token of the history that belongs to it; later spans are no
       answer to it.
     asked: it is a question, not just the newest text.
+    prompt: first token of the prompt that asks it; earlier text may be hidden
+      from the LM.
   """
 
   ids: np.ndarray
   weights: np.ndarray
   start: int
   asked: bool = False
+  prompt: int = 0
 
 
 class FocusLoop:
@@ -143,6 +147,7 @@ class FocusLoop:
     start = max(0, self.tree.cursor - _QUERY)
     ids = self.tree.tokens(start, self.tree.cursor)
     self.query = Query(ids, policies.fading_weights(len(ids)), start)
+    self.attend()
 
   # --- what is seen -------------------------------------------------------
 
@@ -213,6 +218,25 @@ class FocusLoop:
     self.check()
     return len(edits)
 
+  def attend(self) -> None:
+    """Lets the LM attend to what answers the question; see `raw_attention`.
+
+    The history's first token stays too. A history that is raw as a whole is
+    read as a whole.
+    """
+    attention, window = None, self.context.window
+    wanted = self.query.asked and self._config.raw_attention == "sources"
+    if wanted and self._policy.sources and np.any(window.entries.level):
+      attention = Attention((_FIRST, *self._policy.sources), self.query.prompt)
+    if self.context.attend(attention) and self._config.kv == "exact":
+      self.context.forget()
+
+  @property
+  def sources(self) -> list[tuple[int, int]]:
+    """Token spans that the LM attends to before the question; see `attend`."""
+    attention = self.context.window.attention
+    return list(attention.spans[1:]) if attention else []
+
   def sync(self, renew: int = 1) -> None:
     """Fetches inputs and runs the LM on what it has not seen; see ContextLM.
 
@@ -275,11 +299,14 @@ class FocusLoop:
   def _refocus_and_sync(self) -> None:
     every = self._config.delta_nll_every
     probe = every and (self.step + 1) % every == 0
-    newest = self.tree.tokens(
-      max(0, self.tree.cursor - BRANCHING), self.tree.cursor
-    )
+    start = max(0, self.tree.cursor - BRANCHING)
+    if self.query.asked:  # text before it may be hidden
+      start = max(start, self.query.prompt + 1)
+    newest = self.tree.tokens(start, self.tree.cursor)
     before = self.context.probe_nll(newest) if probe else None
-    if not self.refocus(need=BRANCHING) and self.context.is_synced:
+    edits = self.refocus(need=BRANCHING)
+    self.attend()
+    if not edits and self.context.is_synced:
       return
     spliced = self.context.tokens_run
     self.sync()
@@ -309,6 +336,7 @@ class FocusLoop:
       return self._score(token_ids)
 
   def _score(self, ids: np.ndarray) -> np.ndarray:
+    self.follow()
     out = []
     for a, b in _blocks(self.tree.cursor, len(ids)):
       chunk = ids[a:b]

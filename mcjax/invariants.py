@@ -62,11 +62,14 @@ def check_positions(
 ) -> None:
   """Positions rise strictly and leave room for the next block.
 
-  With a stride of 0 gists take none, and those of the raw text rise.
+  With a stride of 0 gists take none, as hidden tokens do; those of the rest
+  rise.
   """
   positions = context.positions(gist_stride, max_positions)
+  taken = ~context.hidden()
   if not gist_stride:
-    positions = positions[context.entries.level == 0]
+    taken &= context.entries.level == 0
+  positions = positions[taken]
   _require(bool(np.all(np.diff(positions) > 0)), "monotone positions")
   last = context.next_position(gist_stride, max_positions)
   _require(last + BRANCHING <= max_positions, "positions exceed the base")

@@ -95,6 +95,7 @@ class LensNetPolicy:
     trained: False for the deterministic untrained weights.
     keyer: of the learned keys.
     touched, bytes_read: nodes and bytes of the last call's searches.
+    sources: token spans that answer the last call's question.
   """
 
   def __init__(self, config: lensnet.LensNetConfig, params, lm: BaseLM,
@@ -110,6 +111,7 @@ class LensNetPolicy:
     self._best: list[int] = []
     self.touched = 0
     self.bytes_read = 0
+    self.sources: tuple[tuple[int, int], ...] = ()
 
   def score(self, view: FocusView) -> np.ndarray:
     """Signed score per entry, [E] float32."""
@@ -118,7 +120,10 @@ class LensNetPolicy:
       wished = reading.wishes(view, found, self._lexical.candidates())
       found = list(dict.fromkeys([*found, *wished]))
     rows = lens_rows.window_rows(view.context_lm.window, found)
-    return entry_scores(view, rows, self.score_rows(view, rows), wished)
+    scores = self.score_rows(view, rows)
+    answers = find_answers(view, rows, scores)
+    self.sources = passages.spans(answers.values())
+    return entry_scores(view, rows, scores, wished, answers)
 
   def found(self, view: FocusView) -> list[int]:
     """Blocks that either search proposes."""
@@ -211,8 +216,42 @@ def empty_inputs(size: int, d_model: int) -> LensInputs:
   )
 
 
+def find_answers(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
+                 ) -> dict[int, passages.Passage]:
+  """{block: its sentence} of what answers a question, best blocks only.
+
+  Args:
+    view: the policy's view.
+    rows: blocks of the window, and blocks found below its coarse entries.
+    scores: [R] LensNet's, in (-1, 1).
+
+  Returns:
+    Nothing for a question that no block answers, and for text.
+  """
+  past = _before_query(view, rows)
+  # The score saturates; what it is the tanh of does not.
+  top = min(float(scores[past].max(initial=0.0)), 0.999)
+  if not view.asked or top < _ANSWER:
+    return {}
+  near_top = past & (scores >= np.tanh(_RIVAL * np.arctanh(top)))
+  found = passages.statements(passages.find_passages(
+    view.tree, view.context_lm.lm.tokenizer, rows.block[near_top].tolist(),
+    view.query_ids,
+    lexical.query_weights(view.tree, view.query_ids, view.query_weights),
+    view.query_start))
+  least = _SAME * max((p.share for p in found.values()), default=0.0)
+  return {block: p for block, p in found.items() if p.share >= least}
+
+
+def _before_query(view: FocusView, rows: lens_rows.Rows) -> np.ndarray:
+  """[R] bool: blocks that end before the query begins."""
+  return (rows.block + 1) * BRANCHING <= view.query_start
+
+
 def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
-                 wished: dict[int, float] | None = None) -> np.ndarray:
+                 wished: dict[int, float] | None = None,
+                 answers: dict[int, passages.Passage] | None = None,
+                 ) -> np.ndarray:
   """Scores of entries [E] from scores of blocks [R].
 
   A coarse entry takes the best wish found below it. Everything that is not
@@ -224,13 +263,12 @@ def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
     scores: [R] LensNet's, in (-1, 1).
     wished: {block: score} that text which is read on wishes for, see
       `reading.wishes`; None for a question, whose wishes are LensNet's alone.
+    answers: see `find_answers`.
   """
-  past = (rows.block + 1) * BRANCHING <= view.query_start
-  answer = view.asked and scores[past].max(initial=0.0) >= _ANSWER
   scores = np.array(scores, np.float32)
-  if answer:
+  if answers:
     out = age_scores(dataclasses.replace(view, pressure=False))
-    scores = _for_answer(view, rows, scores, past)
+    scores = _for_answer(view, rows, scores, answers)
   else:
     out = np.zeros(len(view.entries), np.float32)
     scores = _for_text(view, rows, scores, wished)
@@ -242,7 +280,7 @@ def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
       out[at] = max(score, out[at])
   wished = (out > _THRESHOLD) & (view.entries.level > 0)
   room = (BRANCHING - 1) * min(_EDITS, int(np.sum(wished)))
-  if answer:
+  if answers:
     short, less = 2 * BRANCHING + room, _PRESSURE
   else:
     short, less = BRANCHING + room if room else 0, _TEXT_PRESSURE
@@ -252,30 +290,21 @@ def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
 
 
 def _for_answer(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
-                past: np.ndarray) -> np.ndarray:
-  """Scores [R] when a block answers a question; `past` [R] blocks before it.
+                answers: dict[int, passages.Passage]) -> np.ndarray:
+  """Scores [R] when a question is answered.
 
   Blocks are wished for that the answering sentences touch. All other text is
   not, and asks to be collapsed where it is raw: together it distracts a small
   model, though each block alone hardly matters.
   """
-  # The score saturates; what it is the tanh of does not.
-  top = min(float(scores[past].max()), 0.999)
-  near_top = past & (scores >= np.tanh(_RIVAL * np.arctanh(top)))
-  at = dict(zip(rows.block[near_top].tolist(), scores[near_top].tolist()))
-  found = passages.statements(passages.find_passages(
-    view.tree, view.context_lm.lm.tokenizer, at, view.query_ids,
-    lexical.query_weights(view.tree, view.query_ids, view.query_weights),
-    view.query_start))
-  best = max((p.share for p in found.values()), default=0.0)
+  at = dict(zip(rows.block.tolist(), scores.tolist()))
   wished: dict[int, float] = {}
-  for block, passage in found.items():
-    if passage.share >= _SAME * best:
-      for near in passage.blocks:
-        wished[near] = max(wished.get(near, 0.0), at[block])
+  for block, passage in answers.items():
+    for near in passage.blocks:
+      wished[near] = max(wished.get(near, 0.0), at[block])
   wish = np.array([wished.get(b, 0.0) for b in rows.block.tolist()])
   rest = np.minimum(scores, np.where(rows.state == RAW, _IDLE, 0.0))
-  rest[~past] = 0.0
+  rest[~_before_query(view, rows)] = 0.0
   return np.where(wish > 0, wish, rest).astype(np.float32)
 
 

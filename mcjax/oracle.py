@@ -35,6 +35,7 @@ class Oracle:
     self._similar = Similarity(config.search_nodes)
     self.touched = 0
     self.bytes_read = 0
+    self.sources: tuple[tuple[int, int], ...] = ()
 
   def score(self, view: FocusView) -> np.ndarray:
     """Signed score per entry, [E] float32; see the module docstring.

@@ -2,7 +2,8 @@
 
 Blocks end where 32 tokens end, sentences do not. A small model is easily
 distracted by what stands around a fact, so where a block answers a question
-only the blocks are wanted that its sentence touches.
+only the blocks are wanted that its sentence touches, and of these the model
+reads the sentence alone.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ class Passage(NamedTuple):
     share: of the query's weight in its best sentence, in [0, 1].
     blocks: L1 blocks that this sentence touches, the block and those beside it
       at most.
+    tokens: of the history, this sentence as far as it is near to what it
+      shares with the query; the whole block where they share nothing.
     asks: this sentence is a question itself.
   """
 
   share: float
   blocks: range
+  tokens: range
   asks: bool = False
 
 
@@ -74,6 +78,11 @@ def statements(passages: dict[int, Passage]) -> dict[int, Passage]:
   return {block: p for block, p in passages.items() if not p.asks}
 
 
+def spans(passages: Iterable[Passage]) -> tuple[tuple[int, int], ...]:
+  """Token spans (start, stop) of passages, in order, none twice."""
+  return tuple(sorted({(p.tokens.start, p.tokens.stop) for p in passages}))
+
+
 def find_passages(
   tree: MegaContextTree, tokenizer: Tokenizer, blocks: Iterable[int],
   query_ids: np.ndarray, weights: np.ndarray, stop: int,
@@ -108,9 +117,11 @@ def find_passages(
       a, b = max(a, held[0] - _REACH), min(b, held[-1] + 1 + _REACH)
       first, last = (start + a) // BRANCHING, (start + b - 1) // BRANCHING
       touched = range(max(first, block - 1), min(last, block + 1) + 1)
+      tokens = range(start + a, start + b)
     else:
       touched = range(block, block + 1)
-    out[block] = Passage(float(shares[best]), touched, asks)
+      tokens = range(block * BRANCHING, (block + 1) * BRANCHING)
+    out[block] = Passage(float(shares[best]), touched, tokens, asks)
   return out
 
 

@@ -7,7 +7,7 @@ for, and the fallback of, the learned LensNet.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import dataclasses
 from typing import Protocol
 
@@ -58,10 +58,17 @@ class FocusView:
 
 
 class Policy(Protocol):
-  """Scores entries; `touched` and `bytes_read` count the last call's work."""
+  """Scores entries.
+
+  Attributes:
+    touched, bytes_read: work of the last call of `score`.
+    sources: token spans (start, stop) of the sentences that answer its
+      question; empty where it is none, or nothing answers it.
+  """
 
   touched: int
   bytes_read: int
+  sources: Sequence[tuple[int, int]]
 
   def score(self, view: FocusView) -> np.ndarray:
     """Signed score in [-1, 1] per entry, [E] float32."""
@@ -88,6 +95,7 @@ class _HostPolicy:
 
   touched = 0
   bytes_read = 0
+  sources: Sequence[tuple[int, int]] = ()
 
   def warm_up(self, context: ContextLM) -> None:
     """Nothing to do."""
@@ -139,8 +147,8 @@ class Similarity(_HostPolicy):
     scores[stale] = np.minimum(scores[stale], -0.5)
     starts = e.start()
     targets = self.targets(view)
-    if view.asked and targets and targets[0][1] >= _LOOKUP:
-      raw = e.level == 0
+    if self.sources:
+      raw = (e.level == 0) & (starts < view.query_start)
       scores[raw] = np.minimum(scores[raw], -0.3)
     for block, strength in targets:
       token = block * BRANCHING
@@ -150,8 +158,12 @@ class Similarity(_HostPolicy):
     return scores
 
   def targets(self, view: FocusView) -> list[tuple[int, float]]:
-    """(L1 block, strength in (0.2, 1]) of the spans the query asks for."""
+    """(L1 block, strength in (0.2, 1]) of the spans the query asks for.
+
+    Sets `sources` too.
+    """
     self._prepare(view)
+    self.sources = ()
     if self._search is None:
       return []
     before = self._search.touched, self._search.bytes_read
@@ -165,12 +177,15 @@ class Similarity(_HostPolicy):
     rivals = {block: min(1.0, 0.25 + float(coverage))
               for block, coverage in ranked[: self._spans]
               if coverage >= _RIVAL * ranked[0][1]}
+    answers = self._answers(view, rivals) if view.asked else {}
     found: dict[int, float] = {}
-    for block, around in self._around(view, rivals).items():
-      for near, factor in around.items():
+    for block in answers or rivals:
+      for near, factor in _around(block, answers.get(block)).items():
         strength = factor * rivals[block]
         if 0 <= near < last and strength > 0.2:
           found[near] = max(found.get(near, 0.0), strength)
+    if answers and max(found.values(), default=0.0) >= _LOOKUP:
+      self.sources = passages.spans(answers.values())
     return sorted(found.items(), key=lambda item: -item[1])
 
   def candidates(self) -> list[int]:
@@ -179,20 +194,12 @@ class Similarity(_HostPolicy):
       return []
     return [b for b, _ in self._search.best(4 * self._spans)]
 
-  def _around(self, view: FocusView, blocks: Iterable[int]
-              ) -> dict[int, dict[int, float]]:
-    """{block: {block: share in what it is worth}} of what answers.
-
-    For a question the blocks that the answering sentence touches, and none of
-    earlier questions; else those beside it.
-    """
-    if not view.asked:
-      return {b: {b: 1.0, b + 1: 0.9, b - 1: 0.8} for b in blocks}
-    found = passages.statements(passages.find_passages(
+  def _answers(self, view: FocusView, blocks: Iterable[int]
+               ) -> dict[int, passages.Passage]:
+    """The sentences of blocks that may answer a question."""
+    return passages.statements(passages.find_passages(
       view.tree, view.context_lm.lm.tokenizer, blocks, view.query_ids,
       self._weights, view.query_start))
-    return {b: {near: 1.0 if near == b else 0.9 for near in p.blocks}
-            for b, p in found.items()}
 
   def _prepare(self, view: FocusView) -> None:
     blocks = view.tree.num_nodes(1)
@@ -210,6 +217,16 @@ class Similarity(_HostPolicy):
       view.tree, lexical.scorer(view.query_ids, self._weights),
       stop_block=view.query_start // BRANCHING,
     )
+
+
+def _around(block: int, answer: passages.Passage | None) -> dict[int, float]:
+  """{block: share in what `block` is worth}: it and others beside it.
+
+  For a question those that the answering sentence touches.
+  """
+  if answer is None:
+    return {block: 1.0, block + 1: 0.9, block - 1: 0.8}
+  return {near: 1.0 if near == block else 0.9 for near in answer.blocks}
 
 
 def fading_weights(count: int) -> np.ndarray:

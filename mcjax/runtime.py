@@ -52,6 +52,8 @@ class Generation:
     seconds: wall clock, the prompt included.
     first_token_seconds: until the first block of the answer began.
     focus: the tiling with which the answer began.
+    sources: token spans (start, stop) of the history that the answer was read
+      from; empty where the LM attended to all raw text of the window.
   """
 
   text: str
@@ -60,6 +62,7 @@ class Generation:
   seconds: float
   first_token_seconds: float
   focus: list[Entry]
+  sources: list[tuple[int, int]]
 
 
 class MegaContext:
@@ -256,7 +259,8 @@ class MegaContext:
     ids, closing = self._prompt(prompt)
     self._loop.append(ids)
     self._loop.settle()
-    focus = self.focus()
+    self._loop.attend()
+    focus, sources = self.focus(), self._loop.sources
     self._loop.sync()
     first = time.perf_counter() - begin
     out: list[int] = []
@@ -270,11 +274,11 @@ class MegaContext:
     seconds = time.perf_counter() - begin
     self.telemetry.record(
       "generate", tokens=len(out), prompt_tokens=len(ids), seconds=seconds,
-      first_token_seconds=first,
+      first_token_seconds=first, sources=sources,
     )
     return Generation(
       self._answer(out, stopped), np.array(out, np.int32), len(ids), seconds,
-      first, focus,
+      first, focus, sources,
     )
 
   def score(self, text: str) -> np.ndarray:
@@ -323,12 +327,13 @@ class MegaContext:
     else:
       ids = self._with_bos(tokenizer.encode(prompt))
       own, closing = np.ones(len(ids), bool), np.zeros(0, np.int32)
-    words, start = ids[own], self.tree.cursor
+    words, prompt = ids[own], self.tree.cursor
+    start = prompt
     if len(words) > _QUESTION:  # a pasted text with the question at its end
       words = words[-_QUESTION:]
       start += int(np.flatnonzero(own)[-_QUESTION])
     self._loop.query = Query(
-      words, np.ones(len(words), np.float32), start, asked=True
+      words, np.ones(len(words), np.float32), start, asked=True, prompt=prompt
     )
     return ids, closing
 

@@ -8,6 +8,7 @@ atomically. Nothing here touches the LM, the tree's contents or the device.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,18 @@ from mcjax.types import BRANCHING, Entry, McjaxError, span_width
 
 EXPAND, COLLAPSE = 1, -1
 _NEVER = -(1 << 30)
+
+
+class Attention(NamedTuple):
+  """Raw text that the LM attends to while it answers a question.
+
+  Attributes:
+    spans: token spans (start, stop) of earlier text; the rest of it is hidden.
+    start: first token of the prompt; from there on nothing is hidden.
+  """
+
+  spans: tuple[tuple[int, int], ...]
+  start: int
 
 
 @dataclasses.dataclass
@@ -146,24 +159,34 @@ def effective_stride(
 
 
 def positions_of(
-  level: np.ndarray, gist_stride: int, max_positions: int
+  level: np.ndarray, gist_stride: int, max_positions: int,
+  hidden: np.ndarray | None = None,
 ) -> np.ndarray:
   """Positions [E] int32 of entries with levels [E], in timeline order.
 
   A token advances the position by 1, a gist by the effective stride; an entry
-  sits at the centre of its stride.
+  sits at the centre of its stride. `hidden` [E] tokens take no position.
   """
   stride = effective_stride(level, gist_stride, max_positions)
   steps = np.where(level > 0, stride, 1)
+  if hidden is not None:
+    steps[hidden] = 0
   ends = np.cumsum(steps)
   return (ends - steps + steps // 2).astype(np.int32)
 
 
 class WorkingContext:
-  """Fixed number of slots holding a contiguous, aligned, mixed-level tiling."""
+  """Fixed number of slots holding a contiguous, aligned, mixed-level tiling.
+
+  Attributes:
+    window: slots.
+    entries: the tiling.
+    attention: what the LM attends to of raw text; None for all of it.
+  """
 
   def __init__(self, window: int):
     self.window = window
+    self.attention: Attention | None = None
     self.entries = Entries.make(0, [], [])
     self._free = list(range(window - 1, -1, -1))
 
@@ -328,16 +351,30 @@ class WorkingContext:
     """Forgets all computed keys and values (exact mode, refresh)."""
     self.entries.ready[:] = False
 
+  def hidden(self) -> np.ndarray:
+    """[E] bool: raw tokens outside of what the LM attends to."""
+    e = self.entries
+    if self.attention is None:
+      return np.zeros(len(e), bool)
+    token = e.start()
+    hidden = (e.level == 0) & (token < self.attention.start)
+    for start, stop in self.attention.spans:
+      hidden &= (token < start) | (token >= stop)
+    return hidden
+
   def positions(self, gist_stride: int, max_positions: int) -> np.ndarray:
     """Window-relative position of every entry, [E] int32."""
-    return positions_of(self.entries.level, gist_stride, max_positions)
+    return positions_of(
+      self.entries.level, gist_stride, max_positions, self.hidden()
+    )
 
   def next_position(self, gist_stride: int, max_positions: int) -> int:
     """Position of the token that would be appended next."""
     level = self.entries.level
     stride = effective_stride(level, gist_stride, max_positions)
     gists = int(np.count_nonzero(level))
-    return len(level) - gists + gists * stride
+    hidden = int(np.count_nonzero(self.hidden()))
+    return len(level) - gists - hidden + gists * stride
 
   def slot_arrays(
     self, gist_stride: int, max_positions: int, show_gists: bool
@@ -347,7 +384,7 @@ class WorkingContext:
     positions = np.zeros(self.window, np.int32)
     visible = np.zeros(self.window, bool)
     positions[e.slot] = self.positions(gist_stride, max_positions)
-    visible[e.slot] = show_gists | (e.level == 0)
+    visible[e.slot] = (show_gists | (e.level == 0)) & ~self.hidden()
     return positions, visible
 
   def copy(self) -> WorkingContext:
@@ -355,8 +392,10 @@ class WorkingContext:
     twin = WorkingContext(self.window)
     twin.entries = Entries(*(a.copy() for a in self.entries.arrays()))
     twin._free = list(self._free)
+    twin.attention = self.attention
     return twin
 
   def become(self, twin: WorkingContext) -> None:
     """Takes over the bookkeeping of a copy, which is of no use afterwards."""
     self.entries, self._free = twin.entries, twin._free
+    self.attention = twin.attention

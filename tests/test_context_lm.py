@@ -67,7 +67,8 @@ def greedy(context, tree, count):
     else tree.gists(int(l), int(i), int(i) + 1)[0]
     for l, i in zip(e.level, e.index)
   ]
-  seen = np.flatnonzero((e.level == 0) | context.show_gists)
+  seen = np.flatnonzero(
+    ((e.level == 0) | context.show_gists) & ~window.hidden())
   positions = window.positions(context.gist_stride, lm.config.max_positions)
   places = positions[seen].tolist()
   rows = [x[k] for k in seen]

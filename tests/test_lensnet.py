@@ -305,6 +305,11 @@ def buried_rows(mc, *offsets):
   return lens_rows.window_rows(mc._loop.context.window, found), coarse, found
 
 
+def answer_scores(view, rows, scores):
+  answers = lensnet_policy.find_answers(view, rows, scores)
+  return lensnet_policy.entry_scores(view, rows, scores, answers=answers)
+
+
 def test_an_answer_is_wished_for_and_other_raw_text_offered(
   tiny_lm, tiny_gistnet
 ):
@@ -315,7 +320,7 @@ def test_an_answer_is_wished_for_and_other_raw_text_offered(
   view = asked_view(mc, words)
   scores = np.linspace(-0.1, 0.3, len(rows)).astype(np.float32)
   scores[-2:] = [0.4, 0.7]
-  out = lensnet_policy.entry_scores(view, rows, scores)
+  out = answer_scores(view, rows, scores)
   assert len(out) == len(view.entries)
   assert out[coarse] == np.float32(0.7)  # a coarse entry inherits
   assert (np.delete(out, coarse) <= 0).all()
@@ -334,7 +339,7 @@ def test_what_shares_little_of_the_question_is_no_rival(tiny_lm, tiny_gistnet):
   scores = np.full(len(rows), -0.1, np.float32)
   scores[-2:] = [0.8, 0.7]  # LensNet prefers the other one
   assert rows.block[-2:].tolist() == [38, 41]
-  out = lensnet_policy.entry_scores(view, rows, scores)
+  out = answer_scores(view, rows, scores)
   assert out[coarse] == np.float32(0.7)
 
 
@@ -347,7 +352,7 @@ def test_the_questions_own_blocks_stay(tiny_lm, tiny_gistnet):
   scores = np.full(len(rows), -0.9, np.float32)
   scores[-1] = 0.7
   scores[rows.block == newest] = 0.9  # it is no answer to itself
-  out = lensnet_policy.entry_scores(view, rows, scores)
+  out = answer_scores(view, rows, scores)
   own = rows.entry[(rows.state == RAW) & (rows.block >= newest - 1)]
   assert len(own) == 2
   for at in own:
@@ -400,6 +405,7 @@ def test_a_question_without_an_answer_wishes_by_lensnet(tiny_lm, tiny_gistnet):
   scores = np.full(len(rows), -0.9, np.float32)
   few = np.flatnonzero(rows.state == GIST)[:2]
   scores[few] = [0.3, 0.2]
+  assert lensnet_policy.find_answers(view, rows, scores) == {}
   out = lensnet_policy.entry_scores(view, rows, scores)
   assert (out[rows.entry[few]] > 0.2).all()
   assert (np.delete(out, rows.entry[few]) < 0.2).all()

@@ -55,6 +55,8 @@ def test_a_passage_is_the_blocks_its_sentence_touches(offset, touched):
   found = passage_of(text, "CODE")
   assert list(found.blocks) == touched
   assert found.share == 1.0
+  sentence = text[found.tokens.start : found.tokens.stop]
+  assert sentence.strip() == "THE CODE IS 7314."
 
 
 def test_the_sentence_that_shares_most_counts():
@@ -74,9 +76,18 @@ def test_a_long_line_reaches_sixteen_tokens_beyond_what_is_shared():
 
 def test_without_anything_shared_it_is_the_block_itself():
   found = passage_of("-" * 400, "Q")
-  assert found == passages.Passage(0.0, range(BLOCK, BLOCK + 1))
+  tokens = range(BLOCK * BRANCHING, (BLOCK + 1) * BRANCHING)
+  whole = passages.Passage(0.0, range(BLOCK, BLOCK + 1), tokens)
+  assert found == whole
   weightless = passage_of(placed("A Q.", 130), "Q", weight={"Q": 0.0})
-  assert weightless == passages.Passage(0.0, range(BLOCK, BLOCK + 1))
+  assert weightless == whole
+
+
+def test_spans_are_in_order_and_none_comes_twice():
+  early, late = (
+    passages.Passage(1.0, range(1), range(at, at + 5)) for at in (3, 40))
+  assert passages.spans([late, early, late]) == ((3, 8), (40, 45))
+  assert passages.spans([]) == ()
 
 
 def test_the_query_itself_is_not_read():
@@ -114,7 +125,7 @@ def test_a_passage_says_whether_it_asks():
 
 def test_earlier_questions_are_no_rivals_of_a_statement():
   def passage(share, asks):
-    return passages.Passage(share, range(1), asks)
+    return passages.Passage(share, range(1), range(9), asks)
 
   told, weak = passage(0.9, False), passage(0.6, False)
   asked, first = passage(0.8, True), passage(1.0, True)

@@ -200,7 +200,8 @@ def window_logits(context, tree) -> np.ndarray:
     context.gist_stride, lm.config.max_positions
   )
   table = np.asarray(lm.params["embed"])
-  seen = [k for k in range(len(e)) if e.level[k] == 0 or context.show_gists]
+  shown = ((e.level == 0) | context.show_gists) & ~context.window.hidden()
+  seen = np.flatnonzero(shown).tolist()
   x = []
   for k in seen:
     level, index = int(e.level[k]), int(e.index[k])

@@ -15,6 +15,8 @@ from mcjax.types import BRANCHING
 class KnownPlaces:
   """Wants the blocks of given places at L0; everything else pays, oldest first.
 
+  To a question the places are the answer.
+
   What remains between it and a perfect hit is the allocator: edits per step,
   budget, cooldown.
 
@@ -27,6 +29,11 @@ class KnownPlaces:
 
   def __init__(self, places: Sequence[tuple[int, int]] = ()):
     self.places = tuple(places)
+
+  @property
+  def sources(self) -> Sequence[tuple[int, int]]:
+    """The places."""
+    return self.places
 
   def score(self, view: FocusView) -> np.ndarray:
     """Signed score per entry, [E] float32."""
