@@ -16,7 +16,8 @@ FACT = "THE PUMP CODE IS 7314."
 QUESTION = "what is the PUMP CODE?"
 SMALL = dict(window=512, recent_tokens=64, gists_per_level=8,
              check_invariants=True)
-NODES = [*((0, i) for i in range(64)), (1, 2), *((0, i) for i in range(96, 150))]
+NODES = [*((0, i) for i in range(64)), (1, 2),
+         *((0, i) for i in range(96, 150))]
 
 
 def attended(window):
