@@ -221,8 +221,8 @@ class FocusLoop:
   def attend(self) -> None:
     """Lets the LM attend to what answers the question; see `raw_attention`.
 
-    The history's first token stays too. A history that is raw as a whole is
-    read as a whole.
+    Until the answer ends. The history's first token stays too. A history that
+    is raw as a whole is read as a whole.
     """
     attention, window = None, self.context.window
     wanted = self.query.asked and self._config.raw_attention == "sources"
@@ -300,13 +300,12 @@ class FocusLoop:
     every = self._config.delta_nll_every
     probe = every and (self.step + 1) % every == 0
     start = max(0, self.tree.cursor - BRANCHING)
-    if self.query.asked:  # text before it may be hidden
-      start = max(start, self.query.prompt + 1)
+    attention = self.context.window.attention
+    if attention is not None:  # text before the prompt is hidden
+      start = max(start, attention.start + 1)
     newest = self.tree.tokens(start, self.tree.cursor)
     before = self.context.probe_nll(newest) if probe else None
-    edits = self.refocus(need=BRANCHING)
-    self.attend()
-    if not edits and self.context.is_synced:
+    if not self.refocus(need=BRANCHING) and self.context.is_synced:
       return
     spliced = self.context.tokens_run
     self.sync()

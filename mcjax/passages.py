@@ -3,7 +3,8 @@
 Blocks end where 32 tokens end, sentences do not. A small model is easily
 distracted by what stands around a fact, so where a block answers a question
 only the blocks are wanted that its sentence touches, and of these the model
-reads the sentence alone.
+reads the sentence alone. A line that is no sentence, as a heading or one of
+code, goes on with what follows.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING
 
 _REACH = 16  # tokens of a sentence beyond the outermost that the query shares
+_FOLLOWS = 32  # tokens that go on behind these where a line is no sentence
+_BEST = 0.8  # share of the best passage's share that is read beside it
 _STOPS = (".", "!", "?")
 _CLOSING = "\"')]*_"  # may stand between a full stop and the blank behind it
 
@@ -31,7 +34,8 @@ class Passage(NamedTuple):
     blocks: L1 blocks that this sentence touches, the block and those beside it
       at most.
     tokens: of the history, this sentence as far as it is near to what it
-      shares with the query; the whole block where they share nothing.
+      shares with the query, with what follows a line that is no sentence; the
+      whole block where they share nothing.
     asks: this sentence is a question itself.
   """
 
@@ -50,9 +54,13 @@ def sentence_ends(pieces: list[str]) -> np.ndarray:
   out = np.zeros(len(pieces), bool)
   for i, piece in enumerate(pieces):
     follows = pieces[i + 1][:1] if i + 1 < len(pieces) else " "
-    stop = piece.rstrip(_CLOSING).endswith(_STOPS) and follows.isspace()
-    out[i] = stop or "\n" in piece
+    out[i] = _closed(piece) and follows.isspace() or "\n" in piece
   return out
+
+
+def _closed(text: str) -> bool:
+  """Whether text ends as a sentence does."""
+  return text.rstrip().rstrip(_CLOSING).endswith(_STOPS)
 
 
 def is_question(pieces: list[str], special: np.ndarray) -> bool:
@@ -79,8 +87,15 @@ def statements(passages: dict[int, Passage]) -> dict[int, Passage]:
 
 
 def spans(passages: Iterable[Passage]) -> tuple[tuple[int, int], ...]:
-  """Token spans (start, stop) of passages, in order, none twice."""
-  return tuple(sorted({(p.tokens.start, p.tokens.stop) for p in passages}))
+  """Token spans (start, stop) of the best passages, in order, none twice.
+
+  A passage that shares less of the query than the best one may be worth a
+  look, but beside that one it is read for the answer too easily.
+  """
+  found = list(passages)
+  least = _BEST * max((p.share for p in found), default=0.0)
+  return tuple(sorted({
+    (p.tokens.start, p.tokens.stop) for p in found if p.share >= least}))
 
 
 def find_passages(
@@ -110,11 +125,17 @@ def find_passages(
     shares = lexical.coverage(query_ids, weights, padded, np.ones(len(ids)))
     best = int(np.argmax(shares))
     a, b = spans[best]
-    special = np.isin(ids[a:b], list(tokenizer.special_ids))
-    asks = is_question(pieces[a:b], special)
+    special = np.isin(ids, list(tokenizer.special_ids))
+    asks = is_question(pieces[a:b], special[a:b])
     held = a + np.flatnonzero(np.isin(ids[a:b], shared))
     if len(held):
-      a, b = max(a, held[0] - _REACH), min(b, held[-1] + 1 + _REACH)
+      end = int(held[-1]) + 1
+      if _closed(pieces[b - 1]):
+        b = min(b, end + _REACH)
+      else:
+        turns = end + np.flatnonzero(special[end:])  # a chat's turn ends here
+        b = min([end + _FOLLOWS, len(ids), *turns.tolist()])
+      a = max(a, int(held[0]) - _REACH)
       first, last = (start + a) // BRANCHING, (start + b - 1) // BRANCHING
       touched = range(max(first, block - 1), min(last, block + 1) + 1)
       tokens = range(start + a, start + b)

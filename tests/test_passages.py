@@ -67,11 +67,39 @@ def test_the_sentence_that_shares_most_counts():
   assert half.share == pytest.approx(7 / 15)  # 4 of 8 tokens, 3 of 7 pairs
 
 
-def test_a_long_line_reaches_sixteen_tokens_beyond_what_is_shared():
-  text = "-" * (BLOCK * BRANCHING + 16) + "Q" + "-" * 200
-  assert list(passage_of(text, "Q").blocks) == [BLOCK, BLOCK + 1]
-  text = "-" * (BLOCK * BRANCHING + 15) + "Q" + "-" * 200
+def test_a_long_sentence_reaches_sixteen_tokens_beyond_what_is_shared():
+  text = "-" * (BLOCK * BRANCHING + 16) + "Q" + "-" * 30 + ". " + "-" * 200
+  found = passage_of(text, "Q")
+  assert list(found.blocks) == [BLOCK, BLOCK + 1]
+  assert text[found.tokens.start : found.tokens.stop] == (
+    "-" * 16 + "Q" + "-" * 16)
+  text = text[1:]
   assert list(passage_of(text, "Q").blocks) == [BLOCK - 1, BLOCK]
+
+
+def test_a_line_that_is_no_sentence_goes_on():
+  text = placed("def Q():\n  return 7\n\n", BLOCK * BRANCHING + 4)
+  found = passage_of(text, "Q")
+  assert text[found.tokens.start : found.tokens.stop] == (
+    "def Q():\n  return 7\n\n\n" + "-" * 15)
+  assert list(found.blocks) == [BLOCK, BLOCK + 1]
+  closed = placed("Q is 7.\nIt is so.\n", BLOCK * BRANCHING + 4)
+  found = passage_of(closed, "Q")
+  assert closed[found.tokens.start : found.tokens.stop].strip() == "Q is 7."
+  assert list(found.blocks) == [BLOCK]
+
+
+def test_a_turn_of_a_chat_goes_on_to_its_end_only():
+  tokenizer = tiny_base.byte_tokenizer()
+  end = min(tokenizer.special_ids)
+  ids = np.concatenate([
+    tokenizer.encode("-" * 130 + "\nthe code is Q"), [end],
+    tokenizer.encode("\nwhat else is there?" + "-" * 200)])
+  found = passages.find_passages(
+    TokensOnly(ids), tokenizer, [BLOCK], tokenizer.encode("Q"),
+    np.ones(1, np.float32), len(ids))[BLOCK]
+  text = tokenizer.decode(ids[found.tokens.start : found.tokens.stop].tolist())
+  assert text == "the code is Q"
 
 
 def test_without_anything_shared_it_is_the_block_itself():
@@ -87,6 +115,8 @@ def test_spans_are_in_order_and_none_comes_twice():
   early, late = (
     passages.Passage(1.0, range(1), range(at, at + 5)) for at in (3, 40))
   assert passages.spans([late, early, late]) == ((3, 8), (40, 45))
+  less = early._replace(share=0.7)
+  assert passages.spans([late, less]) == ((40, 45),)
   assert passages.spans([]) == ()
 
 
