@@ -324,11 +324,15 @@ class MegaContext:
     if self.config.chat == "auto" and tokenizer.has_chat_template:
       ids, own = tokenizer.chat_turn(prompt, first=not self.tree.cursor)
       closing = np.asarray(tokenizer.end_of_turn_ids, np.int32)
+      line = self._line_break()
+      ids = np.concatenate([line, ids])
+      own = np.concatenate([np.zeros(len(line), bool), own])
     else:
       ids = self._with_bos(tokenizer.encode(prompt))
       own, closing = np.ones(len(ids), bool), np.zeros(0, np.int32)
-    words, prompt = ids[own], self.tree.cursor
-    start = prompt
+    words, start = ids[own], self.tree.cursor
+    # A line break before the prompt is read with it.
+    prompt = start - self._ends_a_line()
     if len(words) > _QUESTION:  # a pasted text with the question at its end
       words = words[-_QUESTION:]
       start += int(np.flatnonzero(own)[-_QUESTION])
@@ -336,6 +340,22 @@ class MegaContext:
       words, np.ones(len(words), np.float32), start, asked=True, prompt=prompt
     )
     return ids, closing
+
+  def _ends_a_line(self) -> bool:
+    """Whether the history ends with a line break."""
+    last = self.tree.tokens(max(0, self.tree.cursor - 1), self.tree.cursor)
+    return self.lm.tokenizer.decode(last).endswith("\n")
+
+  def _line_break(self) -> np.ndarray:
+    """Ids between text of the history and a turn, which begins on a new line.
+
+    None where one begins already, and behind another turn.
+    """
+    tokenizer, cursor = self.lm.tokenizer, self.tree.cursor
+    last = self.tree.tokens(max(0, cursor - 1), cursor).tolist()
+    if not last or last[0] in tokenizer.special_ids or self._ends_a_line():
+      return np.zeros(0, np.int32)
+    return np.asarray(tokenizer.encode("\n"), np.int32)
 
   def _with_bos(self, ids: np.ndarray) -> np.ndarray:
     bos = self.lm.tokenizer.bos_id

@@ -218,6 +218,15 @@ def test_a_pasted_text_is_read_whole_before_its_question(make):
   assert set(mine) <= set(raw) and len(mine) >= BRANCHING
 
 
+def test_the_line_break_before_a_prompt_is_read_with_it(make):
+  mc = make()
+  mc.ingest("\n")
+  end = mc.cursor - 1
+  mc.generate(QUESTION, max_new_tokens=1)
+  assert end in attended(mc._loop.context.window)
+  assert end - 1 not in attended(mc._loop.context.window)
+
+
 def test_a_probe_reads_nothing_hidden(make):
   mc = make(delta_nll_every=1)
   mc.generate(QUESTION, max_new_tokens=100)

@@ -173,6 +173,17 @@ def test_a_turn_follows_the_chat_template(make, tiny_lm):
   assert plain.cursor == 5
 
 
+@pytest.mark.parametrize("text, between", [("abc", "\n"), ("abc\n", "")])
+def test_a_turn_begins_on_a_new_line(make, tiny_lm, text, between):
+  chat = dataclasses.replace(
+    tiny_lm, tokenizer=tiny_base.byte_tokenizer(chat=True))
+  mc = make(lm=chat)
+  mc.ingest(text)
+  mc.generate("hi", max_new_tokens=2)
+  said = chat.tokenizer.decode(mc.tree.tokens(0, mc.cursor), keep_special=True)
+  assert said.startswith(f"{text}{between}<|turn|>user: hi<|stop|>")
+
+
 def test_a_stop_token_ends_the_answer_and_is_not_repeated(make, tiny_lm):
   """Makes the stop token the likeliest by its column of the unembedding."""
   chat = tiny_base.byte_tokenizer(chat=True)
