@@ -29,7 +29,9 @@ _SUFFIXES = flags.DEFINE_list(
 _PROMPT = flags.DEFINE_string(
   "prompt", "", "Answer this and stop; without it, chat on the terminal."
 )
-_FOCUS = flags.DEFINE_boolean("focus", False, "Print the focus after answers.")
+_FOCUS = flags.DEFINE_boolean(
+  "focus", False, "Print what answers were read from, and the focus."
+)
 _WORKDIR = flags.DEFINE_string(
   "workdir", "", "Where telemetry.jsonl goes; nowhere if empty."
 )

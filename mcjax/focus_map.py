@@ -1,8 +1,10 @@
-"""The focus as text: which documents are seen at which level of detail."""
+"""The focus as text: which documents are seen at which level of detail, and
+which of their sentences an answer was read from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +66,25 @@ def focus_map(
   tail = f"  ({more} more in part at L1; " if more else "  ("
   return "\n".join([f"  {head}", *lines,
                     f"{tail}{coarse} only at L2 and coarser)"])
+
+
+def source_lines(
+  sources: Sequence[tuple[int, int]], sections: Sequence[Section],
+  text: Callable[[int, int], str],
+) -> str:
+  """Renders what an answer was read from, a line per sentence.
+
+  Args:
+    sources: token spans, from `Generation.sources`.
+    sections: in timeline order.
+    text: of tokens [start, stop).
+  """
+  lines = []
+  for start, stop in sources:
+    inside = [s.name for s in sections if s.start <= start < s.stop]
+    name = inside[-1] if inside else ""
+    lines.append(f"  {name[-28:]:<28} {' '.join(text(start, stop).split())}")
+  return "\n".join(lines or ["  all raw text of the window"])
 
 
 def _cells(section, starts, stops, levels, width) -> str:

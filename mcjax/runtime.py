@@ -298,6 +298,18 @@ class MegaContext:
     """The entries (level, start, stop) that tile [0, cursor)."""
     return self._loop.context.window.focus()
 
+  def text(self, start: int, stop: int) -> str:
+    """The text of tokens [start, stop) of the history.
+
+    Raises:
+      McjaxError: the history holds no such tokens.
+    """
+    self._check_open()
+    if not 0 <= start <= stop <= self.tree.cursor:
+      raise McjaxError(f"tokens [{start}, {stop}) are not in the history of "
+                       f"{self.tree.cursor}")
+    return self.lm.tokenizer.decode(self.tree.tokens(start, stop))
+
   def next_logits(self) -> np.ndarray:
     """Logits [V] float32 for the token after the history as focused now.
 

@@ -13,7 +13,7 @@ from mcjax.base import hub
 from mcjax.base.load import BaseLM, load_base_lm
 from mcjax.config import Config
 from mcjax.documents import read_documents
-from mcjax.focus_map import Section, focus_map
+from mcjax.focus_map import Section, focus_map, source_lines
 from mcjax.runtime import MegaContext
 from mcjax.tree import MegaContextTree
 from mcjax.types import McjaxError
@@ -29,7 +29,7 @@ def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
     ingest: files, folders and "-".
     suffixes: of files in folders.
     prompt: one question; chat if empty.
-    show_focus: print the focus map after every answer.
+    show_focus: print after every answer what it was read from, and the focus.
     workdir: folder of telemetry.jsonl, or "".
 
   Raises:
@@ -94,9 +94,11 @@ def _answer(mc, prompt, max_new_tokens, sections, show_focus) -> None:
     print(text[said:], end="", flush=True)
     said = len(text)
 
-  mc.generate(prompt, max_new_tokens, on_text=on_text)
+  out = mc.generate(prompt, max_new_tokens, on_text=on_text)
   print()
   if show_focus:
+    print("Read from:\n" + source_lines(out.sources, sections, mc.text),
+          file=sys.stderr)
     print(focus_map(mc.focus(), sections), file=sys.stderr)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny_base
 
-from mcjax import Config, MegaContext, invariants
+from mcjax import Config, McjaxError, MegaContext, invariants
 from mcjax.context_lm import ContextLM
 from mcjax.focus_loop import Query
 from mcjax.tree import MegaContextTree
@@ -66,6 +66,7 @@ def assert_read_from_the_fact(mc, out):
   place = (FACT_AT + 1, FACT_AT + 1 + len(FACT))
   assert any(a <= place[0] and place[1] <= b for a, b in out.sources)
   assert sum(b - a for a, b in out.sources) < 200
+  assert any(FACT in mc.text(a, b) for a, b in out.sources)
   prompt = mc.cursor - len(out.token_ids) - len(QUESTION)
   read = {t for t in attended(mc._loop.context.window) if t < prompt}
   assert read == {0}.union(*(range(a, b) for a, b in out.sources))
@@ -233,6 +234,14 @@ def test_a_probe_reads_nothing_hidden(make):
   probes = [r for r in mc.telemetry.records if r["kind"] == "delta_nll"]
   assert probes and all(np.isfinite(r["nats"]) for r in probes)
   assert all(r["horizon"] <= BRANCHING for r in probes)
+
+
+def test_text_of_tokens_that_are_not_there(make):
+  mc = make()
+  assert mc.text(FACT_AT + 1, FACT_AT + 1 + len(FACT)) == FACT
+  for start, stop in ((0, mc.cursor + 1), (-1, 2), (5, 4)):
+    with pytest.raises(McjaxError, match="are not in the history of 30001"):
+      mc.text(start, stop)
 
 
 def test_a_query_without_a_prompt_hides_nothing(make):

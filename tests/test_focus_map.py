@@ -1,6 +1,6 @@
 """The focus as text."""
 
-from mcjax.focus_map import Section, focus_map
+from mcjax.focus_map import Section, focus_map, source_lines
 from mcjax.types import Entry
 
 
@@ -56,3 +56,15 @@ def test_many_runs_are_cut():
 def test_nothing_to_show():
   text = focus_map([], [Section("x", 0, 10), Section("empty", 3, 3)])
   assert "(0 only at L2 and coarser)" in text
+
+
+def test_sources_are_named_and_on_one_line_each():
+  def text(start, stop):
+    return f"tokens {start}\n to {stop} "
+
+  got = source_lines([(5, 9), (130, 140), (900, 901)], [
+    Section("a.md", 0, 100), Section("b.md", 100, 200)], text)
+  assert [line.split() for line in got.splitlines()] == [
+    ["a.md", "tokens", "5", "to", "9"], ["b.md", "tokens", "130", "to", "140"],
+    ["tokens", "900", "to", "901"]]
+  assert source_lines([], [], text) == "  all raw text of the window"

@@ -21,7 +21,7 @@ import mcjax
 from mcjax import commands, telemetry
 from mcjax.base import hub
 from mcjax.documents import Document, read_documents
-from mcjax.focus_map import Section, focus_map
+from mcjax.focus_map import Section, focus_map, source_lines
 
 _TREE = flags.DEFINE_string("tree", "runs/demo", "Where the history lives.")
 _TOKENS = flags.DEFINE_integer(
@@ -116,7 +116,8 @@ def main(argv) -> None:
     held.append(fact.lower() in out.text.lower())
     decoded += len(out.token_ids)
     seconds += out.seconds - out.first_token_seconds
-    print(f"Answer: {out.text.strip()}")
+    print(f"Answer: {out.text.strip()}\nRead from:\n"
+          + source_lines(out.sources, sections, mc.text))
     print(f"Planted fact '{fact}': {'held' if held[-1] else 'MISSING'}; "
           f"first token after {out.first_token_seconds:.2f} s, window use "
           f"{len(mc.focus()) / window:.0%}\nFocus after:")
