@@ -57,6 +57,8 @@ class FocusLoop:
     context: the LM's window.
     telemetry: counters and records.
     query: set by the caller for a prompt, or by `follow` from newest tokens.
+    sources: token spans of the sentences that the LM answers from; empty where
+      it attends to all raw text.
     step: refocus steps so far.
   """
 
@@ -67,6 +69,7 @@ class FocusLoop:
     self.context = context
     self.telemetry = telemetry
     self.query = Query(np.zeros(0, np.int32), np.zeros(0, np.float32), 0)
+    self.sources: list[tuple[int, int]] = []
     self.step = 0
     self._policy = policy
     self._encoder = encoder
@@ -224,18 +227,18 @@ class FocusLoop:
     Until the answer ends. The history's first token stays too. A history that
     is raw as a whole is read as a whole.
     """
-    attention, window = None, self.context.window
-    wanted = self.query.asked and self._config.raw_attention == "sources"
-    if wanted and self._policy.sources and np.any(window.entries.level):
-      attention = Attention((_FIRST, *self._policy.sources), self.query.prompt)
+    self.sources, attention = [], None
+    whole = self._config.raw_attention == "all" or not np.any(
+      self.context.window.entries.level)
+    if self.query.asked and not whole:
+      self.sources = list(self._policy.sources)
+    if self.sources:
+      spans = self.sources
+      if self._config.raw_attention == "blocks":
+        spans = [_whole_blocks(a, b) for a, b in spans]
+      attention = Attention((_FIRST, *spans), self.query.prompt)
     if self.context.attend(attention) and self._config.kv == "exact":
       self.context.forget()
-
-  @property
-  def sources(self) -> list[tuple[int, int]]:
-    """Token spans that the LM attends to before the question; see `attend`."""
-    attention = self.context.window.attention
-    return list(attention.spans[1:]) if attention else []
 
   def sync(self, renew: int = 1) -> None:
     """Fetches inputs and runs the LM on what it has not seen; see ContextLM.
@@ -432,6 +435,11 @@ def _entered(edits) -> tuple[np.ndarray, np.ndarray]:
       nodes.append((level, index))
   levels, indices = np.array(nodes, np.int64).T
   return levels, indices
+
+
+def _whole_blocks(start: int, stop: int) -> tuple[int, int]:
+  """The blocks that a span of tokens touches, as a span."""
+  return start // BRANCHING * BRANCHING, -(-stop // BRANCHING) * BRANCHING
 
 
 def _blocks(cursor: int, count: int) -> list[tuple[int, int]]:

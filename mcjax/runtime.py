@@ -52,7 +52,7 @@ class Generation:
     seconds: wall clock, the prompt included.
     first_token_seconds: until the first block of the answer began.
     focus: the tiling with which the answer began.
-    sources: token spans (start, stop) of the history that the answer was read
+    sources: token spans (start, stop) of the sentences that the answer was read
       from; empty where the LM attended to all raw text of the window.
   """
 

@@ -15,7 +15,7 @@ FACT_AT = 12_000
 FACT = "THE PUMP CODE IS 7314."
 QUESTION = "what is the PUMP CODE?"
 SMALL = dict(window=512, recent_tokens=64, gists_per_level=8,
-             check_invariants=True)
+             check_invariants=True, raw_attention="sentences")
 NODES = [*((0, i) for i in range(64)), (1, 2),
          *((0, i) for i in range(96, 150))]
 
@@ -174,6 +174,17 @@ def test_lensnet_names_its_sources_too(make, monkeypatch):
     len(rows), 0.1, np.float32))
   out = mc.generate(QUESTION, max_new_tokens=3)
   assert out.sources == [] and not mc._loop.context.window.hidden().any()
+
+
+def test_whole_blocks_are_read_by_default(make):
+  assert Config().raw_attention == "blocks"
+  mc = make(raw_attention="blocks", gist_attention="masked")
+  out = mc.generate(QUESTION, max_new_tokens=3)
+  prompt = mc.cursor - 3 - len(QUESTION)
+  read = {t for t in attended(mc._loop.context.window) if t < prompt} - {0}
+  blocks = {t // BRANCHING for a, b in out.sources for t in range(a, b)}
+  assert read == {b * BRANCHING + k for b in blocks for k in range(BRANCHING)}
+  assert_plain(mc)
 
 
 def test_all_raw_text_may_be_read_instead(make):
