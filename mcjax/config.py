@@ -9,7 +9,7 @@ from mcjax.types import BRANCHING, McjaxError
 POLICIES = ("similarity", "lensnet", "recency", "random", "oracle")
 KV_MODES = ("splice", "exact")
 GIST_ATTENTION = ("auto", "visible", "masked")
-RAW_ATTENTION = ("blocks", "sentences", "all")
+RAW_ATTENTION = ("sentences", "blocks", "all")
 MIN_WINDOW = 512
 
 
@@ -35,9 +35,9 @@ class Config:
     gist_attention: whether the LM attends to gists; auto does what the
       GistNet's model card measured to be better, and masks untrained ones.
     raw_attention: what the LM attends to of the raw text before a question.
-      blocks: where sentences answer it, the blocks of 32 tokens that hold them
-      and the history's first token alone, unless the whole history is raw;
-      sentences: instead of the blocks these sentences; all: everything.
+      sentences: where sentences answer it, these and the history's first token
+      alone, unless the whole history is raw; blocks: instead of the sentences
+      the blocks of 32 tokens that hold them; all: everything.
     gist_stride: positions one gist advances (1 compact ... 32 true span);
       reduced automatically so that the window fits the base's range. None
       where the LM does not attend to gists.
@@ -71,7 +71,7 @@ class Config:
   settle_steps: int = 8
   search_nodes: int = 256
   gist_attention: str = "auto"
-  raw_attention: str = "blocks"
+  raw_attention: str = "sentences"
   gist_stride: int = 1
   sink_tokens: int = 32
   recent_tokens: int = 256

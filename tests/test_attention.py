@@ -15,7 +15,7 @@ FACT_AT = 12_000
 FACT = "THE PUMP CODE IS 7314."
 QUESTION = "what is the PUMP CODE?"
 SMALL = dict(window=512, recent_tokens=64, gists_per_level=8,
-             check_invariants=True, raw_attention="sentences")
+             check_invariants=True)
 NODES = [*((0, i) for i in range(64)), (1, 2),
          *((0, i) for i in range(96, 150))]
 
@@ -176,8 +176,7 @@ def test_lensnet_names_its_sources_too(make, monkeypatch):
   assert out.sources == [] and not mc._loop.context.window.hidden().any()
 
 
-def test_whole_blocks_are_read_by_default(make):
-  assert Config().raw_attention == "blocks"
+def test_whole_blocks_may_be_read_instead(make):
   mc = make(raw_attention="blocks", gist_attention="masked")
   out = mc.generate(QUESTION, max_new_tokens=3)
   prompt = mc.cursor - 3 - len(QUESTION)
