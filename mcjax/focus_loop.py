@@ -225,13 +225,16 @@ class FocusLoop:
     """Lets the LM attend to what answers the question; see `raw_attention`.
 
     Until the answer ends. The history's first token stays too. A history that
-    is raw as a whole is read as a whole.
+    is raw as a whole is read as a whole, and so is a window that shows none of
+    what answers.
     """
     self.sources, attention = [], None
-    whole = self._config.raw_attention == "all" or not np.any(
-      self.context.window.entries.level)
-    if self.query.asked and not whole:
-      self.sources = list(self._policy.sources)
+    e = self.context.window.entries
+    if (self.query.asked and self._config.raw_attention != "all"
+        and np.any(e.level)):
+      raw = e.start()[e.level == 0]
+      self.sources = [(a, b) for a, b in self._policy.sources
+                      if np.any((raw >= a) & (raw < b))]
     if self.sources:
       spans = self.sources
       if self._config.raw_attention == "blocks":

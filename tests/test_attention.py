@@ -192,6 +192,15 @@ def test_all_raw_text_may_be_read_instead(make):
   assert out.sources == [] and not mc._loop.context.window.hidden().any()
 
 
+def test_sources_that_are_not_in_the_window_hide_nothing(make):
+  mc = make(settle_steps=0)  # nothing is expanded before the answer
+  policy = mc._loop._policy
+  policy.sources = ((FACT_AT + 1, FACT_AT + 1 + len(FACT)),)
+  out = mc.generate(QUESTION, max_new_tokens=3)
+  assert {e.level for e in out.focus if e.start <= FACT_AT < e.stop} != {0}
+  assert out.sources == [] and not mc._loop.context.window.hidden().any()
+
+
 def test_reading_on_ends_it(make):
   mc, other = make(), make(raw_attention="all")
   for one in (mc, other):
