@@ -165,15 +165,14 @@ class ContextLM:
     Returns:
       Whether anything changed.
     """
-    window, e = self.window, self.window.entries
-    before, changed = window.attention, attention != window.attention
-    for narrow in (before, attention):
-      if changed and narrow is not None:
-        window.attention = narrow
-        e.ready[(e.start() < narrow.start) & ~window.hidden()
-                & (e.level == 0)] = False
+    window = self.window
+    if attention == window.attention:
+      return False
+    for narrow in (window.attention, attention):
+      if narrow is not None:
+        window.entries.ready[narrow.earlier(window.entries)[0]] = False
     window.attention = attention
-    return changed
+    return True
 
   def sync(self, renew: int = 1) -> None:
     """Computes what is missing, and the newest `renew` entries anew.

@@ -29,6 +29,15 @@ class Attention(NamedTuple):
   spans: tuple[tuple[int, int], ...]
   start: int
 
+  def earlier(self, entries: Entries) -> tuple[np.ndarray, np.ndarray]:
+    """Raw entries before the prompt, [E] bool: those attended to, those not."""
+    token = entries.start()
+    earlier = (entries.level == 0) & (token < self.start)
+    inside = np.zeros(len(entries), bool)
+    for start, stop in self.spans:
+      inside |= (token >= start) & (token < stop)
+    return earlier & inside, earlier & ~inside
+
 
 @dataclasses.dataclass
 class Entries:
@@ -353,14 +362,9 @@ class WorkingContext:
 
   def hidden(self) -> np.ndarray:
     """[E] bool: raw tokens outside of what the LM attends to."""
-    e = self.entries
     if self.attention is None:
-      return np.zeros(len(e), bool)
-    token = e.start()
-    hidden = (e.level == 0) & (token < self.attention.start)
-    for start, stop in self.attention.spans:
-      hidden &= (token < start) | (token >= stop)
-    return hidden
+      return np.zeros(len(self.entries), bool)
+    return self.attention.earlier(self.entries)[1]
 
   def positions(self, gist_stride: int, max_positions: int) -> np.ndarray:
     """Window-relative position of every entry, [E] int32."""

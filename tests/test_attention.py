@@ -7,7 +7,6 @@ import tiny_base
 from mcjax import Config, McjaxError, MegaContext, invariants
 from mcjax.context_lm import ContextLM
 from mcjax.focus_loop import Query
-from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING
 from mcjax.working_context import Attention, WorkingContext
 
@@ -27,12 +26,7 @@ def attended(window):
 
 @pytest.fixture(scope="module")
 def tree(tiny_lm, tiny_gistnet):
-  tree = MegaContextTree.create(
-    tiny_base.memory_url(), base_fingerprint="tiny", base_name="tiny",
-    encoder=tiny_gistnet, vocab_size=tiny_base.VOCAB,
-  )
-  tree.append(np.random.RandomState(5).randint(0, 256, 200))
-  return tree
+  return tiny_base.random_tree(tiny_gistnet, 200, 5)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import tiny_base
 from mcjax import kv_slots
 from mcjax.config import Config
 from mcjax.context_lm import ContextLM
-from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
 from mcjax.working_context import cold_start, cover
 
@@ -22,12 +21,7 @@ HISTORY = 2100  # two L2 nodes and a bit
 @pytest.fixture(scope="module")
 def tree(tiny_lm, tiny_gistnet):
   """A history of random tokens."""
-  tree = MegaContextTree.create(
-    tiny_base.memory_url(), base_fingerprint="tiny", base_name="tiny",
-    encoder=tiny_gistnet, vocab_size=tiny_base.VOCAB,
-  )
-  tree.append(np.random.RandomState(5).randint(0, 256, HISTORY))
-  return tree
+  return tiny_base.random_tree(tiny_gistnet, HISTORY, 5)
 
 
 def nodes_to(cursor, raw=()):

@@ -9,7 +9,6 @@ import tiny_base
 
 from mcjax import Config, MegaContext, invariants
 from mcjax.invariants import InvariantError
-from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING
 from mcjax.working_context import Entries, WorkingContext, cold_start
 
@@ -106,12 +105,7 @@ def test_positions_must_rise_and_fit(window, monkeypatch):
 
 @pytest.fixture
 def tree(tiny_lm, tiny_gistnet):
-  tree = MegaContextTree.create(
-    tiny_base.memory_url(), base_fingerprint="tiny", base_name="tiny",
-    encoder=tiny_gistnet, vocab_size=tiny_base.VOCAB,
-  )
-  tree.append(np.random.RandomState(0).randint(0, 256, 2100))
-  return tree
+  return tiny_base.random_tree(tiny_gistnet, 2100, 0)
 
 
 def spoil_gist(tree, monkeypatch, level, index, change):

@@ -14,6 +14,7 @@ from mcjax.base.load import BaseLM
 from mcjax.base.model import DecoderConfig
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.gistnet import GistEncoder, default_config, init_params
+from mcjax.tree import MegaContextTree
 
 VOCAB = 300
 SPECIALS = ("<|bos|>", "<|turn|>", "<|stop|>")
@@ -186,6 +187,16 @@ def plain_nll(lm: BaseLM, token_ids) -> np.ndarray:
   rows = np.arange(len(x) - 1)
   out[1:] = -log_softmax(logits)[rows, np.asarray(token_ids)[1:]]
   return out
+
+
+def random_tree(encoder, tokens: int, seed: int) -> MegaContextTree:
+  """A history of random bytes."""
+  tree = MegaContextTree.create(
+    memory_url(), base_fingerprint="tiny", base_name="tiny", encoder=encoder,
+    vocab_size=VOCAB,
+  )
+  tree.append(np.random.RandomState(seed).randint(0, 256, tokens))
+  return tree
 
 
 def window_logits(context, tree) -> np.ndarray:
