@@ -31,7 +31,7 @@ def main(argv) -> None:
   lm = load_base_lm(c.base, dtype=c.dtype)
   initial, config = None, gistnet.configure(lm.params, lm.config, g.gistnet)
   if c.initial:
-    initial, config, _ = gistnet.read_gistnet(c.initial)
+    initial, config = gistnet.read_start(c.initial, g.gistnet, train.seed)
   folder = pathlib.Path(c.data or data.default_folder())
   mixture = dict(g.mixture) or None
   run = alternating.Alternation(

@@ -30,11 +30,10 @@ def main(argv) -> None:
   commands.use_compilation_cache(pathlib.Path(_WORKDIR.value) / "compiled")
   train = gist_trainer.read_config(c.train, c.objective, c.phases)
   lm = load_base_lm(c.base, dtype=c.dtype)
-  initial = None
+  initial, gist_config = None, gistnet.configure(
+    lm.params, lm.config, c.gistnet)
   if c.initial:
-    initial, gist_config, _ = gistnet.read_gistnet(c.initial)
-  else:
-    gist_config = gistnet.configure(lm.params, lm.config, c.gistnet)
+    initial, gist_config = gistnet.read_start(c.initial, c.gistnet, train.seed)
   folder = pathlib.Path(c.data or data.default_folder())
   mixture = dict(c.mixture) or None
   trainer = gist_trainer.GistTrainer(

@@ -33,6 +33,7 @@ class ContextLM:
   """The LM over a window of mixed tokens and gists.
 
   Attributes:
+    lm: the base, as it reads the gists (`GistEncoder.reader`).
     window: the bookkeeping; its entries say what the LM sees.
     tokens_run: token-forwards of the base so far, padding excluded.
     tokens_decoded: tokens generated so far.
@@ -207,6 +208,7 @@ class ContextLM:
     out = function(
       self.lm.params, self.lm.config, self.state,
       self._padded(e.slot[rows], size), positions, visible,
+      _pad(e.level[rows] > 0, size, False),
     )
     self.tokens_run += len(rows)
     if function is kv_slots.splice:
@@ -329,14 +331,15 @@ class ContextLM:
     for size in self._sizes:
       slots = np.full(size, window, np.int32)
       args = (self.lm.params, self.lm.config, self.state, slots, positions,
-              visible)
+              visible, np.zeros(size, bool))
       self.state, hidden = kv_slots.splice(*args)
       kv_slots.nll(self.lm.params, hidden, np.zeros(size, np.int32))
       logits = kv_slots.next_logits(self.lm.params, hidden, np.int32(0))
     if self._config.delta_nll_every:
       size = next(s for s in self._sizes if s > BRANCHING)
       kv_slots.peek(self.lm.params, self.lm.config, self.state,
-                    np.full(size, window, np.int32), positions, visible)
+                    np.full(size, window, np.int32), positions, visible,
+                    np.zeros(size, bool))
     self._load_tokens(np.full(1, window), np.zeros(1, np.int32))
     self._load_gists(
       np.full(1, window), np.zeros((1, self.lm.config.d_model), np.float32)

@@ -47,6 +47,7 @@ class _Batch(NamedTuple):
     inputs: [C, n, D] embeddings of the swapped-in entries.
     own_positions: [C, n + 1 + H] int32: swapped in, newest token, continuation.
     own_visible: [C, n + 1 + H] bool.
+    own_gists: [C, n + 1 + H] bool, which of them are gists.
   """
 
   positions: jax.Array
@@ -54,6 +55,7 @@ class _Batch(NamedTuple):
   inputs: jax.Array
   own_positions: jax.Array
   own_visible: jax.Array
+  own_gists: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("config", "together"))
@@ -69,7 +71,7 @@ def _losses(params, config, state: kv_slots.KVSlots, batch: _Batch,
     x = jnp.concatenate([candidate.inputs.astype(tail.dtype), tail])
     hidden, _, _ = model.forward(
       params, config, x, candidate.own_positions, (window,),
-      candidate.own_visible,
+      candidate.own_visible, gists=candidate.own_gists,
     )
     hidden = hidden[-token_ids.shape[0] : -1]
     return model.token_nll(params, hidden, token_ids[1:])
@@ -150,10 +152,13 @@ def _layout(context: ContextLM, candidate: Candidate | None, tail: int,
   swapped = places[at : at + size] if size else np.zeros(1, np.int32)
   own_visible = np.ones(len(inputs) + tail, bool)
   own_visible[: len(inputs)] = size > 0 and (level == 0 or context.show_gists)
+  own_gists = np.zeros(len(inputs) + tail, bool)
+  own_gists[: len(inputs)] = level > 0
   return _Batch(
     positions, visible, inputs,
     np.concatenate([swapped, places[len(levels) - tail :]]).astype(np.int32),
     own_visible,
+    own_gists,
   )
 
 

@@ -54,6 +54,9 @@ class GistNetConfig:
     clamp_norm: rescale every gist to `input_rms`. Ablation only.
     input_rms: root mean square of the base's embeddings, the unit in which the
       residual branch writes.
+    adapter_layers: layers of the base that read gists through an adapter (a
+      gain and a shift of every channel of the layer's input, for gists alone,
+      see `model.forward`); 0 leaves it out.
   """
 
   d_model: int
@@ -71,11 +74,13 @@ class GistNetConfig:
   input_layer: int = 0
   clamp_norm: bool = False
   input_rms: float = 1.0
+  adapter_layers: int = 0
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      lowest = 0 if field.name in ("input_layer", "copy_heads") else 1
+      optional = ("input_layer", "copy_heads", "adapter_layers")
+      lowest = 0 if field.name in optional else 1
       if field.type == "int" and value < lowest:
         raise McjaxError(f"GistNetConfig.{field.name} must be ≥ {lowest}, "
                          f"got {value}")

@@ -1,7 +1,9 @@
 """GistNet as the runtime and the trainer use it: parameters, costs, files.
 
 `gist_network.py` is the network, a Flax Linen module used as a pure function
-of its parameters. `GistEncoder` binds it to a base model.
+of its parameters. `GistEncoder` binds it to a base model. Beside the network's
+stages the parameters may hold an "adapter", which does not write gists: the
+base reads them through it (`with_adapter`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 
 from mcjax import pretrained
 from mcjax.base import model
+from mcjax.base.load import BaseLM
 from mcjax.gist_network import GistNet, GistNetConfig
 from mcjax.types import BRANCHING, McjaxError
 
@@ -30,20 +33,57 @@ _THREADS = min(8, os.cpu_count() or 1)
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(config: GistNetConfig, seed: int = 0):
-  """Fresh parameters; a leading [levels] axis on each if `per_level`."""
+  """Fresh parameters; a leading [levels] axis on the network's if `per_level`.
+
+  "adapter" is there if the configuration has layers for it, and changes
+  nothing yet.
+  """
   params = GistNet(config).init(
     jax.random.key(seed),
     jnp.zeros((1, BRANCHING, config.d_model), jnp.float32), jnp.int32(1),
   )["params"]
   if config.per_level:
     params = jax.tree.map(lambda a: jnp.stack([a] * config.levels), params)
+  if config.adapter_layers:
+    zeros = jnp.zeros((config.adapter_layers, config.d_model), jnp.float32)
+    params = {**params, "adapter": {"gain": zeros, "shift": zeros}}
   return params
+
+
+def without_adapter(params) -> dict:
+  """The parameters of the network alone, which writes the gists."""
+  return {name: stage for name, stage in params.items() if name != "adapter"}
+
+
+def with_adapter(base_params, params) -> dict:
+  """A base's parameters, with which it reads the gists of this GistNet.
+
+  Args:
+    base_params: see `model.py`.
+    params: of a GistNet; without an adapter the base's come back as they are.
+  """
+  if "adapter" not in params:
+    return base_params
+  return {**base_params, "gist_adapter": params["adapter"]}
+
+
+def _continued(params, config: GistNetConfig, seed: int) -> dict:
+  """Trained parameters, completed by fresh ones for the stages they lack."""
+  fresh = init_params(config, seed)
+  for name, stage in params.items():
+    shapes = [jax.tree.map(lambda a: a.shape, s)
+              for s in (stage, fresh.get(name))]
+    if shapes[0] != shapes[1]:
+      raise McjaxError(f"the trained GistNet's {name} does not fit the "
+                       "configuration")
+  return {**fresh, **params}
 
 
 def apply(params, config: GistNetConfig, children: jax.Array,
           level: jax.Array | int = 1) -> jax.Array:
   """Gists [n, m, D] float32 of children [n, 32, D]; `level` is the gists'."""
   level = jnp.asarray(level, jnp.int32)
+  params = without_adapter(params)
   if config.per_level:
     own = jnp.clip(level - 1, 0, config.levels - 1)
     params = jax.tree.map(lambda a: a[own], params)
@@ -79,7 +119,8 @@ def default_config(base_params, base_config: model.DecoderConfig,
   d = base_config.d_model
   heads = max(1, round(d / 96))
   sizes = dict(d_model=d, heads=heads, width=32 * heads, mlp_width=36 * heads,
-               slot_mlp_width=64 * heads)
+               slot_mlp_width=64 * heads,
+               adapter_layers=base_config.n_layers)
   rms = float(_rms(base_params["embed"]))
   return GistNetConfig(**{**sizes, "input_rms": rms, **overrides})
 
@@ -91,19 +132,24 @@ def configure(base_params, base_config: model.DecoderConfig,
   Raises:
     McjaxError: names an unknown field or an invalid value.
   """
+  _check_names(values)
+  return default_config(base_params, base_config, **values)
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
   known = [field.name for field in dataclasses.fields(GistNetConfig)]
   unknown = sorted(set(values) - set(known))
   if unknown:
     raise McjaxError(f"config.gistnet.{unknown[0]} is not a setting; known are "
                      + ", ".join(known))
-  return default_config(base_params, base_config, **values)
 
 
 def flops_per_token(config: GistNetConfig,
                     base_config: model.DecoderConfig | None = None) -> int:
   """Multiply-adds x 2 of GistNet per input token (child); tables are free.
 
-  With `base_config`, the base's layers under `input_layer` are counted in.
+  The adapter's are counted, once a gist. With `base_config`, the base's layers
+  under `input_layer` are counted in.
   """
   w, c, p = config.width, BRANCHING, config.slot_parts
   r = config.rounds
@@ -117,7 +163,8 @@ def flops_per_token(config: GistNetConfig,
               + (2 * r + 1) * (4 * w * w  # of every down and up
                                + 2 * config.heads * c * w))  # scores, mixes
   out = (p * w * config.slots_per_gist + copies) * config.d_model
-  total = 2 * (children + slot + out) // c
+  adapter = config.adapter_layers * config.d_model * config.slots_per_gist
+  total = 2 * (children + slot + out + adapter) // c
   if base_config is not None and config.input_layer:
     head = 2 * base_config.d_model * base_config.vocab_size
     layer = (base_config.flops_per_token - head) // base_config.n_layers
@@ -156,6 +203,26 @@ def read_gistnet(path) -> tuple[dict, GistNetConfig, dict]:
   return params, config, card
 
 
+def read_start(path, values: Mapping[str, Any], seed: int = 0
+               ) -> tuple[dict, GistNetConfig]:
+  """Parameters and configuration from which a trained GistNet is trained on.
+
+  Args:
+    path: of a gistnet.safetensors.
+    values: what is to differ from its configuration; a stage that it lacks, as
+      the adapter, starts fresh.
+    seed: of fresh stages.
+
+  Raises:
+    McjaxError: as `read_gistnet`; an unknown setting, or one that the trained
+      weights do not fit.
+  """
+  params, config, _ = read_gistnet(path)
+  _check_names(values)
+  config = dataclasses.replace(config, **values)
+  return _continued(params, config, seed), config
+
+
 @functools.partial(jax.jit, static_argnames=("config", "base_config"))
 def _encode_ids(params, base_params, token_ids, config, base_config):
   features = token_features(
@@ -170,7 +237,8 @@ class GistEncoder:
   """A GistNet bound to a base model: token ids or gists in, gists out.
 
   Attributes:
-    fingerprint: identifies weights and configuration.
+    fingerprint: identifies the network's weights and configuration, so what
+      wrote a gist; the adapter, which reads it, has no part in it.
     d_model: width of a gist.
     slots_per_gist: vectors per gist.
     trained: False for the untrained start (the last-token control).
@@ -186,8 +254,12 @@ class GistEncoder:
     if config.d_model != lm.config.d_model:
       raise McjaxError(f"this GistNet writes vectors of {config.d_model}, but "
                        f"{lm.name} embeds in {lm.config.d_model}")
-    self.fingerprint = pretrained.fingerprint(
-      params, dataclasses.asdict(config))
+    if config.adapter_layers not in (0, lm.config.n_layers):
+      raise McjaxError(f"this GistNet adapts {config.adapter_layers} layers, "
+                       f"but {lm.name} has {lm.config.n_layers}")
+    fields = dataclasses.asdict(config)
+    del fields["adapter_layers"]
+    self.fingerprint = pretrained.fingerprint(without_adapter(params), fields)
     self.d_model = config.d_model
     self.slots_per_gist = config.slots_per_gist
     self.trained = trained
@@ -200,6 +272,13 @@ class GistEncoder:
     self._base = {"embed": lm.params["embed"]}
     if config.input_layer:
       self._base |= {k: lm.params[k] for k in ("layers", "final_norm")}
+
+  def reader(self, lm: BaseLM) -> BaseLM:
+    """The base as it reads this GistNet's gists: with the adapter, if any."""
+    if not self.config.adapter_layers:
+      return lm
+    return dataclasses.replace(
+      lm, params=with_adapter(lm.params, self.params))
 
   def _in_batches(self, inputs: np.ndarray, run) -> np.ndarray:
     """Applies `run` to padded batches of fixed sizes; drops the padding."""

@@ -130,7 +130,7 @@ def load_gists(inputs: jax.Array, slots: jax.Array,
   return inputs.at[slots].set(gists.astype(inputs.dtype), mode="drop")
 
 
-def _run(params, config, state, slots, positions, visible):
+def _run(params, config, state, slots, positions, visible, gists):
   """LM over the entries in `slots` against all other visible slots."""
   total = state.inputs.shape[0]
   present = slots < total
@@ -142,14 +142,15 @@ def _run(params, config, state, slots, positions, visible):
     state.keys, state.values, positions, visible & ~rewritten
   )
   return model.forward(
-    params, config, x, own_positions, (context,), own_visible
+    params, config, x, own_positions, (context,), own_visible, gists=gists
   )
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=2)
 def splice(params, config: model.DecoderConfig, state: KVSlots,
            slots: jax.Array, positions: jax.Array,
-           visible: jax.Array) -> tuple[KVSlots, jax.Array]:
+           visible: jax.Array, gists: jax.Array | None = None,
+           ) -> tuple[KVSlots, jax.Array]:
   """Computes keys and values of the entries in `slots` and stores them.
 
   Args:
@@ -159,11 +160,13 @@ def splice(params, config: model.DecoderConfig, state: KVSlots,
     slots: [T] int32 slots whose inputs are new; S marks padding.
     positions: [S] int32 position of every slot.
     visible: [S] bool, slots the LM may attend to (`slots` included).
+    gists: [T] bool, which of `slots` hold gists; none by default.
 
   Returns:
     The new state and hidden states [T, D] of the entries.
   """
-  hidden, keys, values = _run(params, config, state, slots, positions, visible)
+  hidden, keys, values = _run(
+    params, config, state, slots, positions, visible, gists)
   return state._replace(
     keys=state.keys.at[:, :, slots].set(keys, mode="drop"),
     values=state.values.at[:, :, slots].set(values, mode="drop"),
@@ -173,9 +176,9 @@ def splice(params, config: model.DecoderConfig, state: KVSlots,
 @functools.partial(jax.jit, static_argnames="config")
 def peek(params, config: model.DecoderConfig, state: KVSlots,
          slots: jax.Array, positions: jax.Array,
-         visible: jax.Array) -> jax.Array:
+         visible: jax.Array, gists: jax.Array | None = None) -> jax.Array:
   """As `splice`, but stores nothing: hidden states [T, D] only."""
-  return _run(params, config, state, slots, positions, visible)[0]
+  return _run(params, config, state, slots, positions, visible, gists)[0]
 
 
 @jax.jit

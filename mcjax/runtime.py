@@ -86,7 +86,7 @@ class MegaContext:
       config.gist_attention == "auto" and encoder.attend
     )
     self._loop = FocusLoop(
-      tree, ContextLM(lm, config, show_gists),
+      tree, ContextLM(encoder.reader(lm), config, show_gists),
       lensnet or _make_policy(config), encoder, config, self.telemetry,
     )
     self._loop.restore_focus(tree.extra.get("focus"))

@@ -133,6 +133,22 @@ def test_any_tiling_equals_a_plain_forward(tiny_lm, tree, data):
   assert_exact(context, tree)
 
 
+def test_gists_and_only_gists_are_read_through_the_adapter(tiny_lm, tree):
+  lm = tiny_base.adapted(tiny_lm)
+  nodes = nodes_to(900, raw=(2, 7))
+  plain, context = (context_of(b, tree, nodes) for b in (tiny_lm, lm))
+  assert_exact(context, tree)
+  assert np.abs(context.logits() - plain.logits()).max() > 0.05
+  tokens, _ = context.decode(32, 0.0, jax.random.key(0))
+  assert len(tokens) == 32
+  context.forget()
+  before = context.logits()
+  context.sync()
+  np.testing.assert_allclose(context.logits(), before, atol=1e-4)
+  masked = [context_of(b, tree, nodes, visible=False) for b in (tiny_lm, lm)]
+  np.testing.assert_array_equal(*(c.logits() for c in masked))
+
+
 def test_the_size_of_chunks_and_their_padding_never_matter(tiny_lm, tree):
   nodes = nodes_to(1500, raw=range(5, 12))
   logits = []

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from mcjax import gistnet, pretrained
+from mcjax.base.load import BaseLM
 from mcjax.base.model import DecoderConfig
 from mcjax.types import BRANCHING, McjaxError
 
@@ -42,8 +42,7 @@ def _base(d_model=24, vocab=64, name="tiny"):
       "wk": draw(2, d_model, 1, 8), "wv": draw(2, d_model, 1, 8),
       "wo": draw(2, 2, 8, d_model), "w_gate": draw(2, d_model, 32),
       "w_up": draw(2, d_model, 32), "w_down": draw(2, 32, d_model)}}
-  return types.SimpleNamespace(
-    name=name, config=config, params=params, fingerprint="base")
+  return BaseLM(name, config, params, None, "base")
 
 
 def _trained(config=_SMALL, seed=3):
@@ -250,6 +249,40 @@ def test_fingerprint_follows_the_weights():
   before = pretrained.fingerprint(params, config)
   params["scale"] = params["scale"] + 1
   assert pretrained.fingerprint(params, config) != before
+
+
+def test_the_adapter_reads_gists_and_has_no_part_in_writing_them():
+  lm, plain = _base(), _trained()
+  config = dataclasses.replace(_SMALL, adapter_layers=2)
+  params = {**plain, "adapter": {
+    "gain": jnp.ones((2, 24)), "shift": jnp.ones((2, 24))}}
+  with_one = gistnet.GistEncoder(lm, params, config, trained=True)
+  without = gistnet.GistEncoder(lm, plain, _SMALL, trained=True)
+  assert with_one.fingerprint == without.fingerprint
+  ids = np.arange(64).reshape(2, 32)
+  np.testing.assert_array_equal(with_one.encode(ids), without.encode(ids))
+  assert without.reader(lm) is lm
+  reader = with_one.reader(lm)
+  assert reader.params["gist_adapter"] is params["adapter"]
+  assert reader.params["layers"] is lm.params["layers"]
+  with pytest.raises(McjaxError, match="adapts 5 layers"):
+    gistnet.GistEncoder(lm, params, dataclasses.replace(
+      config, adapter_layers=5), trained=True)
+
+
+def test_training_on_adds_what_the_trained_weights_lack(tmp_path):
+  path, trained = tmp_path / "gistnet.safetensors", _trained()
+  gistnet.save_gistnet(path, trained, _SMALL, {})
+  params, config = gistnet.read_start(path, {"adapter_layers": 2})
+  assert config == dataclasses.replace(_SMALL, adapter_layers=2)
+  jax.tree.map(np.testing.assert_array_equal,
+               gistnet.without_adapter(params), trained)
+  assert params["adapter"]["gain"].shape == (2, 24)
+  assert not np.asarray(params["adapter"]["gain"]).any()
+  with pytest.raises(McjaxError, match="copy_gain does not fit"):
+    gistnet.read_start(path, {"copy_heads": 3})
+  with pytest.raises(McjaxError, match="config.gistnet.depth"):
+    gistnet.read_start(path, {"depth": 3})
 
 
 def test_shipped_weights_are_found_by_the_base_name(tmp_path, monkeypatch):

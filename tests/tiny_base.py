@@ -105,6 +105,15 @@ def gistnet(lm: BaseLM, seed: int = 0, spread: float = 0.0) -> GistEncoder:
   return GistEncoder(lm, params, config, trained=False)
 
 
+def adapted(lm: BaseLM, seed: int = 0) -> BaseLM:
+  """The same base, reading gists through a random adapter."""
+  rng = np.random.RandomState(seed)
+  shape = (lm.config.n_layers, lm.config.d_model)
+  adapter = {k: jnp.asarray(rng.normal(0, 0.3, shape).astype(np.float32))
+             for k in ("gain", "shift")}
+  return dataclasses.replace(lm, params={**lm.params, "gist_adapter": adapter})
+
+
 def uniform(lm: BaseLM) -> BaseLM:
   """The same base with equal logits for every token."""
   flat = jnp.zeros_like(lm.params["unembed"])
@@ -142,12 +151,15 @@ def _rotate(x, positions, theta):
   return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def plain_logits(lm: BaseLM, x, positions) -> np.ndarray:
-  """Causal logits [T, V] of inputs [T, D] in order at given positions."""
+def plain_logits(lm: BaseLM, x, positions, gists=None) -> np.ndarray:
+  """Causal logits [T, V] of inputs [T, D] in order at given positions.
+
+  Where `gists` [T] is true, the base's gist adapter is used, if it has one.
+  """
   c = lm.config
-  params = {
-    k: np.asarray(v, np.float64) for k, v in lm.params.items() if k != "layers"
-  }
+  params = {k: np.asarray(v, np.float64) for k, v in lm.params.items()
+            if k not in ("layers", "gist_adapter")}
+  adapter = lm.params.get("gist_adapter")
   layers = {k: np.asarray(v, np.float64) for k, v in
             lm.params["layers"].items()}
   x, positions = np.asarray(x, np.float64), np.asarray(positions, np.float64)
@@ -155,6 +167,9 @@ def plain_logits(lm: BaseLM, x, positions) -> np.ndarray:
   group = c.n_heads // c.n_kv_heads
   for i in range(c.n_layers):
     w = {k: v[i] for k, v in layers.items()}
+    if adapter is not None and gists is not None:
+      gain, shift = (np.asarray(adapter[k][i]) for k in ("gain", "shift"))
+      x = np.where(np.asarray(gists)[:, None], x * (1 + gain) + shift, x)
     y = _norm(x, w["attn_norm"], c.rms_norm_eps)
     q = _rotate(np.einsum("td,dnh->tnh", y, w["wq"]), positions, c.rope_theta)
     k = _rotate(np.einsum("td,dkh->tkh", y, w["wk"]), positions, c.rope_theta)
@@ -220,4 +235,5 @@ def window_logits(context, tree) -> np.ndarray:
       x.append(table[tree.tokens(index, index + 1)[0]])
     else:
       x.append(tree.gists(level, index, index + 1)[0])
-  return plain_logits(lm, np.stack(x), positions[seen])[-1]
+  return plain_logits(
+    lm, np.stack(x), positions[seen], e.level[seen] > 0)[-1]

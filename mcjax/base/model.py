@@ -19,6 +19,7 @@ Parameters (L layers stacked in front, scanned):
   layers/bq [L, N, H], bk, bv [L, K, H]              if config.qkv_bias
   layers/bo [L, D]                                   if config.o_bias
   layers/q_norm, k_norm [L, H]                       if config.qk_norm
+  gist_adapter/gain, shift [L, D]                    if gists are read by one
 
 `unstacked` gives the same with a tuple of L layers in place of the stack.
 """
@@ -292,6 +293,19 @@ def _finish(config, layer, x, mixed):
   return x + product("tf,fd->td", gated, layer["w_down"])
 
 
+def _adapt(adapter, x, gists):
+  """A layer's input x [T, D] where rows `gists` [T] pass through its adapter.
+
+  The adapter shows the layer a gist at another scale and offset of every
+  channel; the rows of tokens stay what they are, to the last bit.
+  """
+  if adapter is None or gists is None:
+    return x
+  gain, shift = adapter["gain"][None], adapter["shift"][None]
+  read = x.astype(jnp.float32) * (1 + gain) + shift
+  return jnp.where(gists[:, None], read.astype(x.dtype), x)
+
+
 def _layer(config, layer, rope_on, x, positions, own_table, segments, tables,
            own_visible):
   """One decoder layer on x [T, D]; returns x and its new keys and values."""
@@ -311,6 +325,7 @@ def forward(
   segments: tuple[Segment, ...] = (),
   visible: jax.Array | None = None,
   remat: bool = False,
+  gists: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Runs the decoder on T entries that also attend to cached segments.
 
@@ -324,6 +339,8 @@ def forward(
     visible: [T] bool, False hides the new entry from every query (padding,
       masked gists); all visible by default.
     remat: recompute each layer in the backward pass (gradient checkpointing).
+    gists: [T] bool, True for gists, which pass through the parameters'
+      "gist_adapter" if there is one; none by default.
 
   Returns:
     hidden [T, D] after the final norm, and the new entries' un-rotated keys
@@ -337,9 +354,11 @@ def forward(
   ]
   rope_on = _rope_on(config) if config.nope_layers else None
   caches = [(s.keys, s.values) for s in segments]
+  adapter = params.get("gist_adapter")
 
   def step(x, scanned):
-    layer, on, caches = scanned
+    layer, on, caches, adapter = scanned
+    x = _adapt(adapter, x, gists)
     current = [
       (k, v, s.positions, s.visible, s.rotated)
       for (k, v), s in zip(caches, segments)
@@ -352,13 +371,15 @@ def forward(
   if remat:
     step = jax.checkpoint(step)
   if isinstance(params["layers"], dict):
-    scanned = (params["layers"], rope_on, caches)
+    scanned = (params["layers"], rope_on, caches, adapter)
     x, (keys, values) = jax.lax.scan(step, x, scanned)
   else:
     new = []
     for i, layer in enumerate(params["layers"]):
       on = None if rope_on is None else rope_on[i]
-      x, own = step(x, (layer, on, [(k[i], v[i]) for k, v in caches]))
+      own_adapter = jax.tree.map(lambda a: a[i], adapter)
+      x, own = step(
+        x, (layer, on, [(k[i], v[i]) for k, v in caches], own_adapter))
       new.append(own)
     keys, values = (jnp.stack(parts) for parts in zip(*new))
   hidden = rms_norm(x, params["final_norm"], config.rms_norm_eps)
@@ -374,6 +395,7 @@ def forward_branches(
   positions: jax.Array,
   visible: jax.Array,
   remat: bool = False,
+  gists: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Runs a trunk and many branches that attend to it, in one pass.
 
@@ -390,6 +412,7 @@ def forward_branches(
     positions: [n, T] int32.
     visible: [n, S] bool, entries of the trunk that a branch sees.
     remat: recompute each layer in the backward pass.
+    gists: [S] bool, entries of the trunk that are gists, see `forward`.
 
   Returns:
     hidden [n, T, D] of the branches after the final norm, and the trunk's
@@ -402,9 +425,12 @@ def forward_branches(
   rope_on = _rope_on(config) if config.nope_layers else None
   whole = jnp.ones((size,), bool)
   own_visible = jnp.ones((t,), bool)
+  if gists is not None:
+    gists = jnp.pad(gists, (0, n * t))
 
   def step(x, scanned):
-    layer, on = scanned
+    layer, on, adapter = scanned
+    x = _adapt(adapter, x, gists)
     q, k, v = _project(config, layer, x)
     keys, values = _turn(k[:, :size], trunk_table, on), v[:, :size]
 
@@ -430,7 +456,8 @@ def forward_branches(
   if remat:
     step = jax.checkpoint(step)
   x = jnp.concatenate([trunk, branches.reshape(n * t, -1)])
-  x, (keys, values) = jax.lax.scan(step, x, (params["layers"], rope_on))
+  x, (keys, values) = jax.lax.scan(
+    step, x, (params["layers"], rope_on, params.get("gist_adapter")))
   hidden = rms_norm(x[size:], params["final_norm"], config.rms_norm_eps)
   return hidden.reshape(n, t, -1), keys, values
 

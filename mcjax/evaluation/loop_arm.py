@@ -76,7 +76,7 @@ def make_loop(lm: BaseLM, tree: MegaContextTree, config: Config) -> FocusLoop:
     config.gist_attention == "auto" and encoder.attend
   )
   return FocusLoop(
-    tree, ContextLM(lm, config, show),
+    tree, ContextLM(encoder.reader(lm), config, show),
     policy, encoder, config, Telemetry(),
   )
 

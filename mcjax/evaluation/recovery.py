@@ -145,8 +145,11 @@ def _losses(params, config, ids, gists, setting: Setting, variant: str):
       jnp.arange(setting.lead, dtype=jnp.int32),
       setting.lead + jnp.arange(n, dtype=jnp.int32) * step + step // 2,
       setting.lead + n * step + jnp.arange(rest.shape[0], dtype=jnp.int32)])
+    is_gist = np.zeros(places.shape, bool)
+    is_gist[setting.lead : setting.lead + n] = variant == "gist"
     hidden, _, _ = model.forward(
-      params, config, jnp.concatenate([lead, middle, rest]), places)
+      params, config, jnp.concatenate([lead, middle, rest]), places,
+      gists=jnp.asarray(is_gist))
     return model.token_nll(
       params, hidden[-setting.horizon :], ids[-setting.horizon :])
 
@@ -197,9 +200,9 @@ class Bench:
       partial.replace(path)
     return np.load(path)
 
-  def _run(self, gists: np.ndarray, variant: str) -> np.ndarray:
+  def _run(self, gists: np.ndarray, variant: str, params=None) -> np.ndarray:
     return np.asarray(_losses(
-      self._lm.params, self._lm.config, self._ids, jnp.asarray(gists),
+      params or self._lm.params, self._lm.config, self._ids, jnp.asarray(gists),
       self.setting, variant), np.float64)
 
   def gists(self, encoder) -> np.ndarray:
@@ -219,9 +222,10 @@ class Bench:
   def measure(self, encoder) -> dict[str, np.ndarray]:
     """Losses {variant: [n, horizon]} of all variants for one GistNet."""
     gists = self.gists(encoder)
+    params = encoder.reader(self._lm).params
     return self.controls | {
-      "shuffled": self._run(self.other_document(gists), "gist"),
-      "gist": self._run(gists, "gist")}
+      "shuffled": self._run(self.other_document(gists), "gist", params),
+      "gist": self._run(gists, "gist", params)}
 
 
 def over_horizon(losses: Mapping[str, np.ndarray],

@@ -110,7 +110,7 @@ class Labeller:
     self._policy, self._keyer = policy, keyer
     self._loop_config = Config(window=config.window)
     show = encoder.attend
-    self._context = ContextLM(lm, self._loop_config, show)
+    self._context = ContextLM(encoder.reader(lm), self._loop_config, show)
     self._context.warm_up()
 
   def label(self, task: Task, number: int) -> list[Labelled]:

@@ -44,7 +44,7 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
     gist_config.input_layer)
   gists = gistnet.apply(gist_params, gist_config, features, 1)
   far, start = losses.gist_segment(
-    base_params, base_config, gists.reshape(-1, gists.shape[-1]),
+    gistnet.with_adapter(base_params, gist_params), base_config, gists.reshape(-1, gists.shape[-1]),
     o.gist_stride, remat=o.remat)
   tokens = ids[-own:]
   x = model.embed(base_params, tokens, jnp.float32)

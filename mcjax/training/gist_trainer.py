@@ -49,7 +49,8 @@ class TrainConfig:
     batch: windows per optimizer step, over all processes.
     micro_batch: windows that are in memory at one time.
     optimizer: "adamw" or "muon".
-    learning_rate: peak of the schedule.
+    learning_rate: peak of the schedule; 0 leaves the network as it is.
+    adapter_rate: the adapter's peak, by Adam.
     warmup: steps of linear warm-up.
     decay_fraction: part of the run, at its end, over which the rate falls by
       a cosine to `final_rate` of its peak; 1 is plain cosine decay.
@@ -66,6 +67,7 @@ class TrainConfig:
   micro_batch: int = 1
   optimizer: str = "adamw"
   learning_rate: float = 1e-3
+  adapter_rate: float = 2e-3
   warmup: int = 20
   decay_fraction: float = 1.0
   final_rate: float = 0.05
@@ -147,11 +149,12 @@ def read_config(train: Mapping[str, Any], objective: Mapping[str, Any],
   return _fields(TrainConfig, "train", {**train, "phases": tuple(read)})
 
 
-def schedule(config: TrainConfig) -> optax.Schedule:
-  """Linear warm-up, a plateau, a cosine down to `final_rate`."""
+def schedule(config: TrainConfig, peak: float | None = None
+             ) -> optax.Schedule:
+  """Linear warm-up, a plateau, a cosine down to `final_rate` of the peak."""
   decay = max(1, round(config.steps * config.decay_fraction) - (
     config.warmup if config.decay_fraction == 1 else 0))
-  peak = config.learning_rate
+  peak = config.learning_rate if peak is None else peak
   return optax.join_schedules(
     [optax.linear_schedule(peak / max(1, config.warmup), peak, config.warmup),
      optax.constant_schedule(peak),
@@ -173,12 +176,20 @@ def _matrices(params):
   return jax.tree_util.tree_map_with_path(mark, params)
 
 
+def _parts(params):
+  """Marks every leaf as the network's or the adapter's."""
+  return {
+    name: jax.tree.map(
+      lambda _, name=name: "adapter" if name == "adapter" else "network", stage)
+    for name, stage in params.items()}
+
+
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
   """AdamW or Muon with global norm clipping; matrices only are decayed.
 
   Muon (kellerjordan.github.io/posts/muon) orthogonalises the momentum of
   every matrix; its steps are scaled to the size of Adam's, so that one rate
-  serves both (arXiv:2502.16982).
+  serves both (arXiv:2502.16982). The adapter has a rate of its own.
   """
   if config.optimizer == "muon":
     rule = contrib.muon(
@@ -190,7 +201,11 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
       schedule(config), b1=0.9, b2=config.b2,
       weight_decay=config.weight_decay,
       mask=lambda p: jax.tree.map(lambda a: np.ndim(a) > 1, p))
-  return optax.chain(optax.clip_by_global_norm(config.clip), rule)
+  adapter = optax.adam(
+    schedule(config, config.adapter_rate), b1=0.9, b2=config.b2)
+  rules = optax.multi_transform(
+    {"network": rule, "adapter": adapter}, _parts)
+  return optax.chain(optax.clip_by_global_norm(config.clip), rules)
 
 
 def init_state(config: TrainConfig, params) -> dict[str, Any]:

@@ -46,10 +46,11 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
   parents = gistnet.apply(
     gist_params, gist_config, children.transpose(1, 0, 2), 2)
   flat = parents.reshape(-1, parents.shape[-1])
+  reader = gistnet.with_adapter(base_params, gist_params)
   teacher = jax.lax.stop_gradient(_after(
-    base_params, base_config, o,
+    reader, base_config, o,
     children.reshape(-1, children.shape[-1]), tokens))
-  student = _after(base_params, base_config, o, flat, tokens)
+  student = _after(reader, base_config, o, flat, tokens)
   weights = 1.0 + o.early * 2.0 ** (-np.arange(o.segment) / 8)
   weights[-1] = 0.0  # its next token is not in the window
   loss, sums = losses.distribution_loss(

@@ -217,11 +217,17 @@ def _trunk(gists: jax.Array, stride: int, sink: jax.Array | None = None):
           jnp.concatenate([jnp.arange(offset, dtype=jnp.int32), places]))
 
 
-def decode_trunk(base_params, base_config, trunk, places, remat: bool = False
+def decode_trunk(base_params, base_config, trunk, places, remat: bool = False,
+                 gists: jax.Array | None = None
                  ) -> tuple[jax.Array, jax.Array]:
-  """Rotated keys and values [L, K, S, H] of a trunk [S, D], read causally."""
+  """Rotated keys and values [L, K, S, H] of a trunk [S, D], read causally.
+
+  `gists` [S] bool says which of it are gists; all by default.
+  """
+  if gists is None:
+    gists = jnp.ones(places.shape, bool)
   _, keys, values = model.forward(
-    base_params, base_config, trunk, places, remat=remat)
+    base_params, base_config, trunk, places, remat=remat, gists=gists)
   return model.rotate_keys(base_config, keys, places), values
 
 
@@ -241,12 +247,14 @@ class Layout(NamedTuple):
   Attributes:
     trunk: [S, D] embeddings of the sink and the gists.
     trunk_places: [S] int32 their positions.
+    gists: [S] bool, which of them are gists.
     places: [segments, near + segment] int32 positions of own tokens.
     visible: [segments, S] entries of the trunk that a segment sees.
   """
 
   trunk: jax.Array
   trunk_places: jax.Array
+  gists: jax.Array
   places: jax.Array
   visible: jax.Array
 
@@ -264,8 +272,8 @@ def layout(base_params, o: Objective, ids, gists) -> Layout:
   own = np.arange(o.near + o.segment)
   places = (lead + gone * o.gist_stride)[:, None] + own[None]
   visible = np.arange(trunk.shape[0])[None] < (lead + gone)[:, None]
-  return Layout(trunk, trunk_places, jnp.asarray(places, jnp.int32),
-                jnp.asarray(visible))
+  return Layout(trunk, trunk_places, jnp.arange(len(trunk)) >= lead,
+                jnp.asarray(places, jnp.int32), jnp.asarray(visible))
 
 
 def _student(base_params, base_config, o: Objective, ids, seen: Layout, rows):
@@ -277,7 +285,7 @@ def _student(base_params, base_config, o: Objective, ids, seen: Layout, rows):
   hidden, keys, values = model.forward_branches(
     base_params, base_config, seen.trunk, seen.trunk_places,
     model.embed(base_params, ids[jnp.asarray(o.index)[rows]], jnp.float32),
-    seen.places[rows], seen.visible[rows], o.remat)
+    seen.places[rows], seen.visible[rows], o.remat, seen.gists)
   return hidden[:, o.near :], keys, values
 
 
@@ -312,7 +320,8 @@ def _rebuild(base_params, base_config, o: Objective, ids, gists, key):
   x = jnp.concatenate([own, before], axis=1)
   places = jnp.arange(x.shape[1], dtype=jnp.int32)
   hidden = jax.vmap(lambda x: model.forward(
-    base_params, base_config, x, places, remat=o.remat)[0])(x)
+    base_params, base_config, x, places, remat=o.remat,
+    gists=places < own.shape[1])[0])(x)
   hidden = hidden[:, own.shape[1] - 1 :].reshape(-1, x.shape[-1])
   flat = targets.reshape(-1)
   nll = jax.checkpoint(
@@ -335,6 +344,7 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
     base_params, base_config, ids.reshape(-1, BRANCHING),
     gist_config.input_layer)
   gists = gistnet.apply(gist_params, gist_config, features, 1)
+  reader = gistnet.with_adapter(base_params, gist_params)
 
   seen = layout(base_params, o, ids, gists)
   x = model.embed(base_params, ids, jnp.float32)
@@ -351,12 +361,12 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
   metrics, loss = {}, jnp.float32(0)
   if o.kl or o.nll:
     value, sums, *far = _distributions(
-      base_params, base_config, o, ids, seen, teacher, weights, key)
+      reader, base_config, o, ids, seen, teacher, weights, key)
     loss += value
     metrics |= {"kl": sums[0], "nll": sums[1], "teacher_nll": sums[2]}
   elif o.attend:
-    far = decode_trunk(base_params, base_config, seen.trunk,
-                       seen.trunk_places, o.remat)
+    far = decode_trunk(reader, base_config, seen.trunk, seen.trunk_places,
+                       o.remat, seen.gists)
   if o.attend:
     mask = (np.arange(o.near + o.segment) >= o.near).astype(np.float32)
     full = jnp.pad(weights, ((0, 0), (o.near, 0))) * mask[None]
@@ -369,7 +379,7 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
   loss += o.contrast * spread
   metrics["contrast"] = spread
   if o.rebuild:
-    rebuild = _rebuild(base_params, base_config, o, ids, gists, key)
+    rebuild = _rebuild(reader, base_config, o, ids, gists, key)
     loss += o.rebuild * rebuild
     metrics["rebuild"] = rebuild
   lengths = [jnp.mean(jnp.linalg.norm(a.astype(jnp.float32), axis=-1))

@@ -1,12 +1,11 @@
 """A tiny random base and a tiny text store for the training tests."""
 
-import types
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mcjax import gistnet
+from mcjax.base.load import BaseLM
 from mcjax.base.model import DecoderConfig
 from mcjax.training import data
 
@@ -33,8 +32,7 @@ def tiny_lm():
       "wk": draw(2, 32, 2, 8), "wv": draw(2, 32, 2, 8),
       "wo": draw(2, 4, 8, 32), "w_gate": draw(2, 32, 48),
       "w_up": draw(2, 32, 48), "w_down": draw(2, 48, 32)}}
-  return types.SimpleNamespace(
-    name="tiny", config=config, params=params, fingerprint="tiny-base")
+  return BaseLM("tiny", config, params, None, "tiny-base")
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +40,8 @@ def tiny_gist_config():
   """A GistNet of a few thousand parameters for `tiny_lm`."""
   return gistnet.GistNetConfig(
     d_model=32, width=16, heads=2, mlp_width=24, slot_parts=2,
-    slot_mlp_width=16, copy_heads=2, levels=3, input_rms=0.3)
+    slot_mlp_width=16, copy_heads=2, levels=3, input_rms=0.3,
+    adapter_layers=2)
 
 
 @pytest.fixture(scope="session")

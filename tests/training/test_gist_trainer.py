@@ -83,6 +83,21 @@ def test_one_step_trains_everything_and_freezes_the_base(
 
 
 @pytest.mark.slow
+def test_at_rate_zero_the_adapter_alone_is_trained(
+    make, tmp_path, tiny_gist_config):
+  config = dataclasses.replace(_CONFIG, learning_rate=0.0)
+  trainer = make(tmp_path, config, initial=_noisy(tiny_gist_config))
+  before = jax.device_get(trainer.state["params"])
+  trainer.one_step()
+  after = jax.device_get(trainer.state["params"])
+  jax.tree.map(np.testing.assert_array_equal,
+               gistnet.without_adapter(before), gistnet.without_adapter(after))
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).min(),
+                       before["adapter"], after["adapter"])
+  assert min(jax.tree.leaves(moved)) > 0
+
+
+@pytest.mark.slow
 def test_from_the_zero_start_everything_moves_within_three_steps(
     make, tmp_path):
   trainer = make(tmp_path, dataclasses.replace(_CONFIG, weight_decay=0.0))

@@ -1,0 +1,30 @@
+"""Gives a trained GistNet an adapter and trains both on, on a CPU.
+
+Command:
+  python -m experiments.train_gistnet --workdir=RUN --config.data=STORE \
+    --config=experiments/configs/gistnet_adapter.py:480 \
+    --config.initial=GISTNET --export=RESULT
+"""
+
+from experiments.configs import gistnet
+
+
+def get_config(steps="480"):
+  """Two thirds gists directly before the scored text, else as in the loop.
+
+  A step has two windows. The network moves slowly, since it is trained; the
+  adapter starts from nothing.
+  """
+  c = gistnet.get_config(steps)
+  c.mixture = dict(prose=1.0, docs=1.25, wiki=0.75, code=1.25, chat=0.15)
+  c.gistnet.adapter_layers = 30  # of SmolLM2-135M
+  foreign = dict(foreign=True, near=256, segment=64, window=2048 + 256 + 64)
+  upper = dict(level=2, window=1088, segment=64, kl_segments=1, nll=0.2)
+  loop = dict(sink=True, near=256, window=1344, kl_segments=2)
+  c.phases = [dict(steps=int(steps), turns=[
+    {}, {}, foreign, {}, {}, upper, {}, {}, loop])]
+  c.train.update(dict(batch=2, micro_batch=1, optimizer="adamw",
+                      learning_rate=1.5e-4, adapter_rate=2e-3, warmup=5,
+                      decay_fraction=1.0, log_every=1, evaluate_every=90,
+                      save_every=15, validation_documents=8))
+  return c
