@@ -178,6 +178,16 @@ def params_per_layer(params) -> dict[str, int]:
           for name, stage in params.items()}
 
 
+def fingerprint(params, config: GistNetConfig) -> str:
+  """Identifies what wrote a gist: the network's weights and configuration.
+
+  The adapter reads gists, so it has no part in it.
+  """
+  fields = dataclasses.asdict(config)
+  del fields["adapter_layers"]
+  return pretrained.fingerprint(without_adapter(params), fields)
+
+
 def save_gistnet(path, params, config: GistNetConfig, card: dict) -> None:
   """Writes weights, configuration and the facts of `card` as safetensors."""
   pretrained.save_weights(
@@ -237,8 +247,7 @@ class GistEncoder:
   """A GistNet bound to a base model: token ids or gists in, gists out.
 
   Attributes:
-    fingerprint: identifies the network's weights and configuration, so what
-      wrote a gist; the adapter, which reads it, has no part in it.
+    fingerprint: see `fingerprint`.
     d_model: width of a gist.
     slots_per_gist: vectors per gist.
     trained: False for the untrained start (the last-token control).
@@ -257,9 +266,7 @@ class GistEncoder:
     if config.adapter_layers not in (0, lm.config.n_layers):
       raise McjaxError(f"this GistNet adapts {config.adapter_layers} layers, "
                        f"but {lm.name} has {lm.config.n_layers}")
-    fields = dataclasses.asdict(config)
-    del fields["adapter_layers"]
-    self.fingerprint = pretrained.fingerprint(without_adapter(params), fields)
+    self.fingerprint = fingerprint(params, config)
     self.d_model = config.d_model
     self.slots_per_gist = config.slots_per_gist
     self.trained = trained

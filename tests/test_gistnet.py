@@ -245,10 +245,9 @@ def test_save_and_load(tmp_path):
 
 def test_fingerprint_follows_the_weights():
   params = _trained()
-  config = dataclasses.asdict(_SMALL)
-  before = pretrained.fingerprint(params, config)
+  before = gistnet.fingerprint(params, _SMALL)
   params["scale"] = params["scale"] + 1
-  assert pretrained.fingerprint(params, config) != before
+  assert gistnet.fingerprint(params, _SMALL) != before
 
 
 def test_the_adapter_reads_gists_and_has_no_part_in_writing_them():

@@ -1,4 +1,6 @@
-"""Gives a trained GistNet an adapter and trains both on, on a CPU.
+"""Trains an adapter for a trained GistNet, which stays as it is, on a CPU.
+
+Trees written by that GistNet, and the LensNet that reads its gists, stay good.
 
 Command:
   python -m experiments.train_gistnet --workdir=RUN --config.data=STORE \
@@ -12,8 +14,7 @@ from experiments.configs import gistnet
 def get_config(steps="480"):
   """Two thirds gists directly before the scored text, else as in the loop.
 
-  A step has two windows. The network moves slowly, since it is trained; the
-  adapter starts from nothing.
+  A step has two windows.
   """
   c = gistnet.get_config(steps)
   c.mixture = dict(prose=1.0, docs=1.25, wiki=0.75, code=1.25, chat=0.15)
@@ -24,7 +25,7 @@ def get_config(steps="480"):
   c.phases = [dict(steps=int(steps), turns=[
     {}, {}, foreign, {}, {}, upper, {}, {}, loop])]
   c.train.update(dict(batch=2, micro_batch=1, optimizer="adamw",
-                      learning_rate=1.5e-4, adapter_rate=2e-3, warmup=5,
+                      learning_rate=0.0, adapter_rate=2e-3, warmup=5,
                       decay_fraction=1.0, log_every=1, evaluate_every=90,
                       save_every=15, validation_documents=8))
   return c
