@@ -377,9 +377,8 @@ def forward(
     new = []
     for i, layer in enumerate(params["layers"]):
       on = None if rope_on is None else rope_on[i]
-      own_adapter = jax.tree.map(lambda a: a[i], adapter)
-      x, own = step(
-        x, (layer, on, [(k[i], v[i]) for k, v in caches], own_adapter))
+      read = adapter and {name: a[i] for name, a in adapter.items()}
+      x, own = step(x, (layer, on, [(k[i], v[i]) for k, v in caches], read))
       new.append(own)
     keys, values = (jnp.stack(parts) for parts in zip(*new))
   hidden = rms_norm(x, params["final_norm"], config.rms_norm_eps)

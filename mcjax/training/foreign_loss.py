@@ -43,9 +43,10 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
     base_params, base_config, ids[:-own].reshape(-1, BRANCHING),
     gist_config.input_layer)
   gists = gistnet.apply(gist_params, gist_config, features, 1)
+  reader = gistnet.with_adapter(base_params, gist_params)
   far, start = losses.gist_segment(
-    gistnet.with_adapter(base_params, gist_params), base_config, gists.reshape(-1, gists.shape[-1]),
-    o.gist_stride, remat=o.remat)
+    reader, base_config, gists.reshape(-1, gists.shape[-1]), o.gist_stride,
+    remat=o.remat)
   tokens = ids[-own:]
   x = model.embed(base_params, tokens, jnp.float32)
   places = jnp.arange(own, dtype=jnp.int32)
