@@ -57,3 +57,11 @@ def smollm2():
 def memory_url():
   """A place in memory of this test's own."""
   return tiny_base.memory_url()
+
+
+@pytest.fixture(params=["memory", "file"])
+def url(request, tmp_path):
+  """A place for a tree, in memory and on disk."""
+  if request.param == "memory":
+    return tiny_base.memory_url()
+  return str(tmp_path / "tree")

@@ -1,8 +1,10 @@
-"""A tiny encoder and a plain NumPy tree to compare the stored one with."""
+"""A tiny encoder, and a plain NumPy tree to compare the stored one with."""
 
 import numpy as np
 
+from mcjax import keys, tree_format
 from mcjax.store import Store, io_errors
+from mcjax.tree import MegaContextTree
 
 VOCAB = 300
 BASE = {"base_fingerprint": "base-1", "base_name": "tiny"}
@@ -65,6 +67,64 @@ def random_ids(n, seed=0, vocab=VOCAB):
   """Zipf-distributed token ids, int32 [n]."""
   rng = np.random.default_rng(seed)
   return (rng.zipf(1.3, n) % vocab).astype(np.int32)
+
+
+def create(url, encoder=None, **kwargs):
+  kwargs = {"vocab_size": VOCAB, **BASE, **kwargs}
+  return MegaContextTree.create(url, encoder=encoder or TinyEncoder(), **kwargs)
+
+
+def reopen(url, encoder=None, **kwargs):
+  return MegaContextTree.open(
+    url, encoder=encoder or TinyEncoder(), **{**BASE, **kwargs}
+  )
+
+
+def round_trip(dtype):
+  return lambda x: tree_format.unpack_gists(tree_format.pack_gists(x, dtype))
+
+
+def check(tree, ids, encoder=None, dtype="bfloat16", keyer=None):
+  """The tree holds exactly the history `ids`, by content."""
+  encoder = encoder or TinyEncoder()
+  assert tree.cursor == len(ids) == tree.num_nodes(0)
+  np.testing.assert_array_equal(tree.tokens(0, len(ids)), ids)
+  levels = reference_gists(encoder, ids, round_trip(dtype))
+  assert tree.top_level == len(levels)
+  assert tree.num_nodes(len(levels) + 1) == 0
+  for level, gists in enumerate(levels, 1):
+    assert tree.num_nodes(level) == len(gists) == len(ids) // 32**level
+    np.testing.assert_array_equal(tree.gists(level, 0, len(gists)), gists)
+    assert np.abs(gists).max(axis=1).min() > 0
+    width = 32**level
+    for index in {0, len(gists) // 2, len(gists) - 1}:
+      start = max(0, index * width - keys.LOOKBACK)
+      span = ids[None, start : (index + 1) * width]
+      np.testing.assert_array_equal(
+        tree.keys(level, index, index + 1), keys.sketch(span, level)
+      )
+  blocks = ids[: len(ids) // 32 * 32].reshape(-1, 32)
+  held = [(blocks == token).any(axis=1).sum() for token in range(VOCAB)]
+  np.testing.assert_array_equal(tree.block_frequency(np.arange(VOCAB)), held)
+  if keyer is None:
+    assert tree.lens_fingerprint is None
+  else:
+    assert tree.lens_fingerprint == keyer.fingerprint
+    if levels:
+      check_lens_keys(tree, keyer, blocks, levels[0])
+
+
+def check_lens_keys(tree, keyer, blocks, gists):
+  own = keyer.encode_keys(blocks.astype(np.int32), gists)
+  for level in range(1, tree.top_level + 1):
+    n = tree.num_nodes(level)
+    rows = own
+    if level > 1:
+      below = own[: n * 32 ** (level - 1)].reshape(n, -1, keyer.key_dim)
+      rows = np.concatenate([below.min(axis=1), below.max(axis=1)], axis=1)
+    found = tree.lens_keys(level, 0, n)
+    assert found.dtype == np.int8
+    np.testing.assert_array_equal(found, rows)
 
 
 class FailingWrites:
