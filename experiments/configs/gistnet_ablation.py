@@ -31,6 +31,8 @@ ABLATIONS = {
   "slots_2": dict(gistnet=dict(slots_per_gist=2)),
   "slots_4": dict(gistnet=dict(slots_per_gist=4)),
   "no_copies": dict(gistnet=dict(copy_heads=0)),
+  # how the base reads what it writes
+  "no_adapter": dict(gistnet=dict(adapter_layers=0)),
   # two and three rounds, and less feed-forward, at the cost of the baseline
   "deep_2": dict(gistnet=dict(
     rounds=2, width=180, mlp_width=162, slot_mlp_width=360)),
