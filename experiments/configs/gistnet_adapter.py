@@ -4,14 +4,14 @@ Trees written by that GistNet, and the LensNet that reads its gists, stay good.
 
 Command:
   python -m experiments.train_gistnet --workdir=RUN --config.data=STORE \
-    --config=experiments/configs/gistnet_adapter.py:480 \
+    --config=experiments/configs/gistnet_adapter.py:360 \
     --config.initial=GISTNET --export=RESULT
 """
 
 from experiments.configs import gistnet
 
 
-def get_config(steps="480"):
+def get_config(steps="360"):
   """Two thirds gists directly before the scored text, else as in the loop.
 
   A step has two windows.
