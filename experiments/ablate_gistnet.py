@@ -24,6 +24,9 @@ _NAMES = flags.DEFINE_list("names", [], "Only these; all if empty.")
 _STEPS = flags.DEFINE_integer("steps", 80, "Optimizer steps of each.", 2)
 _BATCH = flags.DEFINE_integer("batch", 2, "Windows of 512 tokens a step.", 1)
 _MICRO = flags.DEFINE_integer("micro_batch", 2, "Of them in memory at once.", 1)
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "bfloat16", ["bfloat16", "float32"],
+  "Of the frozen base; float32 where the CPU has no bfloat16 products.")
 flags.mark_flag_as_required("workdir")
 
 
@@ -90,8 +93,7 @@ def main(argv) -> None:
   for name in names:
     gistnet_ablation.get_config(name)  # an unknown name ends it here
   commands.use_compilation_cache(workdir / "compiled")
-  c = gistnet_ablation.get_config()
-  lm = load_base_lm(c.base, dtype=c.dtype)
+  lm = load_base_lm(gistnet_ablation.get_config().base, dtype=_DTYPE.value)
   for name in names:
     if not (workdir / name / "facts.json").exists() and not _train(
         lm, name, workdir):
