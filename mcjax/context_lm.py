@@ -16,6 +16,7 @@ from mcjax import kv_slots
 from mcjax.base import model
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
+from mcjax.gistnet import GistEncoder
 from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
 from mcjax.working_context import (
@@ -65,6 +66,18 @@ class ContextLM:
     ids = sorted(lm.tokenizer.stop_ids)[: kv_slots.STOP_IDS]
     self._stop_ids = np.full(kv_slots.STOP_IDS, -1, np.int32)
     self._stop_ids[: len(ids)] = ids
+
+  @classmethod
+  def reading(cls, lm: BaseLM, config: Config, encoder: GistEncoder
+              ) -> ContextLM:
+    """The LM over gists of `encoder`, shown or not as `config` says.
+
+    "auto" does what the GistNet's card measured to be better.
+    """
+    show = config.gist_attention == "visible" or (
+      config.gist_attention == "auto" and encoder.attend
+    )
+    return cls(encoder.reader(lm), config, show)
 
   # --- inputs -------------------------------------------------------------
 

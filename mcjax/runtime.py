@@ -82,11 +82,8 @@ class MegaContext:
     self.config = config
     self.tree = tree
     self.telemetry = telemetry
-    show_gists = config.gist_attention == "visible" or (
-      config.gist_attention == "auto" and encoder.attend
-    )
     self._loop = FocusLoop(
-      tree, ContextLM(encoder.reader(lm), config, show_gists),
+      tree, ContextLM.reading(lm, config, encoder),
       lensnet or _make_policy(config), encoder, config, self.telemetry,
     )
     self._loop.restore_focus(tree.extra.get("focus"))

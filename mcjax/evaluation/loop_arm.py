@@ -72,11 +72,8 @@ def make_loop(lm: BaseLM, tree: MegaContextTree, config: Config) -> FocusLoop:
     if tree.lens_fingerprint != policy.keyer.fingerprint:
       tree.rebuild_lens_keys(policy.keyer)
     tree.attach_keyer(policy.keyer)
-  show = config.gist_attention == "visible" or (
-    config.gist_attention == "auto" and encoder.attend
-  )
   return FocusLoop(
-    tree, ContextLM(encoder.reader(lm), config, show),
+    tree, ContextLM.reading(lm, config, encoder),
     policy, encoder, config, Telemetry(),
   )
 

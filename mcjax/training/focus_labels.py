@@ -109,8 +109,7 @@ class Labeller:
     self._lm, self._encoder, self._config = lm, encoder, config
     self._policy, self._keyer = policy, keyer
     self._loop_config = Config(window=config.window)
-    show = encoder.attend
-    self._context = ContextLM(encoder.reader(lm), self._loop_config, show)
+    self._context = ContextLM.reading(lm, self._loop_config, encoder)
     self._context.warm_up()
 
   def label(self, task: Task, number: int) -> list[Labelled]:
