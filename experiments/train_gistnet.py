@@ -39,7 +39,8 @@ def main(argv) -> None:
   trainer = gist_trainer.GistTrainer(
     lm, gist_config, train, data.open_split(folder, "train", mixture),
     _WORKDIR.value, mixture, initial)
-  done = trainer.run(data.open_split(folder, "validation"))
+  done = trainer.run(data.open_split(folder, "validation")
+                     if train.validation_documents else None)
   if done and _EXPORT.value:
     trainer.export(_EXPORT.value, {"config": c.to_dict()})
 

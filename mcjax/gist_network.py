@@ -57,6 +57,8 @@ class GistNetConfig:
     adapter_layers: layers of the base that read gists through an adapter (a
       gain and a shift of every channel of the layer's input, for gists alone,
       see `model.forward`); 0 leaves it out.
+    adapter_rank: rank of the map that the adapter adds in every layer; 0
+      leaves gain and shift alone.
   """
 
   d_model: int
@@ -75,11 +77,13 @@ class GistNetConfig:
   clamp_norm: bool = False
   input_rms: float = 1.0
   adapter_layers: int = 0
+  adapter_rank: int = 0
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      optional = ("input_layer", "copy_heads", "adapter_layers")
+      optional = ("input_layer", "copy_heads", "adapter_layers",
+                  "adapter_rank")
       lowest = 0 if field.name in optional else 1
       if field.type == "int" and value < lowest:
         raise McjaxError(f"GistNetConfig.{field.name} must be ≥ {lowest}, "

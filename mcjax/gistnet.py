@@ -45,9 +45,20 @@ def init_params(config: GistNetConfig, seed: int = 0):
   if config.per_level:
     params = jax.tree.map(lambda a: jnp.stack([a] * config.levels), params)
   if config.adapter_layers:
-    zeros = jnp.zeros((config.adapter_layers, config.d_model), jnp.float32)
-    params = {**params, "adapter": {"gain": zeros, "shift": zeros}}
+    params = {**params, "adapter": _init_adapter(config, seed)}
   return params
+
+
+def _init_adapter(config: GistNetConfig, seed) -> dict:
+  layers, d, rank = config.adapter_layers, config.d_model, config.adapter_rank
+  zeros = jnp.zeros((layers, d), jnp.float32)
+  adapter = {"gain": zeros, "shift": zeros}
+  if rank:
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    adapter["down"] = jax.random.normal(
+      key, (layers, d, rank), jnp.float32) / np.float32(np.sqrt(d))
+    adapter["up"] = jnp.zeros((layers, rank, d), jnp.float32)
+  return adapter
 
 
 def without_adapter(params) -> dict:
@@ -68,15 +79,19 @@ def with_adapter(base_params, params) -> dict:
 
 
 def _continued(params, config: GistNetConfig, seed: int) -> dict:
-  """Trained parameters, completed by fresh ones for the stages they lack."""
+  """Trained parameters, completed by fresh ones for what they lack."""
   fresh = init_params(config, seed)
+  whole = dict(fresh)
   for name, stage in params.items():
+    if isinstance(stage, Mapping) and name in fresh:
+      stage = {**fresh[name], **stage}
     shapes = [jax.tree.map(lambda a: a.shape, s)
               for s in (stage, fresh.get(name))]
     if shapes[0] != shapes[1]:
       raise McjaxError(f"the trained GistNet's {name} does not fit the "
                        "configuration")
-  return {**fresh, **params}
+    whole[name] = stage
+  return whole
 
 
 def apply(params, config: GistNetConfig, children: jax.Array,
@@ -163,7 +178,8 @@ def flops_per_token(config: GistNetConfig,
               + (2 * r + 1) * (4 * w * w  # of every down and up
                                + 2 * config.heads * c * w))  # scores, mixes
   out = (p * w * config.slots_per_gist + copies) * config.d_model
-  adapter = config.adapter_layers * config.d_model * config.slots_per_gist
+  adapter = (config.adapter_layers * config.slots_per_gist
+             * config.d_model * (1 + 2 * config.adapter_rank))
   total = 2 * (children + slot + out + adapter) // c
   if base_config is not None and config.input_layer:
     head = 2 * base_config.d_model * base_config.vocab_size
@@ -184,7 +200,7 @@ def fingerprint(params, config: GistNetConfig) -> str:
   The adapter reads gists, so it has no part in it.
   """
   fields = dataclasses.asdict(config)
-  del fields["adapter_layers"]
+  del fields["adapter_layers"], fields["adapter_rank"]
   return pretrained.fingerprint(without_adapter(params), fields)
 
 
@@ -219,9 +235,9 @@ def read_start(path, values: Mapping[str, Any], seed: int = 0
 
   Args:
     path: of a gistnet.safetensors.
-    values: what is to differ from its configuration; a stage that it lacks, as
-      the adapter, starts fresh.
-    seed: of fresh stages.
+    values: what is to differ from its configuration; what it lacks of this,
+      as an adapter or its low-rank map, starts fresh.
+    seed: of what starts fresh.
 
   Raises:
     McjaxError: as `read_gistnet`; an unknown setting, or one that the trained

@@ -278,6 +278,10 @@ def test_training_on_adds_what_the_trained_weights_lack(tmp_path):
                gistnet.without_adapter(params), trained)
   assert params["adapter"]["gain"].shape == (2, 24)
   assert not np.asarray(params["adapter"]["gain"]).any()
+  gistnet.save_gistnet(path, params, config, {})
+  wider, _ = gistnet.read_start(path, {"adapter_rank": 3})
+  assert wider["adapter"]["down"].shape == (2, 24, 3)
+  assert not np.asarray(wider["adapter"]["up"]).any()
   with pytest.raises(McjaxError, match="copy_gain does not fit"):
     gistnet.read_start(path, {"copy_heads": 3})
   with pytest.raises(McjaxError, match="config.gistnet.depth"):

@@ -108,9 +108,10 @@ def gistnet(lm: BaseLM, seed: int = 0, spread: float = 0.0) -> GistEncoder:
 def adapted(lm: BaseLM, seed: int = 0) -> BaseLM:
   """The same base, reading gists through a random adapter."""
   rng = np.random.RandomState(seed)
-  shape = (lm.config.n_layers, lm.config.d_model)
-  adapter = {k: jnp.asarray(rng.normal(0, 0.3, shape).astype(np.float32))
-             for k in ("gain", "shift")}
+  layers, d = lm.config.n_layers, lm.config.d_model
+  shapes = {"gain": (d,), "shift": (d,), "down": (d, 3), "up": (3, d)}
+  adapter = {k: jnp.asarray(rng.normal(0, 0.3, (layers, *shape)), jnp.float32)
+             for k, shape in shapes.items()}
   return dataclasses.replace(lm, params={**lm.params, "gist_adapter": adapter})
 
 
@@ -168,8 +169,10 @@ def plain_logits(lm: BaseLM, x, positions, gists=None) -> np.ndarray:
   for i in range(c.n_layers):
     w = {k: v[i] for k, v in layers.items()}
     if adapter is not None and gists is not None:
-      gain, shift = (np.asarray(adapter[k][i]) for k in ("gain", "shift"))
-      x = np.where(np.asarray(gists)[:, None], x * (1 + gain) + shift, x)
+      gain, shift, down, up = (np.asarray(adapter[k][i], np.float64)
+                               for k in ("gain", "shift", "down", "up"))
+      read = x * (1 + gain) + shift + _norm(x, 1, 1e-6) @ down @ up
+      x = np.where(np.asarray(gists)[:, None], read, x)
     y = _norm(x, w["attn_norm"], c.rms_norm_eps)
     q = _rotate(np.einsum("td,dnh->tnh", y, w["wq"]), positions, c.rope_theta)
     k = _rotate(np.einsum("td,dkh->tkh", y, w["wk"]), positions, c.rope_theta)

@@ -297,12 +297,17 @@ def _adapt(adapter, x, gists):
   """A layer's input x [T, D] where rows `gists` [T] pass through its adapter.
 
   The adapter shows the layer a gist at another scale and offset of every
-  channel; the rows of tokens stay what they are, to the last bit.
+  channel and, where it has "down" and "up", with a low-rank map of it added;
+  the rows of tokens stay what they are, to the last bit.
   """
   if adapter is None or gists is None:
     return x
   gain, shift = adapter["gain"][None], adapter["shift"][None]
-  read = x.astype(jnp.float32) * (1 + gain) + shift
+  wide = x.astype(jnp.float32)
+  read = wide * (1 + gain) + shift
+  if "down" in adapter:
+    square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    read += wide * jax.lax.rsqrt(square + 1e-6) @ adapter["down"] @ adapter["up"]
   return jnp.where(gists[:, None], read.astype(x.dtype), x)
 
 
@@ -424,12 +429,11 @@ def forward_branches(
   rope_on = _rope_on(config) if config.nope_layers else None
   whole = jnp.ones((size,), bool)
   own_visible = jnp.ones((t,), bool)
-  if gists is not None:
-    gists = jnp.pad(gists, (0, n * t))
 
   def step(x, scanned):
     layer, on, adapter = scanned
-    x = _adapt(adapter, x, gists)
+    if adapter is not None and gists is not None:
+      x = x.at[:size].set(_adapt(adapter, x[:size], gists))
     q, k, v = _project(config, layer, x)
     keys, values = _turn(k[:, :size], trunk_table, on), v[:, :size]
 

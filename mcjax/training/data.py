@@ -176,6 +176,7 @@ class WindowSampler:
     self._cycle = np.random.default_rng([seed, 1]).permutation(cycle)
     self._counts = counts
     self._orders: dict[tuple[int, int], np.ndarray] = {}
+    self._sizes: dict[tuple[int, int], int] = {}
     for index in np.flatnonzero(counts):
       if not len(self._order(int(index), 0)):
         raise McjaxError(f"no document of kind {self._kinds[index]} holds "
@@ -197,7 +198,14 @@ class WindowSampler:
       joined = np.concatenate(starts) if starts else np.zeros((0,), np.int64)
       self._orders = {k: v for k, v in self._orders.items() if k[0] != kind}
       self._orders[key] = rng.permutation(joined)
+      self._sizes[key] = len(joined)
     return self._orders[key]
+
+  def _size(self, kind: int, epoch: int) -> int:
+    """Windows of a kind in this epoch; past epochs are not ordered anew."""
+    if (kind, epoch) not in self._sizes:
+      self._order(kind, epoch)
+    return self._sizes[kind, epoch]
 
   def sample(self, number: int) -> np.ndarray:
     """Token ids [window] int32 of sample `number`."""
@@ -205,11 +213,10 @@ class WindowSampler:
     kind = int(self._cycle[place])
     rank = cycle * int(self._counts[kind]) + int(
       np.sum(self._cycle[:place] == kind))
-    epoch, size = 0, len(self._order(kind, 0))
-    while rank >= size:  # epochs differ a little in size
-      rank -= size
+    epoch = 0
+    while rank >= self._size(kind, epoch):  # epochs differ a little in size
+      rank -= self._size(kind, epoch)
       epoch += 1
-      size = len(self._order(kind, epoch))
     start = self._order(kind, epoch)[rank]
     tokens = self._stores[self._kinds[kind]].tokens
     return np.asarray(tokens[start : start + self._window], np.int32)

