@@ -35,5 +35,5 @@ def get_config(steps="3000"):
     dict(steps=int(steps) - first, turns=[{}, loop, {}, {}, upper, {}])]
   c.train = dict(batch=4, micro_batch=2, optimizer="muon", learning_rate=2e-3,
                  warmup=10, decay_fraction=0.4, evaluate_every=100,
-                 save_every=20)
+                 save_every=20, seed=0)
   return c
