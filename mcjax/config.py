@@ -38,6 +38,9 @@ class Config:
       sentences: where sentences answer it, these and the history's first token
       alone, unless the whole history is raw; blocks: instead of the sentences
       the blocks of 32 tokens that hold them; all: everything.
+    contrast: how much an answer that is read from sentences leans on what
+      these add to what the base says without them (context-aware decoding,
+      two forward passes a token); 0 leaves it out.
     gist_stride: positions one gist advances (1 compact ... 32 true span);
       reduced automatically so that the window fits the base's range. None
       where the LM does not attend to gists.
@@ -72,6 +75,7 @@ class Config:
   search_nodes: int = 256
   gist_attention: str = "auto"
   raw_attention: str = "sentences"
+  contrast: float = 0.5
   gist_stride: int = 1
   sink_tokens: int = 32
   recent_tokens: int = 256
@@ -111,7 +115,8 @@ class Config:
     for name in ("gist_stride", "renew_tokens"):
       self._require(name, getattr(self, name) <= BRANCHING, f"<= {BRANCHING}")
     self._require("threshold", 0.0 <= self.threshold < 1.0, "in [0, 1)")
-    self._require("temperature", self.temperature >= 0.0, ">= 0")
+    for name in ("contrast", "temperature"):
+      self._require(name, getattr(self, name) >= 0.0, ">= 0")
     for name in ("sink_tokens", "protect_tokens"):
       self._require(
         name, getattr(self, name) <= self.window // 4, "<= window / 4"

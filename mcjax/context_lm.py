@@ -16,6 +16,7 @@ from mcjax import kv_slots
 from mcjax.base import model
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
+from mcjax.contrast import Contrast
 from mcjax.gistnet import GistEncoder
 from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
@@ -58,6 +59,9 @@ class ContextLM:
       self._view = kv_slots.init_view(lm.config, config.window, dtype)
     # A collapse of hidden gists leaves one entry to run: the newest.
     self._sizes = (1, *kv_slots.splice_sizes(config.max_edits))
+    self._contrast: Contrast | None = None
+    if config.contrast:
+      self._contrast = Contrast(lm, config.window, self._sizes)
     self._hidden: jax.Array | None = None
     self._rows = 0
     self._logits: jax.Array | None = None
@@ -186,6 +190,8 @@ class ContextLM:
       if narrow is not None:
         window.entries.ready[narrow.earlier(window.entries)[0]] = False
     window.attention = attention
+    if self._contrast is not None:
+      self._contrast.clear()
     return True
 
   def sync(self, renew: int = 1) -> None:
@@ -212,6 +218,15 @@ class ContextLM:
     self._logits = None
     for chunk in chunks:
       self._hidden, self._rows = self._run(chunk, kv_slots.splice)
+    if self._contrasts:
+      before = self._contrast.tokens_run
+      self._contrast.sync(self.window, self.state.inputs)
+      self.tokens_run += self._contrast.tokens_run - before
+
+  @property
+  def _contrasts(self) -> bool:
+    """Whether decoding is held against what the LM says without the text."""
+    return self._contrast is not None and self.window.attention is not None
 
   def _run(self, rows: np.ndarray, function) -> tuple[jax.Array, int]:
     e = self.window.entries
@@ -273,11 +288,14 @@ class ContextLM:
     first = self.window.next_position(
       self.gist_stride, self.lm.config.max_positions
     )
+    against = (None, None)
+    if self._contrasts:
+      against = self._contrast.prior(self.window, self._config.contrast)
     self.state, out = kv_slots.decode_block(
       self._layers, self.lm.config, self.state,
       self._padded(slots, BRANCHING), positions, visible, np.int32(first),
       self._ready_logits(), np.int32(limit), self._stop_ids,
-      np.float32(temperature), key, self._look(positions),
+      np.float32(temperature), key, self._look(positions), *against,
     )
     self._logits = out.logits
     count, stopped, tokens = jax.device_get(
@@ -285,9 +303,14 @@ class ContextLM:
     )
     count = int(count)
     self.window.give_slots(slots[count:])
+    start = self.window.cursor
     self.window.append_tokens(slots[:count], ready=True)
     self.tokens_decoded += count
     self.tokens_run += count
+    if out.prior is not None:
+      self._contrast.take(
+        *out.prior, slots[:count], np.arange(start, start + count))
+      self.tokens_run += count
     return tokens[:count], bool(stopped)
 
   def wait(self) -> None:
@@ -327,6 +350,8 @@ class ContextLM:
     """Puts the window and its cache back; consumes the snapshot."""
     window, self.state, self._hidden, self._rows, self._logits = snapshot
     self.window.become(window)
+    if self._contrast is not None:
+      self._contrast.clear()
 
   def warm_up(self) -> None:
     """Compiles every shape the loop can meet, on an empty cache."""
@@ -335,6 +360,7 @@ class ContextLM:
     shapes = (
       self.lm.config, window, self._sizes, bool(self._config.delta_nll_every),
       str(self.state.inputs.dtype), jax.tree.structure(self._layers),
+      self._contrast is not None,
     )
     if shapes in _WARM:
       return
@@ -357,12 +383,17 @@ class ContextLM:
     self._load_gists(
       np.full(1, window), np.zeros((1, self.lm.config.d_model), np.float32)
     )
-    kv_slots.decode_block(
-      self._layers, self.lm.config, self.state,
-      np.full(BRANCHING, window, np.int32), positions, visible, np.int32(0),
-      logits, np.int32(0), self._stop_ids, np.float32(0),
-      jax.random.key(0), self._look(positions),
-    )
+    priors: list[tuple] = [()]
+    if self._contrast is not None:
+      priors.append((jax.tree.map(jnp.copy, self.state), kv_slots.Prior(
+        positions, visible, np.int32(0), logits, np.float32(0))))
+    for prior in priors:
+      self.state, _ = kv_slots.decode_block(
+        self._layers, self.lm.config, self.state,
+        np.full(BRANCHING, window, np.int32), positions, visible, np.int32(0),
+        logits, np.int32(0), self._stop_ids, np.float32(0),
+        jax.random.key(0), self._look(positions), *prior,
+      )
     self.restore(snapshot)
     _WARM.add(shapes)
 

@@ -21,10 +21,9 @@ from mcjax.gistnet import BATCH_SIZES, GistEncoder
 from mcjax.telemetry import Telemetry, compile_count, peak_memory_mib
 from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
-from mcjax.working_context import EXPAND, Attention, cold_start
+from mcjax.working_context import EXPAND, FIRST, Attention, cold_start
 
 _DEEPER = 3  # refocus steps that follow a wish down, while text is read on
-_FIRST = (0, 1)  # the token that attention rests on
 _QUERY = 64  # newest tokens that act as the query where there is no prompt
 
 
@@ -239,7 +238,7 @@ class FocusLoop:
       spans = self.sources
       if self._config.raw_attention == "blocks":
         spans = [_whole_blocks(a, b) for a, b in spans]
-      attention = Attention((_FIRST, *spans), self.query.prompt)
+      attention = Attention((FIRST, *spans), self.query.prompt)
     if self.context.attend(attention) and self._config.kv == "exact":
       self.context.forget()
 

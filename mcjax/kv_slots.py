@@ -9,6 +9,7 @@ Every function is jitted over fixed shapes; lengths travel as arrays.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from mcjax.base import model
 from mcjax.types import BRANCHING
 
 STOP_IDS = 8  # fixed width of the stop-token list, padded with -1
+_PLAUSIBLE = 0.1  # of the likeliest token's probability, to be picked at all
 
 
 class KVSlots(NamedTuple):
@@ -46,6 +48,24 @@ class View(NamedTuple):
   values: tuple[jax.Array, ...]
 
 
+class Prior(NamedTuple):
+  """What decoding is held against: the LM without the text it answers from.
+
+  Attributes:
+    positions: [S] int32, in a cache of its own.
+    visible: [S] bool.
+    first_position: int32 position of the first new token.
+    logits: [V] float32 for the first new token.
+    weight: float32, how much what the text adds counts beyond itself.
+  """
+
+  positions: jax.Array
+  visible: jax.Array
+  first_position: jax.Array
+  logits: jax.Array
+  weight: jax.Array
+
+
 class Decoded(NamedTuple):
   """Result of `decode_block`.
 
@@ -54,12 +74,14 @@ class Decoded(NamedTuple):
     count: int32 number of tokens generated.
     stopped: bool, the last token is a stop token.
     logits: [V] float32 for the token after the last one.
+    prior: state and logits of the same without the text, where it was asked.
   """
 
   tokens: jax.Array
   count: jax.Array
   stopped: jax.Array
   logits: jax.Array
+  prior: tuple[KVSlots, jax.Array] | None = None
 
 
 def init(config: model.DecoderConfig, slots: int, dtype) -> KVSlots:
@@ -193,7 +215,60 @@ def nll(params, hidden: jax.Array, targets: jax.Array) -> jax.Array:
   return model.token_nll(params, hidden, targets)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnums=2)
+def _against(logits, prior, weight):
+  """Logits [V] by context-aware decoding: those of plausible tokens, and the
+  more the likelier the text makes them."""
+  beside, without = jax.nn.log_softmax(logits), jax.nn.log_softmax(prior)
+  plausible = beside >= jnp.max(beside) + math.log(_PLAUSIBLE)
+  return jnp.where(plausible, beside + weight * (beside - without), -jnp.inf)
+
+
+class _Stream(NamedTuple):
+  """One cache while a block is decoded: the window, and the block's own."""
+
+  window: model.Segment
+  first_position: jax.Array
+  keys: jax.Array
+  values: jax.Array
+  turned: jax.Array
+  logits: jax.Array
+
+  @classmethod
+  def make(cls, config, state, view, positions, visible, first, logits, size):
+    if view is None:
+      view = View(
+        model.rotate_keys(config, state.keys, positions), state.values)
+    zeros = jnp.zeros(
+      (config.n_layers, config.n_kv_heads, size, config.head_dim),
+      state.keys.dtype)
+    return cls(model.Segment(*view, positions, visible, rotated=True), first,
+               zeros, zeros, zeros, logits)
+
+  def carried(self):
+    """What a token changes."""
+    return self.keys, self.values, self.turned, self.logits
+
+  def advance(self, params, config, carried, i, x):
+    """`carried` after the block's token number `i`, of input x [1, D]."""
+    keys, values, turned, _ = carried
+    offsets = jnp.arange(keys.shape[2], dtype=jnp.int32)
+    block = model.Segment(
+      turned, values, self.first_position + offsets, offsets < i, rotated=True)
+    place = (self.first_position + i)[None]
+    hidden, k, v = model.forward(
+      params, config, x, place, (self.window, block))
+    at = (0, 0, i, 0)
+    return (
+      jax.lax.dynamic_update_slice(keys, k, at),
+      jax.lax.dynamic_update_slice(values, v, at),
+      jax.lax.dynamic_update_slice(
+        turned, model.rotate_keys(config, k, place), at),
+      model.unembed(params, hidden[0]),
+    )
+
+
+@functools.partial(
+  jax.jit, static_argnames="config", donate_argnames=("state", "prior_state"))
 def decode_block(
   params,
   config: model.DecoderConfig,
@@ -208,6 +283,8 @@ def decode_block(
   temperature: jax.Array,
   key: jax.Array,
   view: View | None = None,
+  prior_state: KVSlots | None = None,
+  prior: Prior | None = None,
 ) -> tuple[KVSlots, Decoded]:
   """Decodes up to `limit` <= 32 tokens in one device loop, no host sync.
 
@@ -230,17 +307,17 @@ def decode_block(
     key: PRNG key.
     view: what `look` made of this state and these positions; made here from
       the stacked state where it is None.
+    prior_state: donated; another cache of the same slots, for `prior`.
+    prior: decoding is held against it; two forward passes a token then.
 
   Returns:
     The new state and a `Decoded`.
   """
   size = slots.shape[0]
-  if view is None:
-    view = View(
-      model.rotate_keys(config, state.keys, positions), state.values
-    )
-  window = model.Segment(*view, positions, visible, rotated=True)
-  shape = (config.n_layers, config.n_kv_heads, size, config.head_dim)
+  streams = [_Stream.make(config, state, view, positions, visible,
+                          first_position, logits, size)]
+  if prior is not None:
+    streams.append(_Stream.make(config, prior_state, None, *prior[:4], size))
   offsets = jnp.arange(size, dtype=jnp.int32)
 
   def unfinished(carry):
@@ -248,50 +325,47 @@ def decode_block(
     return (i < limit) & ~stopped
 
   def step(carry):
-    i, _, tokens, keys, values, turned, inputs, logits = carry
-    token = model.sample(logits, temperature, jax.random.fold_in(key, i))
-    block = model.Segment(
-      turned, values, first_position + offsets, offsets < i, rotated=True
-    )
+    i, _, tokens, inputs, carried = carry
+    found = carried[0][-1]
+    if prior is not None:
+      found = _against(found, carried[1][-1], prior.weight)
+    token = model.sample(found, temperature, jax.random.fold_in(key, i))
     x = model.embed(params, token[None])
-    place = (first_position + i)[None]
-    hidden, k, v = model.forward(params, config, x, place, (window, block))
-    at = (0, 0, i, 0)
     return (
       i + 1,
       jnp.any(token == stop_ids),
       tokens.at[i].set(token),
-      jax.lax.dynamic_update_slice(keys, k, at),
-      jax.lax.dynamic_update_slice(values, v, at),
-      jax.lax.dynamic_update_slice(
-        turned, model.rotate_keys(config, k, place), at
-      ),
       jax.lax.dynamic_update_slice(inputs, x, (i, 0)),
-      model.unembed(params, hidden[0]),
+      [s.advance(params, config, c, i, x) for s, c in zip(streams, carried)],
     )
 
-  dtype = state.keys.dtype
-  count, stopped, tokens, keys, values, _, inputs, logits = jax.lax.while_loop(
+  count, stopped, tokens, inputs, carried = jax.lax.while_loop(
     unfinished,
     step,
     (
       jnp.int32(0),
       jnp.bool_(False),
       jnp.zeros(size, jnp.int32),
-      jnp.zeros(shape, dtype),
-      jnp.zeros(shape, dtype),
-      jnp.zeros(shape, dtype),
-      jnp.zeros((size, state.inputs.shape[1]), dtype),
-      logits,
+      jnp.zeros((size, state.inputs.shape[1]), state.inputs.dtype),
+      [s.carried() for s in streams],
     ),
   )
   used = jnp.where(offsets < count, slots, state.inputs.shape[0])
-  state = KVSlots(
-    state.inputs.at[used].set(inputs, mode="drop"),
-    state.keys.at[:, :, used].set(keys, mode="drop"),
-    state.values.at[:, :, used].set(values, mode="drop"),
-  )
-  return state, Decoded(tokens, count, stopped, logits)
+
+  def written(state, keys, values):
+    return KVSlots(
+      state.inputs.at[used].set(inputs, mode="drop"),
+      state.keys.at[:, :, used].set(keys, mode="drop"),
+      state.values.at[:, :, used].set(values, mode="drop"),
+    )
+
+  without = None
+  if prior is not None:
+    keys, values, _, logits = carried[1]
+    without = written(prior_state, keys, values), logits
+  keys, values, _, logits = carried[0]
+  return (written(state, keys, values),
+          Decoded(tokens, count, stopped, logits, without))
 
 
 def splice_sizes(max_edits: int) -> tuple[int, ...]:

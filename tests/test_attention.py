@@ -102,7 +102,7 @@ def test_a_copy_takes_what_is_attended_to_along():
 
 
 def test_the_lm_reads_what_it_attends_to_alone(tiny_lm, tree):
-  context = ContextLM(tiny_lm, Config(window=512), show_gists=False)
+  context = ContextLM(tiny_lm, Config(window=512, contrast=0), show_gists=False)
   context.window.retile(NODES)
   context.load_unready(tree)
   context.sync()
@@ -127,7 +127,7 @@ def test_the_lm_reads_what_it_attends_to_alone(tiny_lm, tree):
 
 
 def test_hidden_tokens_are_run_once_they_are_attended_to(tiny_lm, tree):
-  context = ContextLM(tiny_lm, Config(window=512), show_gists=False)
+  context = ContextLM(tiny_lm, Config(window=512, contrast=0), show_gists=False)
   context.window.retile(NODES)
   context.load_unready(tree)
   context.attend(Attention(((0, 1), (40, 50)), 140))

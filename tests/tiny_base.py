@@ -169,9 +169,10 @@ def plain_logits(lm: BaseLM, x, positions, gists=None) -> np.ndarray:
   for i in range(c.n_layers):
     w = {k: v[i] for k, v in layers.items()}
     if adapter is not None and gists is not None:
-      gain, shift, down, up = (np.asarray(adapter[k][i], np.float64)
-                               for k in ("gain", "shift", "down", "up"))
-      read = x * (1 + gain) + shift + _norm(x, 1, 1e-6) @ down @ up
+      own = {k: np.asarray(a[i], np.float64) for k, a in adapter.items()}
+      read = x * (1 + own["gain"]) + own["shift"]
+      if "down" in own:
+        read = read + _norm(x, 1, 1e-6) @ own["down"] @ own["up"]
       x = np.where(np.asarray(gists)[:, None], read, x)
     y = _norm(x, w["attn_norm"], c.rms_norm_eps)
     q = _rotate(np.einsum("td,dnh->tnh", y, w["wq"]), positions, c.rope_theta)
