@@ -306,8 +306,8 @@ def _adapt(adapter, x, gists):
   wide = x.astype(jnp.float32)
   read = wide * (1 + gain) + shift
   if "down" in adapter:
-    square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    read += wide * jax.lax.rsqrt(square + 1e-6) @ adapter["down"] @ adapter["up"]
+    size = jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    read += wide / size @ adapter["down"] @ adapter["up"]
   return jnp.where(gists[:, None], read.astype(x.dtype), x)
 
 
