@@ -17,7 +17,7 @@ from mcjax.working_context import FIRST, Attention, WorkingContext
 
 
 class Contrast:
-  """The second cache, in the window's slots.
+  """The second cache, in the window's slots; made when it is first needed.
 
   Attributes:
     tokens_run: token-forwards of the base, padding excluded.
@@ -25,7 +25,7 @@ class Contrast:
 
   def __init__(self, lm: BaseLM, slots: int, sizes: tuple[int, ...]):
     self._lm, self._sizes = lm, sizes
-    self._state = kv_slots.init(lm.config, slots, lm.params["embed"].dtype)
+    self._state: kv_slots.KVSlots | None = None
     self._held = np.full(slots, -1, np.int64)  # token whose keys a slot holds
     self._logits = None
     self.tokens_run = 0
@@ -47,6 +47,9 @@ class Contrast:
     todo = self._held[slots] != tokens
     todo[-1:] = True  # what follows the newest is asked for
     slots, tokens = slots[todo], tokens[todo]
+    if self._state is None:
+      self._state = kv_slots.init(
+        self._lm.config, len(self._held), inputs.dtype)
     self._state = self._state._replace(inputs=inputs.copy())
     largest = self._sizes[-1]
     for a in range(0, len(slots), largest):

@@ -92,7 +92,7 @@ def _open(lm) -> tuple[mcjax.MegaContext, list[Section]]:
   shutil.rmtree(tree, ignore_errors=True)  # an ingest that was cut off
   tree.parent.mkdir(parents=True, exist_ok=True)
   # Two of the six facts the base does not repeat from their sentence alone.
-  config = mcjax.Config(window=_WINDOW.value, raw_attention="blocks")
+  config = mcjax.Config(window=_WINDOW.value)
   mc = mcjax.MegaContext.create(str(tree), lm, config)
   sections = _ingest(mc)
   listing.write_text(json.dumps(sections))
