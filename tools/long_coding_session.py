@@ -91,7 +91,6 @@ def _open(lm) -> tuple[mcjax.MegaContext, list[Section]]:
     return mc, sections
   shutil.rmtree(tree, ignore_errors=True)  # an ingest that was cut off
   tree.parent.mkdir(parents=True, exist_ok=True)
-  # Two of the six facts the base does not repeat from their sentence alone.
   config = mcjax.Config(window=_WINDOW.value)
   mc = mcjax.MegaContext.create(str(tree), lm, config)
   sections = _ingest(mc)
