@@ -29,9 +29,7 @@ def main(argv) -> None:
   train = gist_trainer.read_config(g.train, g.objective, g.phases)
   lens = lens_rounds.read_config(c.lens.to_dict())
   lm = load_base_lm(c.base, dtype=c.dtype)
-  initial, config = None, gistnet.configure(lm.params, lm.config, g.gistnet)
-  if c.initial:
-    initial, config = gistnet.read_start(c.initial, g.gistnet, train.seed)
+  initial, config, _ = gistnet.start(lm, g.gistnet, c.initial, train.seed)
   folder = pathlib.Path(c.data or data.default_folder())
   mixture = dict(g.mixture) or None
   run = alternating.Alternation(

@@ -30,10 +30,8 @@ def main(argv) -> None:
   commands.use_compilation_cache(pathlib.Path(_WORKDIR.value) / "compiled")
   train = gist_trainer.read_config(c.train, c.objective, c.phases)
   lm = load_base_lm(c.base, dtype=c.dtype)
-  initial, gist_config = None, gistnet.configure(
-    lm.params, lm.config, c.gistnet)
-  if c.initial:
-    initial, gist_config = gistnet.read_start(c.initial, c.gistnet, train.seed)
+  initial, gist_config, lineage = gistnet.start(
+    lm, c.gistnet, c.initial, train.seed)
   folder = pathlib.Path(c.data or data.default_folder())
   mixture = dict(c.mixture) or None
   trainer = gist_trainer.GistTrainer(
@@ -42,7 +40,7 @@ def main(argv) -> None:
   done = trainer.run(data.open_split(folder, "validation")
                      if train.validation_documents else None)
   if done and _EXPORT.value:
-    trainer.export(_EXPORT.value, {"config": c.to_dict()})
+    trainer.export(_EXPORT.value, {"config": c.to_dict(), **lineage})
 
 
 if __name__ == "__main__":

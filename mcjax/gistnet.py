@@ -229,24 +229,35 @@ def read_gistnet(path) -> tuple[dict, GistNetConfig, dict]:
   return params, config, card
 
 
-def read_start(path, values: Mapping[str, Any], seed: int = 0
-               ) -> tuple[dict, GistNetConfig]:
-  """Parameters and configuration from which a trained GistNet is trained on.
+def start(lm: BaseLM, values: Mapping[str, Any], path: str = "", seed: int = 0
+          ) -> tuple[dict | None, GistNetConfig, dict]:
+  """What a training run starts from: a fresh GistNet, or a trained one.
 
   Args:
-    path: of a gistnet.safetensors.
-    values: what is to differ from its configuration; what it lacks of this,
+    lm: the base.
+    values: plain values of a configuration file; what is to differ from the
+      default or the trained configuration. What the trained one lacks of this,
       as an adapter or its low-rank map, starts fresh.
+    path: of a gistnet.safetensors to be trained on; none if empty.
     seed: of what starts fresh.
+
+  Returns:
+    parameters (None: all are fresh), configuration, and what the card of the
+    result takes over: the old one as "initial_run", and whether the LM does
+    better with the gists in view.
 
   Raises:
     McjaxError: as `read_gistnet`; an unknown setting, or one that the trained
       weights do not fit.
   """
-  params, config, _ = read_gistnet(path)
+  if not path:
+    return None, configure(lm.params, lm.config, values), {}
+  params, config, card = read_gistnet(path)
   _check_names(values)
   config = dataclasses.replace(config, **values)
-  return _continued(params, config, seed), config
+  kept = {k: card[k] for k in ("gist_attention",) if k in card}
+  return _continued(params, config, seed), config, {
+    **kept, "initial_run": card}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "base_config"))

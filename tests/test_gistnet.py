@@ -270,22 +270,26 @@ def test_the_adapter_reads_gists_and_has_no_part_in_writing_them():
 
 
 def test_training_on_adds_what_the_trained_weights_lack(tmp_path):
-  path, trained = tmp_path / "gistnet.safetensors", _trained()
-  gistnet.save_gistnet(path, trained, _SMALL, {})
-  params, config = gistnet.read_start(path, {"adapter_layers": 2})
+  path, trained, lm = tmp_path / "gistnet.safetensors", _trained(), _base()
+  old = {"steps": 7, "gist_attention": "masked"}
+  gistnet.save_gistnet(path, trained, _SMALL, old)
+  params, config, card = gistnet.start(lm, {"adapter_layers": 2}, path)
+  assert card == {"gist_attention": "masked", "initial_run": old}
   assert config == dataclasses.replace(_SMALL, adapter_layers=2)
   jax.tree.map(np.testing.assert_array_equal,
                gistnet.without_adapter(params), trained)
   assert params["adapter"]["gain"].shape == (2, 24)
   assert not np.asarray(params["adapter"]["gain"]).any()
   gistnet.save_gistnet(path, params, config, {})
-  wider, _ = gistnet.read_start(path, {"adapter_rank": 3})
+  wider, _, _ = gistnet.start(lm, {"adapter_rank": 3}, path)
   assert wider["adapter"]["down"].shape == (2, 24, 3)
   assert not np.asarray(wider["adapter"]["up"]).any()
   with pytest.raises(McjaxError, match="copy_gain does not fit"):
-    gistnet.read_start(path, {"copy_heads": 3})
+    gistnet.start(lm, {"copy_heads": 3}, path)
   with pytest.raises(McjaxError, match="config.gistnet.depth"):
-    gistnet.read_start(path, {"depth": 3})
+    gistnet.start(lm, {"depth": 3}, path)
+  params, config, card = gistnet.start(lm, {"width": 12, "heads": 2})
+  assert params is None and config.width == 12 and card == {}
 
 
 def test_shipped_weights_are_found_by_the_base_name(tmp_path, monkeypatch):
