@@ -76,9 +76,19 @@ def _pip(folder: pathlib.Path, *packages: str, source: bool = False):
 
 def _offered(folder: pathlib.Path, packages: tuple[str, ...]
              ) -> tuple[str, ...]:
-  """Those that this Debian release has; names the others in one line."""
+  """Those that this Debian release has, or that were fetched before.
+
+  The others are named in one line.
+
+  Raises:
+    McjaxError: there is none.
+  """
   known = set(run_client(["apt-cache", "pkgnames"], folder).split())
+  known |= {path.name.split("_")[0] for path in folder.glob("*.deb")}
   absent = [p for p in packages if p not in known]
+  if len(absent) == len(packages):
+    raise McjaxError("apt knows none of the documentation packages; run "
+                     "apt-get update, or leave docs out with --kinds")
   if absent:
     print("not in this Debian release, left out:", ", ".join(absent))
   return tuple(p for p in packages if p in known)

@@ -129,6 +129,17 @@ def test_held_out_sources_are_read_first_and_share_no_package(tmp_path):
   assert not {"flask", "networkx", "moto"} & set(sources.TRAINING_CODE)
 
 
+def test_packages_of_another_release_are_left_out(
+    tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sources, "run_client", lambda *a: "perl-doc\nzsh-doc\n")
+  (tmp_path / "git-doc_2.39_all.deb").touch()
+  wanted = ("perl-doc", "git-doc", "linux-doc-6.12")
+  assert sources._offered(tmp_path, wanted) == ("perl-doc", "git-doc")
+  assert "left out: linux-doc-6.12" in capsys.readouterr().out
+  with pytest.raises(McjaxError, match="apt-get update"):
+    sources._offered(tmp_path, ("linux-doc-6.12",))
+
+
 def test_prepare_writes_disjoint_splits(tmp_path, monkeypatch):
   paragraph = "word " * 60
   made = [
