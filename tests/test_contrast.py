@@ -5,6 +5,7 @@ import pytest
 import tiny_base
 
 from mcjax import Config, McjaxError, MegaContext
+from mcjax.telemetry import compile_count
 
 FACT = "THE PUMP CODE IS 7314."
 QUESTION = "what is the PUMP CODE?"
@@ -94,6 +95,16 @@ def test_it_costs_the_prompt_and_the_answer_once_more(make):
     mc.generate(QUESTION, max_new_tokens=5)
     runs.append(mc._loop.context.tokens_run - before)
   assert runs[1] - runs[0] == 1 + len(QUESTION) + 5
+
+
+def test_nothing_compiles_for_another_question(make):
+  mc = make()
+  mc.generate("~~~", max_new_tokens=40)  # nothing is read for it
+  before = compile_count()
+  for extra in (0, 30, 200):
+    out = mc.generate("PUMP CODE? " + "?" * extra, max_new_tokens=70)
+    assert out.sources
+  assert compile_count() == before
 
 
 def test_a_forgotten_question_leaves_nothing(make):
