@@ -16,8 +16,10 @@ os.environ["XLA_FLAGS"] = " ".join([
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from runtime_cases import SMALL  # noqa: E402
 import tiny_base  # noqa: E402
 
+from mcjax import Config, MegaContext  # noqa: E402
 from mcjax.base import hub  # noqa: E402
 from mcjax.base.load import load_base_lm  # noqa: E402
 
@@ -65,3 +67,21 @@ def url(request, tmp_path):
   if request.param == "memory":
     return tiny_base.memory_url()
   return str(tmp_path / "tree")
+
+
+@pytest.fixture
+def make(tiny_lm, tiny_gistnet):
+  """A MegaContext of the tiny base; keyword arguments go to its Config."""
+  opened = []
+
+  def create(url=None, lm=tiny_lm, gistnet=tiny_gistnet, **config):
+    mc = MegaContext.create(
+      url or tiny_base.memory_url(), lm, Config(**{**SMALL, **config}),
+      gistnet=gistnet,
+    )
+    opened.append(mc)
+    return mc
+
+  yield create
+  for mc in opened:
+    mc.close()
