@@ -14,9 +14,9 @@ def get_config(steps="4300"):
   """As `gistnet.py`, with a deeper network, larger steps and more text.
 
   The first part scores segments directly after the gists alone; the second
-  adds gists of another text, gists of gists and the window of the loop. A step
-  of 16,384 tokens takes about 0.11 s on one H200 (27 GB of its memory), after
-  a minute of compilation.
+  adds gists of another text, gists of gists and the window of the loop. Before
+  the adapter a step of 16,384 tokens took 0.11 s on one H200 (27 GB of its
+  memory), after a minute of compilation.
   """
   c = gistnet.get_config(steps)
   c.mixture = dict(prose=1.0, docs=1.25, wiki=0.75, code=1.5, chat=0.15)
