@@ -189,9 +189,15 @@ def flops_per_token(config: GistNetConfig,
 
 
 def params_per_layer(params) -> dict[str, int]:
-  """Parameters of every stage of the network, by the stage's name."""
-  return {name: sum(int(np.prod(a.shape)) for a in jax.tree.leaves(stage))
-          for name, stage in params.items()}
+  """Parameters of every stage of the network, by the stage's name.
+
+  The adapter has a layer for each of the base's; "adapter" is one of them.
+  """
+  sizes = {name: sum(int(np.prod(a.shape)) for a in jax.tree.leaves(stage))
+           for name, stage in params.items()}
+  if "adapter" in params:
+    sizes["adapter"] //= len(params["adapter"]["gain"])
+  return sizes
 
 
 def fingerprint(params, config: GistNetConfig) -> str:

@@ -133,6 +133,14 @@ def test_default_size_and_cost_are_within_the_bounds():
   assert counted < 0.005 * _SMOLLM2.flops_per_token
 
 
+def test_an_adapter_counts_by_layers_of_the_base():
+  config = dataclasses.replace(_SMALL, adapter_layers=5, adapter_rank=3)
+  params = gistnet.init_params(config)
+  assert gistnet.params_per_layer(params)["adapter"] == 24 * (2 + 2 * 3)
+  more = gistnet.flops_per_token(config) - gistnet.flops_per_token(_SMALL)
+  assert more == 2 * 5 * 24 * (1 + 2 * 3) // BRANCHING
+
+
 def test_flops_count_agrees_with_the_compiler():
   config = gistnet.GistNetConfig(d_model=576)
   params = jax.eval_shape(lambda: gistnet.init_params(config))

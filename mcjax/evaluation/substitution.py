@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import pathlib
 
+import jax
 import numpy as np
 
 from mcjax import gistnet
@@ -124,16 +125,18 @@ def _cost(result: Report, lm: BaseLM, encoder: gistnet.GistEncoder) -> None:
   own = gistnet.flops_per_token(encoder.config, lm.config)
   base = lm.config.flops_per_token
   layers = gistnet.params_per_layer(encoder.params)
+  total = sum(int(a.size) for a in jax.tree.leaves(encoder.params))
   result.add("flops_per_token/gistnet", own, "FLOP")
   result.add("flops_per_token/base", base, "FLOP")
   result.add("flops_per_token/share", own / base)
-  result.add("params", sum(layers.values()))
+  result.add("params", total)
   result.add("params/largest_layer", max(layers.values()))
   result.tables.append(Table(
     "Cost", ("", "GistNet", "base", "share"),
-    [("FLOP per token", own, base, f"{own / base:.2%}"),
-     ("parameters", sum(layers.values()), "", ""),
-     *((f"… {name}", count, "", "") for name, count in layers.items())]))
+    [("FLOP per token", own, base, f"{own / base:.3%}"),
+     ("parameters", total, "", ""),
+     *((f"… {name}, of one layer" if name == "adapter" else f"… {name}",
+        count, "", "") for name, count in layers.items())]))
 
 
 def _span(value: float, low: float, high: float, digits: int = 3) -> str:
