@@ -38,8 +38,8 @@ class Config:
       sentences: where sentences answer it, these and the history's first token
       alone, unless the whole history is raw; blocks: instead of the sentences
       the blocks of 32 tokens that hold them; all: everything.
-    contrast: how much an answer that is read from sentences leans on what
-      these add to what the base says without them (context-aware decoding,
+    contrast: how much an answer that is read from such text alone leans on
+      what it adds to what the base says without it (context-aware decoding,
       two forward passes a token); 0 leaves it out.
     gist_stride: positions one gist advances (1 compact ... 32 true span);
       reduced automatically so that the window fits the base's range. None

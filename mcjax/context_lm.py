@@ -137,7 +137,7 @@ class ContextLM:
       inputs = kv_slots.load_tokens(
         self.lm.params, self.state.inputs,
         self._padded(slots[a : a + _LOAD], _LOAD),
-        _pad(ids[a : a + _LOAD].astype(np.int32), _LOAD, 0),
+        kv_slots.pad(ids[a : a + _LOAD].astype(np.int32), _LOAD, 0),
       )
       self.state = self.state._replace(inputs=inputs)
 
@@ -152,7 +152,7 @@ class ContextLM:
       self.state = self.state._replace(inputs=inputs)
 
   def _padded(self, slots: np.ndarray, size: int) -> np.ndarray:
-    return _pad(slots.astype(np.int32), size, self._config.window)
+    return kv_slots.pad(slots.astype(np.int32), size, self._config.window)
 
   # --- keys and values ----------------------------------------------------
 
@@ -219,9 +219,7 @@ class ContextLM:
     for chunk in chunks:
       self._hidden, self._rows = self._run(chunk, kv_slots.splice)
     if self._contrasts:
-      before = self._contrast.tokens_run
-      self._contrast.sync(self.window, self.state.inputs)
-      self.tokens_run += self._contrast.tokens_run - before
+      self.tokens_run += self._contrast.sync(self.window, self.state.inputs)
 
   @property
   def _contrasts(self) -> bool:
@@ -236,7 +234,7 @@ class ContextLM:
     out = function(
       self.lm.params, self.lm.config, self.state,
       self._padded(e.slot[rows], size), positions, visible,
-      _pad(e.level[rows] > 0, size, False),
+      kv_slots.pad(e.level[rows] > 0, size, False),
     )
     self.tokens_run += len(rows)
     if function is kv_slots.splice:
@@ -396,7 +394,3 @@ class ContextLM:
       )
     self.restore(snapshot)
     _WARM.add(shapes)
-
-
-def _pad(values: np.ndarray, size: int, fill: int) -> np.ndarray:
-  return np.pad(values, (0, size - len(values)), constant_values=fill)

@@ -17,29 +17,27 @@ from mcjax.working_context import FIRST, Attention, WorkingContext
 
 
 class Contrast:
-  """The second cache, in the window's slots; made when it is first needed.
-
-  Attributes:
-    tokens_run: token-forwards of the base, padding excluded.
-  """
+  """The second cache, in the window's slots; made when it is first needed."""
 
   def __init__(self, lm: BaseLM, slots: int, sizes: tuple[int, ...]):
     self._lm, self._sizes = lm, sizes
     self._state: kv_slots.KVSlots | None = None
     self._held = np.full(slots, -1, np.int64)  # token whose keys a slot holds
     self._logits = None
-    self.tokens_run = 0
 
   def clear(self) -> None:
     """Forgets all keys and values: other text is read, or none."""
     self._held[:] = -1
 
-  def sync(self, window: WorkingContext, inputs) -> None:
+  def sync(self, window: WorkingContext, inputs) -> int:
     """Runs the LM on what is new of the prompt and the answer.
 
     Args:
       window: it attends to less than all raw text.
       inputs: [S, D] of its slots.
+
+    Returns:
+      token-forwards of the base, padding excluded.
     """
     seen = _without(window)
     rows = np.flatnonzero((seen.entries.level == 0) & ~seen.hidden())
@@ -59,12 +57,11 @@ class Contrast:
       positions, visible = self._arrays(seen)
       self._state, hidden = kv_slots.splice(
         self._lm.params, self._lm.config, self._state,
-        np.pad(part, (0, size - len(part)),
-               constant_values=len(self._held)),
-        positions, visible, np.zeros(size, bool))
+        kv_slots.pad(part, size, len(self._held)), positions, visible,
+        np.zeros(size, bool))
       self._logits = kv_slots.next_logits(
         self._lm.params, hidden, np.int32(len(part) - 1))
-    self.tokens_run += len(slots)
+    return len(slots)
 
   def _arrays(self, seen: WorkingContext) -> tuple[np.ndarray, np.ndarray]:
     positions, visible = seen.slot_arrays(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mcjax.base import model
 from mcjax.types import BRANCHING
@@ -372,3 +373,8 @@ def splice_sizes(max_edits: int) -> tuple[int, ...]:
   """Padded sizes of `splice`: e expands, the rest collapses, one last token."""
   sizes = [e * BRANCHING + max_edits + 1 for e in range(max_edits + 1)]
   return tuple(-(-size // 8) * 8 for size in sizes)
+
+
+def pad(values: np.ndarray, size: int, fill: int) -> np.ndarray:
+  """Values [n] filled up to [size]; the window's size marks empty slots."""
+  return np.pad(values, (0, size - len(values)), constant_values=fill)

@@ -4,6 +4,15 @@ import tiny_base
 
 WINDOW = 512
 SMALL = dict(window=WINDOW, recent_tokens=64, gists_per_level=8)
+FACT = "THE PUMP CODE IS 7314."
+QUESTION = "what is the PUMP CODE?"
+
+
+def with_fact(mc, tokens, at):
+  """Ingests lower-case tokens with the fact in upper case at one of them."""
+  text = tiny_base.text(tokens, 3)
+  mc.ingest(text[:at] + FACT + text[at + len(FACT) :])
+  return mc
 
 
 def state_of(mc):

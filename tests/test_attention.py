@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from runtime_cases import FACT, QUESTION, SMALL, with_fact
 import tiny_base
 
 from mcjax import Config, McjaxError, MegaContext, invariants
@@ -11,10 +12,6 @@ from mcjax.types import BRANCHING
 from mcjax.working_context import Attention, WorkingContext
 
 FACT_AT = 12_000
-FACT = "THE PUMP CODE IS 7314."
-QUESTION = "what is the PUMP CODE?"
-SMALL = dict(window=512, recent_tokens=64, gists_per_level=8,
-             check_invariants=True)
 NODES = [*((0, i) for i in range(64)), (1, 2),
          *((0, i) for i in range(96, 150))]
 
@@ -30,23 +27,9 @@ def tree(tiny_lm, tiny_gistnet):
 
 
 @pytest.fixture
-def make(tiny_lm, tiny_gistnet):
-  """A history of 30,000 lower-case tokens with the fact in upper case."""
-  opened = []
-  text = tiny_base.text(30_000, 3)
-  text = text[:FACT_AT] + FACT + text[FACT_AT + len(FACT) :]
-
-  def create(**config):
-    mc = MegaContext.create(
-      tiny_base.memory_url(), tiny_lm, Config(**{**SMALL, **config}),
-      gistnet=tiny_gistnet)
-    mc.ingest(text)
-    opened.append(mc)
-    return mc
-
-  yield create
-  for mc in opened:
-    mc.close()
+def make(make):
+  return lambda **config: with_fact(
+    make(check_invariants=True, **config), 30_000, FACT_AT)
 
 
 def assert_plain(mc):

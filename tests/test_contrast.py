@@ -2,35 +2,17 @@
 
 import numpy as np
 import pytest
+from runtime_cases import QUESTION, with_fact
 import tiny_base
 
-from mcjax import Config, McjaxError, MegaContext
+from mcjax import Config, McjaxError
 from mcjax.telemetry import compile_count
-
-FACT = "THE PUMP CODE IS 7314."
-QUESTION = "what is the PUMP CODE?"
-SMALL = dict(window=512, recent_tokens=64, gists_per_level=8,
-             gist_attention="masked")
 
 
 @pytest.fixture
-def make(tiny_lm, tiny_gistnet):
-  """A history of 8,000 lower-case tokens with the fact in upper case."""
-  opened = []
-  text = tiny_base.text(8_000, 3)
-  text = text[:3_000] + FACT + text[3_000 + len(FACT) :]
-
-  def create(**config):
-    mc = MegaContext.create(
-      tiny_base.memory_url(), tiny_lm, Config(**{**SMALL, **config}),
-      gistnet=tiny_gistnet)
-    mc.ingest(text)
-    opened.append(mc)
-    return mc
-
-  yield create
-  for mc in opened:
-    mc.close()
+def make(make):
+  return lambda **config: with_fact(
+    make(gist_attention="masked", **config), 8_000, 3_000)
 
 
 def log_softmax(logits):
