@@ -102,10 +102,27 @@ def query_weights(
     float32 [Q]: weight * ln((blocks + 1) / (blocks with the token + 0.5))**1.5,
     0 for a token that no block holds.
   """
+  held, idf = _rarity(tree, query_ids)
+  return np.where(held > 0, weights * idf, 0).astype(np.float32)
+
+
+def known_share(tree: MegaContextTree, query_ids: np.ndarray,
+                weights: np.ndarray) -> float:
+  """Share, in [0, 1], of a query's weight in tokens that some block holds.
+
+  Arguments as of `query_weights`; here a token that no block holds weighs
+  more than the rarest.
+  """
+  held, idf = _rarity(tree, query_ids)
+  total = float(np.sum(weights * idf))
+  return float(np.sum((weights * idf)[held > 0])) / total if total else 0.0
+
+
+def _rarity(tree: MegaContextTree, query_ids: np.ndarray):
+  """Blocks that hold a token, and its idf, [Q] each."""
   blocks = tree.num_nodes(1)
   held = tree.block_frequency(query_ids)
-  idf = np.maximum(np.log((blocks + 1) / (held + 0.5)), 0) ** IDF_POWER
-  return np.where(held > 0, weights * idf, 0).astype(np.float32)
+  return held, np.maximum(np.log((blocks + 1) / (held + 0.5)), 0) ** IDF_POWER
 
 
 class LexicalScorer:

@@ -25,18 +25,22 @@ from mcjax import (
 from mcjax.base.load import BaseLM
 from mcjax.context_lm import ContextLM
 from mcjax.gistnet import GistEncoder
+from mcjax.lens_keyer import TABLE, LensKeyer
 from mcjax.lens_rows import GIST, RAW, LensInputs
 from mcjax.policies import FocusView, Similarity, age_scores
 from mcjax.search import TreeSearch, brute_force
 from mcjax.types import BRANCHING, McjaxError
 
-_KEY_BATCH = 2048  # blocks per call of the key head
 _FOUND = 8  # blocks taken from each search
 _SCAN = 1 << 15  # blocks up to which all keys are read: 1M tokens, 4 MFLOP
 _THRESHOLD = 0.2  # as the allocator's; scores below it are no wishes
 _ANSWER = 0.5  # score from which a block answers a question
 _RIVAL = 0.5  # share of the best score that another block must reach
 _SAME = 0.6  # share of the query that its sentence must hold, of the best one's
+_SURE = 0.3  # share of a question from which a sentence surely answers it
+_ALIKE = 6  # sentences taken for what they mean where none does
+_MEANT = 0.4  # likeness from which a sentence is taken
+_NEARLY = 0.7  # share of the best one's likeness that another must have
 _IDLE = -0.3  # score of raw blocks that do not answer it
 _UNSURE_GAIN = 3.0  # a question without an answer wishes from 0.007 nats on
 _GIST_WORTH = 0.01  # most that a block behind a gist scores without a wish
@@ -47,47 +51,6 @@ _EDITS = 4  # wishes for which room is made
 _PRESSURE = 0.21  # taken from what is not wished for once slots are short
 
 
-class LensKeyer:
-  """Writes a block's key; `lens_keys.Keyer` of a LensNet on a base.
-
-  Attributes:
-    fingerprint: of weights, configuration and base.
-    key_dim: K.
-  """
-
-  def __init__(self, params, config: lensnet.LensNetConfig, lm: BaseLM):
-    self.key_dim = config.key_dim
-    self.fingerprint = pretrained.fingerprint(
-      params["keys"], dataclasses.asdict(config) | {"base": lm.fingerprint})
-    tables = jax.jit(
-      lambda p, e: lensnet.key_tables(p, config, e)
-    )(params, lm.params["embed"])
-    self._vectors, self._salience, self._asking = map(np.asarray, tables)
-
-  def encode_keys(self, token_ids: np.ndarray, gists: np.ndarray | None = None
-                  ) -> np.ndarray:
-    """int32 [n, 32] -> int8 [n, K]; the gists are not looked at."""
-    del gists
-    out = np.empty((len(token_ids), self.key_dim), np.int8)
-    for a in range(0, len(token_ids), _KEY_BATCH):
-      ids = token_ids[a : a + _KEY_BATCH]
-      total = np.einsum("nt,ntk->nk", self._salience[ids], self._vectors[ids])
-      out[a : a + _KEY_BATCH] = _rounded(total)
-    return out
-
-  def query(self, token_ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """int32 [K] query of token ids [Q] with weights [Q]."""
-    total = (weights * self._asking[token_ids]) @ self._vectors[token_ids]
-    return _rounded(total[None])[0].astype(np.int32)
-
-
-def _rounded(total: np.ndarray) -> np.ndarray:
-  """Unit vectors [n, K] of `total` as int8."""
-  length = np.sqrt(np.sum(np.square(total), axis=1, keepdims=True) + 1e-6)
-  scaled = np.rint(total / length * lensnet.KEY_SCALE)
-  return np.clip(scaled, -127, 127).astype(np.int8)
-
-
 class LensNetPolicy:
   """Focus scores from LensNet.
 
@@ -95,6 +58,7 @@ class LensNetPolicy:
     trained: False for the deterministic untrained weights.
     keyer: of the learned keys.
     touched, bytes_read: nodes and bytes of the last call's searches.
+    by_meaning: whether its keys say what is alike in meaning.
     sources: token spans that answer the last call's question.
   """
 
@@ -102,6 +66,9 @@ class LensNetPolicy:
                encoder: GistEncoder, trained: bool, max_nodes: int = 256):
     self.config, self.params, self.trained = config, params, trained
     self.keyer = LensKeyer(params, config, lm)
+    self._heads = LensKeyer.of_heads(params, config, lm)
+    self.by_meaning = TABLE in params
+    self._network = {"score": params["score"]}
     self._encoder = encoder
     self._max_nodes = max_nodes
     self._lexical = Similarity(max_nodes)
@@ -122,8 +89,33 @@ class LensNetPolicy:
     rows = lens_rows.window_rows(view.context_lm.window, found)
     scores = self.score_rows(view, rows)
     answers = find_answers(view, rows, scores)
-    self.sources = passages.spans(answers.values())
+    spans = passages.spans(answers.values())
+    if view.asked and self.by_meaning and _sure(view, answers) < _SURE:
+      alike = self._by_meaning(view)
+      scores = _raised(rows, scores, alike)
+      answers = alike | answers
+      spans = tuple(sorted({*spans, *(
+        (p.tokens.start, p.tokens.stop) for p in alike.values())}))
+    self.sources = spans
     return entry_scores(view, rows, scores, wished, answers)
+
+  def _by_meaning(self, view: FocusView) -> dict[int, passages.Passage]:
+    """{block: its sentence} of what means most nearly what is asked.
+
+    For a question that no sentence holds enough words of.
+    """
+    query = self.keyer.query(view.query_ids, view.query_weights)
+
+    def likeness(ids: np.ndarray) -> np.ndarray:
+      keys = self.keyer.encode_keys(ids).astype(np.int32)
+      return keys @ query / np.float64(lensnet.KEY_SCALE**2)
+
+    found = passages.statements(passages.nearest_sentences(
+      view.tree, view.context_lm.lm.tokenizer, self._best, likeness,
+      view.query_start))
+    best = sorted(found.items(), key=lambda item: -item[1].share)
+    least = max(_MEANT, _NEARLY * best[0][1].share if best else 0.0)
+    return {b: p for b, p in best[:_ALIKE] if p.share >= least}
 
   def found(self, view: FocusView) -> list[int]:
     """Blocks that either search proposes."""
@@ -142,12 +134,12 @@ class LensNetPolicy:
     inputs = lens_rows.gather(
       view, rows, size, context.token_embeddings, self._encoder)
     match = np.zeros(size, np.float32)
-    query = self.keyer.query(view.query_ids, view.query_weights)
-    keys = self.keyer.encode_keys(
+    query = self._heads.query(view.query_ids, view.query_weights)
+    keys = self._heads.encode_keys(
       np.maximum(inputs.ids[: len(rows), lens_rows.MARGIN : -lens_rows.MARGIN],
                  0))
     match[: len(rows)] = keys.astype(np.int32) @ query / lensnet.KEY_SCALE**2
-    scores = lensnet.apply(self.params, self.config, inputs, match)
+    scores = lensnet.apply(self._network, self.config, inputs, match)
     return np.asarray(scores)[: len(rows)]
 
   def _by_keys(self, view: FocusView) -> list[int]:
@@ -190,7 +182,7 @@ class LensNetPolicy:
   def warm_up(self, context: ContextLM) -> None:
     """Compiles LensNet for this window."""
     for size in _sizes(context.window.window):
-      lensnet.apply(self.params, self.config,
+      lensnet.apply(self._network, self.config,
                     empty_inputs(size, self.config.d_model),
                     np.zeros(size, np.float32))
     context.token_embeddings(np.zeros(BRANCHING, np.int32))
@@ -240,7 +232,24 @@ def find_answers(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
     lexical.query_weights(view.tree, view.query_ids, view.query_weights),
     view.query_start))
   least = _SAME * max((p.share for p in found.values()), default=0.0)
-  return {block: p for block, p in found.items() if p.share >= least}
+  return {block: p for block, p in found.items() if p.share >= least > 0}
+
+
+def _sure(view: FocusView, answers: dict[int, passages.Passage]) -> float:
+  """Share of the question, unheard words too, in the best sentence."""
+  best = max((p.share for p in answers.values()), default=0.0)
+  return best * lexical.known_share(
+    view.tree, view.query_ids, view.query_weights)
+
+
+def _raised(rows: lens_rows.Rows, scores: np.ndarray,
+            answers: dict[int, passages.Passage]) -> np.ndarray:
+  """Scores [R] in which blocks that are alike in meaning are wished for."""
+  out = np.array(scores, np.float32)
+  for block, passage in answers.items():
+    at = rows.block == block
+    out[at] = np.maximum(out[at], np.float32((1 + passage.share) / 2))
+  return out
 
 
 def _before_query(view: FocusView, rows: lens_rows.Rows) -> np.ndarray:

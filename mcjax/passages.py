@@ -9,7 +9,7 @@ code, goes on with what follows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,8 @@ class Passage(NamedTuple):
   """What a block says on a query.
 
   Attributes:
-    share: of the query's weight in its best sentence, in [0, 1].
+    share: of the query's weight in its best sentence, in [0, 1]; for one that
+      is found by meaning its likeness to the query, in [-1, 1].
     blocks: L1 blocks that this sentence touches, the block and those beside it
       at most.
     tokens: of the history, this sentence as far as it is near to what it
@@ -115,14 +116,9 @@ def find_passages(
   shared = query_ids[weights > 0]
   out = {}
   for block in blocks:
-    start = max(0, (block - 1) * BRANCHING)
-    ids = tree.tokens(start, min(stop, (block + 2) * BRANCHING))
-    pieces = tokenizer.pieces(ids)
-    spans = _sentences(pieces, block * BRANCHING - start)
-    padded = np.full((len(spans), len(ids)), -1, np.int64)
-    for row, (a, b) in zip(padded, spans):
-      row[: b - a] = ids[a:b]
-    shares = lexical.coverage(query_ids, weights, padded, np.ones(len(ids)))
+    start, ids, pieces, spans = _around(tree, tokenizer, block, stop)
+    shares = lexical.coverage(
+      query_ids, weights, _padded(ids, spans), np.ones(len(ids)))
     best = int(np.argmax(shares))
     a, b = spans[best]
     special = np.isin(ids, list(tokenizer.special_ids))
@@ -136,14 +132,62 @@ def find_passages(
         turns = end + np.flatnonzero(special[end:])  # a chat's turn ends here
         b = min([end + _FOLLOWS, len(ids), *turns.tolist()])
       a = max(a, int(held[0]) - _REACH)
-      first, last = (start + a) // BRANCHING, (start + b - 1) // BRANCHING
-      touched = range(max(first, block - 1), min(last, block + 1) + 1)
       tokens = range(start + a, start + b)
+      touched = _touched(tokens)
     else:
       touched = range(block, block + 1)
       tokens = range(block * BRANCHING, (block + 1) * BRANCHING)
     out[block] = Passage(float(shares[best]), touched, tokens, asks)
   return out
+
+
+def nearest_sentences(
+  tree: MegaContextTree, tokenizer: Tokenizer, blocks: Iterable[int],
+  likeness: Callable[[np.ndarray], np.ndarray], stop: int,
+) -> dict[int, Passage]:
+  """The sentence of each block that means most nearly what is asked.
+
+  Args:
+    tree, tokenizer, blocks, stop: as for `find_passages`.
+    likeness: sentences int [n, T], -1 for no token, to [n] in [-1, 1].
+  """
+  out = {}
+  for block in blocks:
+    start, ids, pieces, spans = _around(tree, tokenizer, block, stop)
+    shares = likeness(_padded(ids, spans))
+    best = int(np.argmax(shares))
+    a, b = spans[best]
+    special = np.isin(ids, list(tokenizer.special_ids))
+    tokens = range(start + a, start + b)
+    out[block] = Passage(float(shares[best]), _touched(tokens), tokens,
+                         is_question(pieces[a:b], special[a:b]))
+  return out
+
+
+def _around(tree: MegaContextTree, tokenizer: Tokenizer, block: int, stop: int):
+  """A block and those beside it.
+
+  Returns:
+    its first token's place, ids [T], pieces [T], and the (start, stop) in them
+    of the sentences that touch the block.
+  """
+  start = max(0, (block - 1) * BRANCHING)
+  ids = tree.tokens(start, min(stop, (block + 2) * BRANCHING))
+  pieces = tokenizer.pieces(ids)
+  return start, ids, pieces, _sentences(pieces, block * BRANCHING - start)
+
+
+def _padded(ids: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
+  """The ids of spans, [n, T] int64, -1 behind each."""
+  out = np.full((len(spans), len(ids)), -1, np.int64)
+  for row, (a, b) in zip(out, spans):
+    row[: b - a] = ids[a:b]
+  return out
+
+
+def _touched(tokens: range) -> range:
+  """The blocks that a span of tokens touches."""
+  return range(tokens.start // BRANCHING, (tokens.stop - 1) // BRANCHING + 1)
 
 
 def _sentences(pieces: list[str], at: int) -> list[tuple[int, int]]:

@@ -18,8 +18,8 @@ from mcjax import (
   pretrained,
   reading,
 )
+from mcjax.lens_keyer import LensKeyer
 from mcjax.lens_rows import BURIED, GIST, MARGIN, RAW, SPAN, TAIL, TAIL_GISTS
-from mcjax.lensnet_policy import LensKeyer
 from mcjax.policies import FocusView
 from mcjax.types import BRANCHING, McjaxError
 from mcjax.working_context import WorkingContext
@@ -409,6 +409,72 @@ def test_a_question_without_an_answer_wishes_by_lensnet(tiny_lm, tiny_gistnet):
   out = lensnet_policy.entry_scores(view, rows, scores)
   assert (out[rows.entry[few]] > 0.2).all()
   assert (np.delete(out, rows.entry[few]) < 0.2).all()
+
+
+def meaning_policy(lm, encoder):
+  """Keys to which a letter means the same in upper and in lower case."""
+  config = lensnet.LensNetConfig(d_model=lm.config.d_model)
+  params = lensnet.init_params(config)
+  rng = np.random.RandomState(7)
+  vectors = rng.randint(-127, 128, (lm.config.vocab_size, 32))
+  salience = np.full((lm.config.vocab_size, 2), 0.01, np.float32)
+  for letter in "abcdefghijklmnopqrstuvwxyz":
+    low, high = (lm.tokenizer.encode(c)[0] for c in (letter, letter.upper()))
+    vectors[high] = vectors[low]
+    salience[[low, high]] = 1
+  params["table"] = {"vectors": vectors.astype(np.int8), "salience": salience}
+  return lensnet_policy.LensNetPolicy(config, params, lm, encoder, True)
+
+
+def lines_around(fact, at, size=4000):
+  """Lines of digits with a fact in place of the `at`-th character on."""
+  text = "".join(f"{i:015d}\n" for i in range(size // 16))
+  return text[: at - 1] + "\n" + fact + "\n" + text[at + 1 + len(fact) :]
+
+
+FACT = "THE FERRY SKIPPER GROWS ROSES."
+
+
+def test_what_no_word_finds_is_found_by_meaning(tiny_lm, tiny_gistnet):
+  text = lines_around(FACT, 1300)
+  policy = meaning_policy(tiny_lm, tiny_gistnet)
+  with MegaContext.create(
+    tiny_base.memory_url(), tiny_lm, Config(
+      window=512, policy="lensnet", recent_tokens=64, gists_per_level=8),
+    tiny_gistnet, policy,
+  ) as mc:
+    mc.ingest(text)
+    view = asked_view(mc, "skipper")
+    scores = policy.score(view)
+    a, b = policy.sources[0]
+    assert len(policy.sources) == 1 and mc.text(a, b).strip() == FACT
+    coarse = view.entries.level > 0
+    start = view.entries.start()
+    above = np.searchsorted(start, [a, b - 1], side="right") - 1
+    assert coarse[above].all() and (scores[above] > 0.5).all()
+    policy.by_meaning = False
+    assert (policy.score(view)[above] < 0.5).all() and not policy.sources
+
+
+def test_what_words_surely_answer_is_not_looked_for_by_meaning(
+  tiny_lm, tiny_gistnet, monkeypatch
+):
+  policy = meaning_policy(tiny_lm, tiny_gistnet)
+  with MegaContext.create(
+    tiny_base.memory_url(), tiny_lm, Config(
+      window=512, policy="lensnet", recent_tokens=64, gists_per_level=8),
+    tiny_gistnet, policy,
+  ) as mc:
+    mc.ingest(lines_around(FACT, 1300))
+    monkeypatch.setattr(
+      policy, "score_rows", lambda view, rows: np.full(len(rows), 0.9))
+    looked = []
+    monkeypatch.setattr(
+      policy, "_by_meaning", lambda view: looked.append(1) or {})
+    policy.score(asked_view(mc, "SKIPPER GROWS ROSES"))
+    assert policy.sources and not looked
+    policy.score(asked_view(mc, "skipper grows roses"))
+    assert looked
 
 
 def test_the_policy_scores_what_is_there(tiny_lm, tiny_gistnet):

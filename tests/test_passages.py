@@ -163,3 +163,22 @@ def test_earlier_questions_are_no_rivals_of_a_statement():
   # a page of questions and answers: the question leads to its answer
   assert passages.statements({1: told, 2: first}) == {1: told, 2: first}
   assert passages.statements({}) == {}
+
+
+def test_the_sentence_most_alike_is_found_whole():
+  """Likeness is the share of Q in a sentence; it goes on over a block's edge."""
+  fact = "Q QQ QQQ QQQQ."
+  text = placed("ONE Q. " + fact, BLOCK * BRANCHING + 14)
+  tokenizer = tiny_base.byte_tokenizer()
+  ids = tokenizer.encode(text)
+  wanted = tokenizer.encode("Q")[0]
+
+  def likeness(sentences):
+    assert sentences.ndim == 2
+    return (sentences == wanted).sum(axis=1) / (sentences >= 0).sum(axis=1)
+
+  found = passages.nearest_sentences(
+    TokensOnly(ids), tokenizer, [BLOCK], likeness, len(ids))[BLOCK]
+  assert text[found.tokens.start : found.tokens.stop].strip() == fact
+  assert found.share == pytest.approx(10 / 15)
+  assert list(found.blocks) == [BLOCK, BLOCK + 1] and not found.asks

@@ -53,6 +53,8 @@ class Settings:
     answers: planted: generate answers too, not only focus.
     in_a_row: planted: one conversation, every exchange joins the history; else
       every question is asked from the same window.
+    reworded: planted: everyday facts that are asked for in other words, instead
+      of made-up ones asked for in their own.
     retriever: planted: compare with an embedding retriever.
     documents: labels and text: documents per kind of text.
     document_history: labels and text: tokens before the first step.
@@ -82,6 +84,7 @@ class Settings:
   long_needs: int = 20
   answers: bool = True
   in_a_row: bool = False
+  reworded: bool = False
   retriever: bool = True
   documents: int = 2
   document_history: int = 8192

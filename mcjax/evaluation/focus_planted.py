@@ -13,7 +13,7 @@ import uuid
 
 import numpy as np
 
-from mcjax.evaluation import planted
+from mcjax.evaluation import planted, reworded
 from mcjax.evaluation.focus_bench import Bench, history_of, identity
 from mcjax.evaluation.known_places import KnownPlaces
 from mcjax.evaluation.report import Report, Table, plot_lines
@@ -63,6 +63,8 @@ def measure(bench: Bench, report: Report,
   }
   if s.long_history:
     _growth(bench, report, summaries)
+  if s.reworded:
+    report.notes.append("planted: everyday facts, asked for in other words.")
   if s.in_a_row:
     report.notes.append("planted: the questions of a history are one "
                         "conversation, every exchange in the window after it.")
@@ -82,16 +84,21 @@ def _story(bench: Bench, length: int, count: int, number: int,
            retriever: Retriever | None) -> dict[str, dict]:
   """Outcomes of one history by arm: the policies, retriever and in front."""
   s = bench.settings
-  needs = planted.draw(count, s.seed * 1000 + number)
+  if s.reworded:
+    needs = reworded.draw(count, number, s.seed)
+  else:
+    needs = planted.draw(count, s.seed * 1000 + number)
   facts = [bench.lm.tokenizer.encode(f" {n.fact}") for n in needs]
   ids, places = planted.plant(
     history_of(bench.stores, length, number, s.seed), facts, number
   )
   places = [(a + bench.first, b + bench.first) for a, b in places]
-  story = Story(f"planted-{length}-{number}", bench.timeline(ids), needs,
+  name = "reworded" if s.reworded else "planted"
+  story = Story(f"{name}-{length}-{number}", bench.timeline(ids), needs,
                 places)
   key = {"history": length, "number": number, "needs": count,
-         "answers": s.answers, "in a row": s.in_a_row}
+         "answers": s.answers, "in a row": s.in_a_row,
+         **({"reworded": True} if s.reworded else {})}
   out = {}
   for name in s.policies:
     policy = KnownPlaces() if name == "oracle" else bench.policy(name)

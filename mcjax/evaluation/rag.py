@@ -192,12 +192,13 @@ class Embedder:
     self._first = self._tokenizer.token_to_id("[CLS]")
     self._last = self._tokenizer.token_to_id("[SEP]")
 
-  def encode(self, texts: Sequence[str]) -> np.ndarray:
-    """Unit vectors [n, 384] of texts, each cut to 256 word pieces."""
+  def encode(self, texts: Sequence[str], longest: int = MAX_TOKENS - 2
+             ) -> np.ndarray:
+    """Unit vectors [n, 384] of texts, each cut to `longest` word pieces."""
     found = self._tokenizer.encode_batch(
       list(texts), add_special_tokens=False
     )
-    return self.encode_pieces([e.ids for e in found])
+    return self.encode_pieces([e.ids[:longest] for e in found])
 
   def encode_pieces(self, pieces: Sequence[Sequence[int]]) -> np.ndarray:
     """Unit vectors [n, 384] of word-piece ids without special ones."""

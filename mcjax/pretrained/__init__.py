@@ -1,6 +1,6 @@
 """Shipped weights (one folder a base model) and their safetensors format.
 
-A file holds a flat dictionary of float32 tensors; its metadata names the
+A file holds a flat dictionary of float32 and int8 tensors; its metadata names the
 format, the version, the configuration and the facts of the model card.
 """
 
@@ -23,9 +23,10 @@ _ROOT = pathlib.Path(__file__).parent
 
 
 def flatten(params) -> dict[str, np.ndarray]:
-  """{"a.b": float32 array} of a nested dictionary of arrays."""
+  """{"a.b": array} of a nested dictionary; float32, but int8 stays int8."""
   flat = jax.tree_util.tree_flatten_with_path(params)[0]
-  return {".".join(k.key for k in path): np.asarray(leaf, np.float32)
+  return {".".join(k.key for k in path):
+          np.asarray(leaf, leaf.dtype if leaf.dtype == np.int8 else np.float32)
           for path, leaf in flat}
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from mcjax.evaluation import (
   focus_planted,
   focus_shift,
   planted,
+  reworded,
 )
 from mcjax.evaluation.known_places import KnownPlaces
 from mcjax.evaluation.ranks import ranks, spearman
@@ -58,6 +60,8 @@ def values_of(report):
   return {k: v.value for k, v in report.figures.items()}
 
 
+_COMMON = set("does were from with their that what which have has".split())
+
 # --- planted ----------------------------------------------------------------
 
 
@@ -78,6 +82,21 @@ def test_needs_are_reproducible_and_differ():
   assert not set(needs) & set(planted.draw(40, seed=2))
   for need in needs:
     assert need.answer in need.fact and need.answer not in need.question
+
+
+def test_reworded_questions_share_no_telling_word_with_their_facts():
+  needs = reworded.draw(20, 0, 3) + reworded.draw(20, 1, 3)
+  assert needs[:20] == reworded.draw(20, 0, 3)
+  assert len({n.fact for n in needs}) == 40
+  for need in needs:
+    fact, question = (
+      set(re.findall(r"[a-z]{4,}", t.lower()))
+      for t in (need.fact, need.question))
+    assert not (fact & question) - _COMMON, need
+    assert need.answer.lower() in need.fact.lower()
+    assert need.answer.lower() not in need.question.lower()
+  with pytest.raises(McjaxError, match="there are 40 reworded facts"):
+    reworded.draw(20, 2, 3)
 
 
 def test_covered_needs_every_token_at_l0():

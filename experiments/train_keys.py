@@ -1,0 +1,55 @@
+"""Teaches LensNet's keys: python -m experiments.train_keys --workdir=… --export=…
+
+The teacher is the sentence embedding of `evaluation/rag.py`; its vectors are
+kept in the workdir, so the same command resumes. The result is a LensNet with
+all else as it was; `tools/rekey` writes its keys into a tree.
+"""
+
+import pathlib
+
+from absl import flags, logging
+import numpy as np
+
+from mcjax import commands, lens_keyer, pretrained
+from mcjax.base.load import load_base_lm
+from mcjax.evaluation import rag
+from mcjax.training import data, key_distil
+
+_CONFIG = commands.define_config(
+  str(pathlib.Path(__file__).parent / "configs/keys.py"))
+_WORKDIR = flags.DEFINE_string("workdir", None, "The teacher's vectors.")
+_EXPORT = flags.DEFINE_string("export", None, "Write the LensNet there.")
+flags.mark_flags_as_required(["workdir", "export"])
+
+
+def main(argv) -> None:
+  del argv
+  c = _CONFIG.value
+  logging.set_verbosity(logging.WARNING)
+  config = key_distil.read_config(c.distil)
+  lm = load_base_lm(c.base)
+  source = c.lensnet or pretrained.shipped(lm.name, "lensnet")
+  params, fields, card = pretrained.read_weights(source, "lensnet")
+  stores = data.open_split(c.data or data.default_folder(), "train")
+  texts = key_distil.read(
+    stores, lm.tokenizer, len(lm.params["embed"]), rag.Embedder(batch=64),
+    config, _WORKDIR.value)
+  texts, held = key_distil.split(texts, c.held_blocks, c.held_questions)
+  embeddings = np.asarray(lm.params["embed"], np.float32)
+  rows = key_distil.unit_rows(embeddings)
+  found = {
+    name: key_distil.tables(make(texts, config, embeddings), rows)
+    for name, make in (
+      ("before", key_distil.start), ("after", key_distil.train))}
+  facts = {k: key_distil.agreement(v, held) for k, v in found.items()}
+  for name, values in facts.items():
+    print(f"{name}, other questions among {c.held_blocks} other blocks: "
+          + ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
+  table = key_distil.table(found["after"])
+  pretrained.save_weights(
+    _EXPORT.value, "lensnet", {**params, lens_keyer.TABLE: table}, fields,
+    card | {"keys": {"config": c.to_dict(), "teacher": rag.MODEL, **facts}})
+
+
+if __name__ == "__main__":
+  commands.run(main, _CONFIG)
