@@ -32,15 +32,15 @@ from mcjax.search import TreeSearch, brute_force
 from mcjax.types import BRANCHING, McjaxError
 
 _FOUND = 8  # blocks taken from each search
-_SCAN = 1 << 15  # blocks up to which all keys are read: 1M tokens, 4 MFLOP
+_SCAN = 1 << 15  # blocks up to which all keys are read: 1M tokens, 8 MFLOP
 _THRESHOLD = 0.2  # as the allocator's; scores below it are no wishes
 _ANSWER = 0.5  # score from which a block answers a question
 _RIVAL = 0.5  # share of the best score that another block must reach
 _SAME = 0.6  # share of the query that its sentence must hold, of the best one's
 _SURE = 0.3  # share of a question from which a sentence surely answers it
-_ALIKE = 6  # sentences taken for what they mean where none does
+_ALIKE = 4  # sentences taken for what they mean where none does
 _MEANT = 0.4  # likeness from which a sentence is taken
-_NEARLY = 0.7  # share of the best one's likeness that another must have
+_NEARLY = 0.8  # share of the best one's likeness that another must have
 _IDLE = -0.3  # score of raw blocks that do not answer it
 _UNSURE_GAIN = 3.0  # a question without an answer wishes from 0.007 nats on
 _GIST_WORTH = 0.01  # most that a block behind a gist scores without a wish
@@ -58,6 +58,7 @@ class LensNetPolicy:
     trained: False for the deterministic untrained weights.
     keyer: of the learned keys.
     touched, bytes_read: nodes and bytes of the last call's searches.
+    flops_per_node: of a search.
     by_meaning: whether its keys say what is alike in meaning.
     sources: token spans that answer the last call's question.
   """
@@ -67,6 +68,7 @@ class LensNetPolicy:
     self.config, self.params, self.trained = config, params, trained
     self.keyer = LensKeyer(params, config, lm)
     self._heads = LensKeyer.of_heads(params, config, lm)
+    self.flops_per_node = 2 * self.keyer.key_dim
     self.by_meaning = TABLE in params
     self._network = {"score": params["score"]}
     self._encoder = encoder
@@ -110,10 +112,12 @@ class LensNetPolicy:
       keys = self.keyer.encode_keys(ids).astype(np.int32)
       return keys @ query / np.float64(lensnet.KEY_SCALE**2)
 
-    found = passages.statements(passages.nearest_sentences(
+    found = passages.nearest_sentences(
       view.tree, view.context_lm.lm.tokenizer, self._best, likeness,
-      view.query_start))
-    best = sorted(found.items(), key=lambda item: -item[1].share)
+      view.query_start)
+    # What is most like a question is an earlier question.
+    best = sorted(((b, p) for b, p in found.items() if not p.asks),
+                  key=lambda item: -item[1].share)
     least = max(_MEANT, _NEARLY * best[0][1].share if best else 0.0)
     return {b: p for b, p in best[:_ALIKE] if p.share >= least}
 
