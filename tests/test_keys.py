@@ -96,6 +96,18 @@ def spans_of(*rows):
   return spans
 
 
+def test_the_known_share_counts_words_that_no_block_holds():
+  tree = tree_of(np.arange(3200, dtype=np.int32) // 32 % 50)  # a token a block
+  one, both = np.array([7]), np.array([7, 299])
+  assert keys.known_share(tree, one, np.ones(1)) == 1.0
+  assert keys.known_share(tree, np.array([299]), np.ones(1)) == 0.0
+  assert keys.known_share(tree, one, np.zeros(1)) == 0.0
+  power = keys.IDF_POWER
+  held, never = np.log(101 / 2.5) ** power, np.log(101 / 0.5) ** power
+  assert keys.known_share(tree, both, np.array([1.0, 0.5])) == pytest.approx(
+    held / (held + 0.5 * never))
+
+
 def test_rerank_prefers_whole_in_order_and_inside():
   query, weights = np.array([7, 8, 9]), np.array([1.0, 2.0, 4.0])
   scores = keys.rerank_scores(

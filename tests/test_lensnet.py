@@ -535,6 +535,27 @@ def test_weights_are_saved_and_loaded(tiny_lm, tiny_gistnet, tmp_path):
     lensnet_policy.load_lensnet(tiny_lm, tiny_gistnet, path)
 
 
+def test_the_shipped_keys_tell_what_is_alike_in_meaning(smollm2):
+  """Each question is nearest to its own statement; they share no such word."""
+  policy = lensnet_policy.load_lensnet(smollm2, gistnet.load_gistnet(smollm2))
+  assert policy.by_meaning
+  pairs = (("The physician told him to stop smoking.",
+            "Which habit did the doctor say the patient must quit?"),
+           ("Our neighbours bought a red convertible.",
+            "What car do the people next door own?"),
+           ("Rain ruined most of the wheat that summer.",
+            "What spoiled the harvest on the farm?"),
+           ("The plane was delayed by thick fog.",
+            "Why did the flight depart late from the airport?"))
+  encode = smollm2.tokenizer.encode
+  asked = [encode(question) for _, question in pairs]
+  keys = np.concatenate([
+    policy.keyer.encode_keys(encode(said)[None]) for said, _ in pairs])
+  found = [np.argmax(keys.astype(np.int32) @ policy.keyer.query(
+    ids, np.ones(len(ids), np.float32))) for ids in asked]
+  assert found == [0, 1, 2, 3]
+
+
 def test_the_shipped_lensnet_is_fitted_to_the_shipped_gistnet():
   """Another GistNet's gists make it worse without a word."""
   params, config, _ = gistnet.read_gistnet(

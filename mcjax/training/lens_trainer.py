@@ -122,6 +122,7 @@ class LensTrainer:
       windows, np.asarray(self._embed), encoder))
     self._pairs = jax.device_put(pairs)
     start = initial or lensnet.init_params(lens, config.seed)
+    start = {name: start[name] for name in ("score", "keys")}  # and no table
     start = jax.tree.map(lambda a: jnp.array(a, copy=True), start)
     self.state = {"params": start, "optimizer": optimizer(config).init(start),
                   "step": jnp.zeros((), jnp.int32)}
