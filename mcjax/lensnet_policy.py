@@ -20,6 +20,7 @@ from mcjax import (
   lens_keys,
   lens_rows,
   lensnet,
+  meaning,
   passages,
   pretrained,
   reading,
@@ -34,15 +35,12 @@ from mcjax.search import TreeSearch, brute_force
 from mcjax.types import BRANCHING, McjaxError
 
 _FOUND = 8  # blocks taken from each search
+_NEAREST = 32  # blocks by learned keys whose sentences are compared
 _SCAN = 1 << 15  # blocks up to which all keys are read: 1M tokens, 8 MFLOP
 _THRESHOLD = 0.2  # as the allocator's; scores below it are no wishes
 _ANSWER = 0.5  # score from which a block answers a question
 _RIVAL = 0.5  # share of the best score that another block must reach
 _SAME = 0.6  # share of the query that its sentence must hold, of the best one's
-_SURE = 0.3  # share of a question from which a sentence surely answers it
-_ALIKE = 4  # sentences taken for what they mean where none does
-_MEANT = 0.4  # likeness from which a sentence is taken
-_NEARLY = 0.8  # share of the best one's likeness that another must have
 _IDLE = -0.3  # score of raw blocks that do not answer it
 _UNSURE_GAIN = 3.0  # a question without an answer wishes from 0.007 nats on
 _GIST_WORTH = 0.01  # most that a block behind a gist scores without a wish
@@ -94,41 +92,24 @@ class LensNetPolicy:
     scores = self.score_rows(view, rows)
     answers = find_answers(view, rows, scores)
     spans = passages.spans(answers.values())
-    if view.asked and self.by_meaning and _sure(view, answers) < _SURE:
-      alike = self._by_meaning(view)
-      scores = _raised(rows, scores, alike)
+    if view.asked and self.by_meaning and not meaning.is_sure(view, answers):
+      alike = meaning.find_alike(view, self.keyer, self._best)
+      found += [b for p in alike.values() for b in p.blocks]
+      rows = lens_rows.window_rows(
+        view.context_lm.window, list(dict.fromkeys(found)))
+      scores = _raised(rows, self.score_rows(view, rows), alike)
       answers = alike | answers
       spans = tuple(sorted({*spans, *(
         (p.tokens.start, p.tokens.stop) for p in alike.values())}))
     self.sources = spans
     return entry_scores(view, rows, scores, wished, answers)
 
-  def _by_meaning(self, view: FocusView) -> dict[int, passages.Passage]:
-    """{block: its sentence} of what means most nearly what is asked.
-
-    For a question that no sentence holds enough words of.
-    """
-    query = self.keyer.query(view.query_ids, view.query_weights)
-
-    def likeness(ids: np.ndarray) -> np.ndarray:
-      keys = self.keyer.encode_keys(ids).astype(np.int32)
-      return keys @ query / np.float64(lensnet.KEY_SCALE**2)
-
-    found = passages.nearest_sentences(
-      view.tree, view.context_lm.lm.tokenizer, self._best, likeness,
-      view.query_start)
-    # What is most like a question is an earlier question.
-    best = sorted(((b, p) for b, p in found.items() if not p.asks),
-                  key=lambda item: -item[1].share)
-    least = max(_MEANT, _NEARLY * best[0][1].share if best else 0.0)
-    return {b: p for b, p in best[:_ALIKE] if p.share >= least}
-
   def found(self, view: FocusView) -> list[int]:
     """Blocks that either search proposes."""
     lexical = [b for b, _ in self._lexical.targets(view)]
     self.touched = self._lexical.touched
     self.bytes_read = self._lexical.bytes_read
-    found = lexical + self._by_keys(view)
+    found = lexical + self._by_keys(view)[:_FOUND]
     last = view.query_start // BRANCHING
     beside = [b + d for b in found for d in (-1, 1) if 0 <= b + d < last]
     return list(dict.fromkeys(found + beside))
@@ -166,7 +147,7 @@ class LensNetPolicy:
       self._search.run(self._max_nodes)
       self.touched += self._search.touched - before[0]
       self.bytes_read += self._search.bytes_read - before[1]
-      self._best = [b for b, _ in self._search.best(_FOUND)]
+      self._best = [b for b, _ in self._search.best(_NEAREST)]
     return self._best
 
   def _start_search(self, view: FocusView, last: int) -> None:
@@ -175,13 +156,13 @@ class LensNetPolicy:
     score = lens_keys.scorer(query)
     self._search = None
     if last <= _SCAN:
-      found = brute_force(tree, score, k=_FOUND, stop_block=last)
+      found = brute_force(tree, score, k=_NEAREST, stop_block=last)
       self._best = [b for b, _ in found]
       self.touched += last
       self.bytes_read += last * width
     else:
       self._search = TreeSearch(
-        tree, score, k=_FOUND, stop_block=last, floor=-np.inf,
+        tree, score, k=_NEAREST, stop_block=last, floor=-np.inf,
         read_keys=tree.lens_keys,
         read_bytes=lambda level, n: n * lens_keys.key_width(level, width))
 
@@ -239,13 +220,6 @@ def find_answers(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
     view.query_start))
   least = _SAME * max((p.share for p in found.values()), default=0.0)
   return {block: p for block, p in found.items() if p.share >= least > 0}
-
-
-def _sure(view: FocusView, answers: dict[int, passages.Passage]) -> float:
-  """Share of the question, unheard words too, in the best sentence."""
-  best = max((p.share for p in answers.values()), default=0.0)
-  return best * lexical.known_share(
-    view.tree, view.query_ids, view.query_weights)
 
 
 def _raised(rows: lens_rows.Rows, scores: np.ndarray,

@@ -15,6 +15,7 @@ from mcjax import (
   lens_rows,
   lensnet,
   lensnet_policy,
+  meaning,
   pretrained,
   reading,
 )
@@ -470,7 +471,7 @@ def test_what_words_surely_answer_is_not_looked_for_by_meaning(
       policy, "score_rows", lambda view, rows: np.full(len(rows), 0.9))
     looked = []
     monkeypatch.setattr(
-      policy, "_by_meaning", lambda view: looked.append(1) or {})
+      meaning, "find_alike", lambda *given: looked.append(1) or {})
     policy.score(asked_view(mc, "SKIPPER GROWS ROSES"))
     assert policy.sources and not looked
     policy.score(asked_view(mc, "skipper grows roses"))

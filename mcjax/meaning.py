@@ -1,0 +1,70 @@
+"""What means the same as a question, where its words find nothing.
+
+A question may share no telling word with the passage that answers it. Then the
+sentences are taken whose learned key is nearest to the question's, if the keys
+tell what is alike in meaning (`lens_keyer.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mcjax import keys as lexical
+from mcjax import lensnet, passages
+from mcjax.passages import Passage
+
+if TYPE_CHECKING:
+  from mcjax.lens_keyer import LensKeyer
+  from mcjax.policies import FocusView
+
+SENTENCES = 4  # taken at most
+_SURE = 0.3  # share of a question from which a sentence surely answers it
+_LEAST = 0.4  # likeness from which a sentence is taken
+_NEARLY = 0.8  # share of the best one's likeness that another must have
+
+
+def is_sure(view: FocusView, answers: Mapping[int, Passage]) -> bool:
+  """Whether a sentence holds so many words of the question that it answers it.
+
+  Words that no block holds count too: they are what is not found.
+
+  Args:
+    view: the policy's view of a question.
+    answers: {block: its sentence} as found by words; may be empty.
+  """
+  best = max((p.share for p in answers.values()), default=0.0)
+  return _SURE <= best * lexical.known_share(
+    view.tree, view.query_ids, view.query_weights)
+
+
+def find_alike(view: FocusView, keyer: LensKeyer, blocks: Iterable[int]
+               ) -> dict[int, Passage]:
+  """{block: its sentence} of what means most nearly what is asked.
+
+  Args:
+    view: the policy's view of a question.
+    keyer: makes keys of sentences and of the question.
+    blocks: whose keys are nearest to the question's.
+
+  Returns:
+    at most `SENTENCES` sentences, in all blocks that they were found in.
+  """
+  query = keyer.query(view.query_ids, view.query_weights)
+
+  def likeness(ids: np.ndarray) -> np.ndarray:
+    keys = keyer.encode_keys(ids).astype(np.int32)
+    return keys @ query / np.float64(lensnet.KEY_SCALE**2)
+
+  found = passages.nearest_sentences(
+    view.tree, view.context_lm.lm.tokenizer, blocks, likeness,
+    view.query_start)
+  # What is most like a question is an earlier question.
+  found = {block: p for block, p in found.items() if not p.asks}
+  shares = {p.tokens: p.share for p in found.values()}
+  best = sorted(shares, key=lambda tokens: -shares[tokens])[:SENTENCES]
+  least = max(_LEAST, _NEARLY * shares[best[0]]) if best else 0.0
+  return {block: p for block, p in found.items()
+          if p.tokens in best and p.share >= least}
