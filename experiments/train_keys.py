@@ -1,4 +1,6 @@
-"""Teaches LensNet's keys: python -m experiments.train_keys --workdir=… --export=…
+"""Teaches LensNet's keys.
+
+  python -m experiments.train_keys --workdir=… --export=…
 
 The teacher is the sentence embedding of `evaluation/rag.py`; its vectors are
 kept in the workdir, so the same command resumes. The result is a LensNet with

@@ -7,9 +7,10 @@ the match of learned keys come in as features. The score is bounded by tanh:
 positive asks for the block's raw tokens, negative does without them.
 
 The key and query heads give every block a small vector, whose match with the
-query's is one of these features. Unless the weights hold a better table of keys
-(`lens_keyer`), these vectors are also stored in the tree, and blocks anywhere in
-the history are found by them. Flax Linen modules, used as pure functions.
+query's is one of these features. Unless the weights hold a better table of
+keys (`lens_keyer`), these vectors are also stored in the tree, and blocks
+anywhere in the history are found by them. Flax Linen modules, used as pure
+functions.
 
 Source: MegaContext, "LensNet"; design brief, sections 2.9 and 2.12.
 """

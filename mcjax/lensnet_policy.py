@@ -3,16 +3,15 @@
 Two searches, both within a fixed number of nodes, say which blocks may matter:
 by token statistics (`policies.Similarity`) and by learned keys. LensNet scores
 these and the window's own blocks; a coarse entry inherits the best score found
-below it, so that an expand path leads down to it. Where no sentence holds enough
-words of a question, the sentences that mean most nearly the same are wished for
-beside, if the learned keys tell what is alike in meaning.
+below it, so that an expand path leads down to it. Where no sentence holds
+enough words of a question, the sentences that mean most nearly the same are
+wished for beside, if the learned keys tell what is alike in meaning.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-import jax
 import numpy as np
 
 from mcjax import keys as lexical

@@ -166,7 +166,7 @@ def test_earlier_questions_are_no_rivals_of_a_statement():
 
 
 def test_the_sentence_most_alike_is_found_whole():
-  """Likeness is the share of Q in a sentence; it goes on over a block's edge."""
+  """Likeness is the share of Q in a sentence; over a block's edge too."""
   fact = "Q QQ QQQ QQQQ."
   text = placed("ONE Q. " + fact, BLOCK * BRANCHING + 14)
   tokenizer = tiny_base.byte_tokenizer()

@@ -1,7 +1,7 @@
 """Shipped weights (one folder a base model) and their safetensors format.
 
-A file holds a flat dictionary of float32 and int8 tensors; its metadata names the
-format, the version, the configuration and the facts of the model card.
+A file holds a flat dictionary of float32 and int8 tensors; its metadata names
+the format, the version, the configuration and the facts of the model card.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import hashlib
 import pathlib
 import re
 from typing import Any, NamedTuple, Protocol
@@ -157,10 +158,13 @@ def _draw_document(stores, mixture, rng, shortest: int) -> np.ndarray:
   """A document of at least `shortest` tokens."""
   kinds = [k for k, _ in mixture if k in stores]
   if not kinds:
-    raise McjaxError("config.distil's mixtures name no kind of text that is there: "
+    raise McjaxError("config.distil's mixtures name no kind of text of "
                      + ", ".join(sorted(stores)))
   shares = np.array([share for k, share in mixture if k in stores])
-  store = stores[str(rng.choice(kinds, p=shares / shares.sum()))]
+  kind = str(rng.choice(kinds, p=shares / shares.sum()))
+  store = stores[kind]
+  if np.diff(store.offsets).max(initial=0) < shortest:
+    raise McjaxError(f"no document of kind {kind} has {shortest} tokens")
   while True:
     ids = store.document(int(rng.integers(len(store.names))))
     if len(ids) >= shortest:
@@ -202,9 +206,10 @@ def _encoded(teacher: Teacher, folder: pathlib.Path, name: str,
   out = []
   for a in tqdm.tqdm(range(0, len(texts), _CHUNK), desc=name, unit="chunk"):
     part = texts[a : a + _CHUNK]
-    path = folder / f"{name}-{a // _CHUNK:04d}.npy"
-    if path.exists() and len(found := np.load(path)) == len(part):
-      out.append(found)
+    digest = hashlib.blake2b("\0".join(part).encode(), digest_size=8)
+    path = folder / f"{name}-{a // _CHUNK:04d}-{digest.hexdigest()}.npy"
+    if path.exists():
+      out.append(np.load(path))
       continue
     vectors = teacher.encode(part, longest).astype(np.float16)
     partial = path.with_suffix(".partial.npy")

@@ -129,9 +129,12 @@ def test_what_was_read_is_not_read_again(tiny_stores, tmp_path):
   assert words.calls == 3
   for a, b in zip(texts, again):
     np.testing.assert_array_equal(a, b)
-  (tmp_path / "questions-0000.npy").unlink()
+  next(tmp_path.glob("questions-0000-*.npy")).unlink()
   read()
   assert words.calls == 4
+  config = dataclasses.replace(config, seed=12)  # other texts are read
+  read()
+  assert words.calls == 6
 
 
 def test_blocks_are_stretches_of_the_text(tiny_stores):
@@ -158,6 +161,14 @@ def test_text_without_questions_is_told(tiny_stores):
   words.decode = lambda ids: "Nothing is asked here."
   with pytest.raises(McjaxError, match="holds only 0 questions"):
     key_distil.draw_questions(tiny_stores, words, CONFIG)
-  with pytest.raises(McjaxError, match="name no kind of text"):
+  with pytest.raises(McjaxError, match="name no kind of text of code, prose"):
     key_distil.draw_blocks(tiny_stores, dataclasses.replace(
       CONFIG, block_mixture=(("law", 1.0),)))
+  with pytest.raises(McjaxError, match="kind prose has 64 tokens"):
+    key_distil.draw_blocks({"prose": _Short()}, CONFIG)
+
+
+class _Short:
+  """A store of short documents."""
+
+  offsets = np.array([0, 10, 30])
