@@ -7,6 +7,7 @@ kept in the workdir, so the same command resumes. The result is a LensNet with
 all else as it was; `tools/rekey` writes its keys into a tree.
 """
 
+import dataclasses
 import pathlib
 
 from absl import flags, logging
@@ -50,7 +51,8 @@ def main(argv) -> None:
   table = key_distil.table(found["after"])
   pretrained.save_weights(
     _EXPORT.value, "lensnet", {**params, lens_keyer.TABLE: table}, fields,
-    card | {"keys": {"config": c.to_dict(), "teacher": rag.MODEL, **facts}})
+    card | {"keys": {"distil": dataclasses.asdict(config),
+                     "teacher": rag.MODEL, **facts}})
 
 
 if __name__ == "__main__":
