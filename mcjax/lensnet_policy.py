@@ -90,17 +90,22 @@ class LensNetPolicy:
     rows = lens_rows.window_rows(view.context_lm.window, found)
     scores = self.score_rows(view, rows)
     answers = find_answers(view, rows, scores)
-    spans = passages.spans(answers.values())
-    if view.asked and self.by_meaning and not meaning.is_sure(view, answers):
-      alike = meaning.find_alike(view, self.keyer, self._best)
+    alike: dict[int, passages.Passage] = {}
+    if view.asked and self.by_meaning:
+      sure = meaning.certainty(view, answers)
+      if sure < meaning.UNSURE:
+        answers = {}
+      if sure < meaning.SURE:
+        alike = meaning.find_alike(view, self.keyer, self._best)
+    spans = set(passages.spans(answers.values()))
+    if alike:
       found += [b for p in alike.values() for b in p.blocks]
       rows = lens_rows.window_rows(
         view.context_lm.window, list(dict.fromkeys(found)))
       scores = _raised(rows, self.score_rows(view, rows), alike)
       answers = alike | answers
-      spans = tuple(sorted({*spans, *(
-        (p.tokens.start, p.tokens.stop) for p in alike.values())}))
-    self.sources = spans
+      spans |= {(p.tokens.start, p.tokens.stop) for p in alike.values()}
+    self.sources = tuple(sorted(spans))
     return entry_scores(view, rows, scores, wished, answers)
 
   def found(self, view: FocusView) -> list[int]:

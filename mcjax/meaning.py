@@ -21,22 +21,23 @@ if TYPE_CHECKING:
   from mcjax.policies import FocusView
 
 SENTENCES = 4  # taken at most
-_SURE = 0.3  # share of a question from which a sentence surely answers it
-_LEAST = 0.4  # likeness from which a sentence is taken
+SURE, UNSURE = 0.3, 0.15  # see `certainty`
+_LEAST = 0.45  # likeness from which a sentence is taken
 _NEARLY = 0.8  # share of the best one's likeness that another must have
 
 
-def is_sure(view: FocusView, answers: Mapping[int, Passage]) -> bool:
-  """Whether a sentence holds so many words of the question that it answers it.
+def certainty(view: FocusView, answers: Mapping[int, Passage]) -> float:
+  """Share of the question, in [0, 1], that its best sentence holds.
 
-  Words that no block holds count too: they are what is not found.
+  Words that no block holds count too: they are what is not found. From `SURE`
+  on the sentence surely answers, below `UNSURE` it only happens to hold a word.
 
   Args:
     view: the policy's view of a question.
     answers: {block: its sentence} as found by words; may be empty.
   """
   best = max((p.share for p in answers.values()), default=0.0)
-  return _SURE <= best * lexical.known_share(
+  return best * lexical.known_share(
     view.tree, view.query_ids, view.query_weights)
 
 

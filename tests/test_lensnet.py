@@ -475,7 +475,7 @@ def test_what_words_surely_answer_is_not_looked_for_by_meaning(
     policy.score(asked_view(mc, "SKIPPER GROWS ROSES"))
     assert policy.sources and not looked
     policy.score(asked_view(mc, "skipper grows roses"))
-    assert looked
+    assert looked and not policy.sources  # blanks alone are no answer
 
 
 def test_the_policy_scores_what_is_there(tiny_lm, tiny_gistnet):
