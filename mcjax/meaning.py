@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SENTENCES = 4  # taken at most
 SURE, UNSURE = 0.3, 0.15  # see `certainty`
-_LEAST = 0.45  # likeness from which a sentence is taken
+_LEAST = 0.4  # likeness from which a sentence is taken
 _NEARLY = 0.8  # share of the best one's likeness that another must have
 
 
