@@ -17,6 +17,7 @@ from mcjax import commands, lens_keyer, pretrained
 from mcjax.base.load import load_base_lm
 from mcjax.evaluation import rag
 from mcjax.training import data, key_distil
+from mcjax.types import McjaxError
 
 _CONFIG = commands.define_config(
   str(pathlib.Path(__file__).parent / "configs/keys.py"))
@@ -32,23 +33,20 @@ def main(argv) -> None:
   config = key_distil.read_config(c.distil)
   lm = load_base_lm(c.base)
   source = c.lensnet or pretrained.shipped(lm.name, "lensnet")
+  if source is None:
+    raise McjaxError(f"no LensNet is shipped for {lm.name}: name one by "
+                     "--config.lensnet")
   params, fields, card = pretrained.read_weights(source, "lensnet")
   stores = data.open_split(c.data or data.default_folder(), "train")
   texts = key_distil.read(
     stores, lm.tokenizer, len(lm.params["embed"]), rag.Embedder(batch=64),
     config, _WORKDIR.value)
   texts, held = key_distil.split(texts, c.held_blocks, c.held_questions)
-  embeddings = np.asarray(lm.params["embed"], np.float32)
-  rows = key_distil.unit_rows(embeddings)
-  found = {
-    name: key_distil.tables(make(texts, config, embeddings), rows)
-    for name, make in (
-      ("before", key_distil.start), ("after", key_distil.train))}
-  facts = {k: key_distil.agreement(v, held) for k, v in found.items()}
+  table, facts = key_distil.teach(
+    texts, held, config, np.asarray(lm.params["embed"], np.float32))
   for name, values in facts.items():
     print(f"{name}, other questions among {c.held_blocks} other blocks: "
           + ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
-  table = key_distil.table(found["after"])
   pretrained.save_weights(
     _EXPORT.value, "lensnet", {**params, lens_keyer.TABLE: table}, fields,
     card | {"keys": {"distil": dataclasses.asdict(config),

@@ -66,9 +66,11 @@ class LensNetPolicy:
                encoder: GistEncoder, trained: bool, max_nodes: int = 256):
     self.config, self.params, self.trained = config, params, trained
     self.keyer = LensKeyer(params, config, lm)
-    self._heads = LensKeyer.of_heads(params, config, lm)
-    self.flops_per_node = 2 * self.keyer.key_dim
     self.by_meaning = TABLE in params
+    self._heads = self.keyer
+    if self.by_meaning:
+      self._heads = LensKeyer.of_heads(params, config, lm)
+    self.flops_per_node = 2 * self.keyer.key_dim
     self._network = {"score": params["score"]}
     self._encoder = encoder
     self._max_nodes = max_nodes

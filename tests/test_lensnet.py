@@ -239,12 +239,12 @@ def view_of(mc, query_start=None):
     context_lm=mc._loop.context)
 
 
-def opened(tiny_lm, tiny_gistnet, count, text=None, **config):
+def opened(tiny_lm, tiny_gistnet, count, text=None, policy=None, **config):
   mc = MegaContext.create(
     tiny_base.memory_url(), tiny_lm,
     Config(**{"window": 512, "policy": "lensnet", "recent_tokens": 64,
               "gists_per_level": 8, **config}),
-    gistnet=tiny_gistnet,
+    gistnet=tiny_gistnet, lensnet=policy,
   )
   mc.ingest(tiny_base.text(count) if text is None else text)
   return mc
@@ -437,45 +437,36 @@ FACT = "THE FERRY SKIPPER GROWS ROSES."
 
 
 def test_what_no_word_finds_is_found_by_meaning(tiny_lm, tiny_gistnet):
-  text = lines_around(FACT, 1300)
   policy = meaning_policy(tiny_lm, tiny_gistnet)
-  with MegaContext.create(
-    tiny_base.memory_url(), tiny_lm, Config(
-      window=512, policy="lensnet", recent_tokens=64, gists_per_level=8),
-    tiny_gistnet, policy,
-  ) as mc:
-    mc.ingest(text)
-    view = asked_view(mc, "skipper")
-    scores = policy.score(view)
-    a, b = policy.sources[0]
-    assert len(policy.sources) == 1 and mc.text(a, b).strip() == FACT
-    coarse = view.entries.level > 0
-    start = view.entries.start()
-    above = np.searchsorted(start, [a, b - 1], side="right") - 1
-    assert coarse[above].all() and (scores[above] > 0.5).all()
-    policy.by_meaning = False
-    assert (policy.score(view)[above] < 0.5).all() and not policy.sources
+  mc = opened(tiny_lm, tiny_gistnet, 4000, text=lines_around(FACT, 1300),
+              policy=policy)
+  view = asked_view(mc, "skipper")
+  scores = policy.score(view)
+  a, b = policy.sources[0]
+  assert len(policy.sources) == 1 and mc.text(a, b).strip() == FACT
+  coarse = view.entries.level > 0
+  start = view.entries.start()
+  above = np.searchsorted(start, [a, b - 1], side="right") - 1
+  assert coarse[above].all() and (scores[above] > 0.5).all()
+  policy.by_meaning = False
+  assert (policy.score(view)[above] < 0.5).all() and not policy.sources
 
 
 def test_what_words_surely_answer_is_not_looked_for_by_meaning(
   tiny_lm, tiny_gistnet, monkeypatch
 ):
   policy = meaning_policy(tiny_lm, tiny_gistnet)
-  with MegaContext.create(
-    tiny_base.memory_url(), tiny_lm, Config(
-      window=512, policy="lensnet", recent_tokens=64, gists_per_level=8),
-    tiny_gistnet, policy,
-  ) as mc:
-    mc.ingest(lines_around(FACT, 1300))
-    monkeypatch.setattr(
-      policy, "score_rows", lambda view, rows: np.full(len(rows), 0.9))
-    looked = []
-    monkeypatch.setattr(
-      meaning, "find_alike", lambda *given: looked.append(1) or {})
-    policy.score(asked_view(mc, "SKIPPER GROWS ROSES"))
-    assert policy.sources and not looked
-    policy.score(asked_view(mc, "skipper grows roses"))
-    assert looked and not policy.sources  # blanks alone are no answer
+  mc = opened(tiny_lm, tiny_gistnet, 4000, text=lines_around(FACT, 1300),
+              policy=policy)
+  monkeypatch.setattr(
+    policy, "score_rows", lambda view, rows: np.full(len(rows), 0.9))
+  looked = []
+  monkeypatch.setattr(
+    meaning, "find_alike", lambda *given: looked.append(1) or {})
+  policy.score(asked_view(mc, "SKIPPER GROWS ROSES"))
+  assert policy.sources and not looked
+  policy.score(asked_view(mc, "skipper grows roses"))
+  assert looked and not policy.sources  # blanks alone are no answer
 
 
 def test_the_policy_scores_what_is_there(tiny_lm, tiny_gistnet):

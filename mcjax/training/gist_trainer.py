@@ -24,6 +24,7 @@ from mcjax.evaluation import recovery
 from mcjax.training import data, foreign_loss, level_loss, losses
 from mcjax.training.losses import Objective
 from mcjax.training.metrics import MetricWriter
+from mcjax.training.settings import read_fields
 from mcjax.training.stop_signal import StopSignal
 from mcjax.types import McjaxError
 
@@ -121,16 +122,6 @@ class TrainConfig:
     return sum(self.batch * self.objective(s).window for s in range(steps))
 
 
-def _fields(kind, name: str, values: Mapping[str, Any]):
-  """A dataclass of `values`; an unknown name is told with the known ones."""
-  known = [f.name for f in dataclasses.fields(kind)]
-  unknown = sorted(set(values) - set(known))
-  if unknown:
-    raise McjaxError(f"config.{name}.{unknown[0]} is not a setting; known are "
-                     + ", ".join(known))
-  return kind(**values)
-
-
 def read_config(train: Mapping[str, Any], objective: Mapping[str, Any],
                 phases: Sequence[Mapping[str, Any]]) -> TrainConfig:
   """A `TrainConfig` from plain values.
@@ -144,10 +135,10 @@ def read_config(train: Mapping[str, Any], objective: Mapping[str, Any],
     McjaxError: names an unknown field or an invalid value.
   """
   read = [
-    Phase(p["steps"], *(_fields(Objective, "objective", {**objective, **turn})
+    Phase(p["steps"], *(read_fields(Objective, "objective", {**objective, **turn})
                         for turn in p["turns"]))
     for p in phases]
-  return _fields(TrainConfig, "train", {**train, "phases": tuple(read)})
+  return read_fields(TrainConfig, "train", {**train, "phases": tuple(read)})
 
 
 def schedule(config: TrainConfig, peak: float | None = None

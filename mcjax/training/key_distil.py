@@ -27,6 +27,7 @@ import optax
 import tqdm
 
 from mcjax.training.data import TokenStore
+from mcjax.training.settings import read_fields
 from mcjax.types import BRANCHING, McjaxError
 
 _MARGIN = 8  # tokens beside a block that the teacher reads too
@@ -92,12 +93,7 @@ def read_config(values: Mapping[str, Any]) -> KeyConfig:
   Raises:
     McjaxError: names an unknown field or an invalid value.
   """
-  known = {f.name for f in dataclasses.fields(KeyConfig)}
-  unknown = sorted(set(values) - known)
-  if unknown:
-    raise McjaxError(f"config.distil.{unknown[0]} is not a setting; known are "
-                     + ", ".join(sorted(known)))
-  return KeyConfig(**values)
+  return read_fields(KeyConfig, "distil", values)
 
 
 class Texts(NamedTuple):
@@ -382,3 +378,17 @@ def agreement(known: Tables, texts: Texts) -> dict[str, float]:
   rank = 1 + np.sum(found > best[:, None], axis=1)
   return {"best": float(np.mean(rank == 1)), "of 8": float(np.mean(rank <= 8)),
           "reciprocal rank": float(np.mean(1 / rank))}
+
+
+def teach(texts: Texts, held: Texts, config: KeyConfig, embeddings: np.ndarray
+          ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
+  """Trains on `texts`.
+
+  Returns:
+    the table, and its `agreement` on `held` "before" and "after".
+  """
+  rows = unit_rows(embeddings)
+  before, after = (tables(make(texts, config, embeddings), rows)
+                   for make in (start, train))
+  return table(after), {"before": agreement(before, held),
+                        "after": agreement(after, held)}

@@ -18,6 +18,7 @@ from mcjax.training.data import TokenStore
 from mcjax.training.focus_labels import LabelConfig, Labelled, Labeller
 from mcjax.training.lens_losses import LensObjective
 from mcjax.training.lens_trainer import LensTrainConfig, LensTrainer
+from mcjax.training.settings import read_fields
 from mcjax.training.stop_signal import StopSignal
 from mcjax.types import McjaxError
 
@@ -63,22 +64,14 @@ def read_config(values: Mapping[str, Any]) -> LensRoundsConfig:
   Raises:
     McjaxError: names an unknown field or an invalid value.
   """
-  def fields(kind, name: str, given: Mapping[str, Any]):
-    known = {f.name for f in dataclasses.fields(kind)}
-    unknown = sorted(set(given) - known)
-    if unknown:
-      raise McjaxError(f"config.{name}.{unknown[0]} is not a setting; known "
-                       "are " + ", ".join(sorted(known)))
-    return kind(**given)
-
-  rounds = tuple(fields(Round, "rounds", r) for r in values["rounds"])
+  rounds = tuple(read_fields(Round, "rounds", r) for r in values["rounds"])
   if not rounds or any(r.tasks < 1 or r.steps < 1 for r in rounds):
     raise McjaxError("config.rounds needs rounds of at least one task and step")
-  fields(lensnet.LensNetConfig, "lens", {"d_model": 1, **values["lens"]})
+  read_fields(lensnet.LensNetConfig, "lens", {"d_model": 1, **values["lens"]})
   return LensRoundsConfig(
-    rounds, fields(LabelConfig, "labels", values["labels"]),
-    fields(LensObjective, "objective", values["objective"]),
-    fields(LensTrainConfig, "train", values["train"]),
+    rounds, read_fields(LabelConfig, "labels", values["labels"]),
+    read_fields(LensObjective, "objective", values["objective"]),
+    read_fields(LensTrainConfig, "train", values["train"]),
     tuple(sorted(values["lens"].items())), values["longest"],
     values["validation_every"], values["pairs"])
 
