@@ -135,8 +135,9 @@ def read_config(train: Mapping[str, Any], objective: Mapping[str, Any],
     McjaxError: names an unknown field or an invalid value.
   """
   read = [
-    Phase(p["steps"], *(read_fields(Objective, "objective", {**objective, **turn})
-                        for turn in p["turns"]))
+    Phase(p["steps"], *(
+      read_fields(Objective, "objective", {**objective, **turn})
+      for turn in p["turns"]))
     for p in phases]
   return read_fields(TrainConfig, "train", {**train, "phases": tuple(read)})
 
