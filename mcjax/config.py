@@ -6,7 +6,7 @@ import dataclasses
 
 from mcjax.types import BRANCHING, McjaxError
 
-POLICIES = ("similarity", "lensnet", "recency", "random", "oracle")
+POLICIES = ("auto", "lensnet", "similarity", "recency", "random", "oracle")
 KV_MODES = ("splice", "exact")
 GIST_ATTENTION = ("auto", "visible", "masked")
 RAW_ATTENTION = ("sentences", "blocks", "all")
@@ -19,9 +19,10 @@ class Config:
 
   Attributes:
     window: W_max, slots of the working context; one slot per entry.
-    policy: who scores the entries: similarity (tree search by token
-      statistics), lensnet (learned), recency, random, oracle
-      (counterfactual; needs the continuation, so only in `score`).
+    policy: who scores the entries: lensnet (learned), similarity (tree search
+      by token statistics), recency, random, oracle (counterfactual; needs the
+      continuation, so only in `score`); auto is lensnet where trained weights
+      fit base and GistNet, else similarity.
     kv: splice runs the LM on swapped-in entries only; exact rebuilds the
       whole window's cache after every edit (the reference).
     refocus_every: tokens between refocus steps, a multiple of 32.
@@ -65,7 +66,7 @@ class Config:
   """
 
   window: int = 2048
-  policy: str = "similarity"
+  policy: str = "auto"
   kv: str = "splice"
   refocus_every: int = 32
   max_edits: int = 4

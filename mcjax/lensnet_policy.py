@@ -38,7 +38,8 @@ _NEAREST = 32  # blocks by learned keys whose sentences are compared
 _SCAN = 1 << 15  # blocks up to which all keys are read: 1M tokens, 8 MFLOP
 _THRESHOLD = 0.2  # as the allocator's; scores below it are no wishes
 _ANSWER = 0.5  # score from which a block answers a question
-_RIVAL = 0.5  # share of the best score that another block must reach
+_RIVAL = 0.5  # share of the best score that another block must reach, unless
+  # its sentence holds more of the query
 _SAME = 0.6  # share of the query that its sentence must hold, of the best one's
 _IDLE = -0.3  # score of raw blocks that do not answer it
 _UNSURE_GAIN = 3.0  # a question without an answer wishes from 0.007 nats on
@@ -54,7 +55,7 @@ class LensNetPolicy:
   """Focus scores from LensNet.
 
   Attributes:
-    trained: False for the deterministic untrained weights.
+    card: the facts of its weights; None for untrained ones.
     keyer: of the learned keys.
     touched, bytes_read: nodes and bytes of the last call's searches.
     flops_per_node: of a search.
@@ -63,8 +64,8 @@ class LensNetPolicy:
   """
 
   def __init__(self, config: lensnet.LensNetConfig, params, lm: BaseLM,
-               encoder: GistEncoder, trained: bool, max_nodes: int = 256):
-    self.config, self.params, self.trained = config, params, trained
+               encoder: GistEncoder, card: dict | None, max_nodes: int = 256):
+    self.config, self.params, self.card = config, params, card
     self.keyer = LensKeyer(params, config, lm)
     self.by_meaning = TABLE in params
     self._heads = self.keyer
@@ -82,6 +83,12 @@ class LensNetPolicy:
     self.touched = 0
     self.bytes_read = 0
     self.sources: tuple[tuple[int, int], ...] = ()
+
+  def reads(self, encoder: GistEncoder) -> bool:
+    """Whether it was trained, on gists of this GistNet."""
+    card = self.card or {}
+    made_for = card.get("refitted_to_gistnet", card.get("gistnet"))
+    return made_for == encoder.fingerprint
 
   def score(self, view: FocusView) -> np.ndarray:
     """Signed score per entry, [E] float32."""
@@ -211,21 +218,27 @@ def find_answers(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
     scores: [R] LensNet's, in (-1, 1).
 
   Returns:
-    Nothing for a question that no block answers, and for text.
+    Nothing for a question that no block answers, and for text. Questions that
+    were asked before count for nothing, see `passages.statements`.
   """
-  past = _before_query(view, rows)
-  # The score saturates; what it is the tanh of does not.
-  top = min(float(scores[past].max(initial=0.0)), 0.999)
-  if not view.asked or top < _ANSWER:
+  likely = _before_query(view, rows) & (scores > _THRESHOLD)
+  if not view.asked or not np.any(likely):
     return {}
-  near_top = past & (scores >= np.tanh(_RIVAL * np.arctanh(top)))
-  found = passages.statements(passages.find_passages(
-    view.tree, view.context_lm.lm.tokenizer, rows.block[near_top].tolist(),
-    view.query_ids,
+  score = dict(zip(rows.block[likely].tolist(), scores[likely].tolist()))
+  told = passages.statements(passages.find_passages(
+    view.tree, view.context_lm.lm.tokenizer, score, view.query_ids,
     lexical.query_weights(view.tree, view.query_ids, view.query_weights),
     view.query_start))
-  least = _SAME * max((p.share for p in found.values()), default=0.0)
-  return {block: p for block, p in found.items() if p.share >= least > 0}
+  # The score saturates; what it is the tanh of does not.
+  top = min(max((score[block] for block in told), default=0.0), 0.999)
+  if top < _ANSWER:
+    return {}
+  near_top = np.tanh(_RIVAL * np.arctanh(top))
+  share = max(p.share for b, p in told.items() if score[b] >= near_top)
+  told = {block: p for block, p in told.items()
+          if score[block] >= near_top or p.share > share}
+  least = _SAME * max(p.share for p in told.values())
+  return {block: p for block, p in told.items() if p.share >= least}
 
 
 def _raised(rows: lens_rows.Rows, scores: np.ndarray,
@@ -368,7 +381,7 @@ def load_lensnet(lm: BaseLM, encoder: GistEncoder, source=None,
   """
   params, config, card = _load(lm, source)
   return LensNetPolicy(
-    config, params, lm, encoder, trained=card is not None, max_nodes=max_nodes
+    config, params, lm, encoder, card, max_nodes=max_nodes
   )
 
 

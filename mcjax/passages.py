@@ -4,7 +4,9 @@ Blocks end where 32 tokens end, sentences do not. A small model is easily
 distracted by what stands around a fact, so where a block answers a question
 only the blocks are wanted that its sentence touches, and of these the model
 reads the sentence alone. A line that is no sentence, as a heading or one of
-code, goes on with what follows.
+code, goes on with what follows, and so does a question, whose answer may
+follow. A question that ends its turn of a chat tells nothing, and neither a
+question nor what the model itself has said counts beside other text.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from mcjax.types import BRANCHING
 
 _REACH = 16  # tokens of a sentence beyond the outermost that the query shares
 _FOLLOWS = 32  # tokens that go on behind these where a line is no sentence
+_HOLDS = 0.3  # of the query, from which a statement surely is about it
+_ANSWER = 512  # tokens back to where an answer of the model opened, at most
 _BEST = 0.8  # share of the best passage's share that is read beside it
 _STOPS = (".", "!", "?")
 _CLOSING = "\"')]*_"  # may stand between a full stop and the blank behind it
@@ -35,15 +39,17 @@ class Passage(NamedTuple):
     blocks: L1 blocks that this sentence touches, the block and those beside it
       at most.
     tokens: of the history, this sentence as far as it is near to what it
-      shares with the query, with what follows a line that is no sentence; the
-      whole block where they share nothing.
+      shares with the query, with what follows a question or a line that is no
+      sentence; the whole block where they share nothing.
     asks: this sentence is a question itself.
+    own: the model itself said this sentence in an earlier answer.
   """
 
   share: float
   blocks: range
   tokens: range
   asks: bool = False
+  own: bool = False
 
 
 def sentence_ends(pieces: list[str]) -> np.ndarray:
@@ -75,16 +81,68 @@ def is_question(pieces: list[str], special: np.ndarray) -> bool:
   return words.rstrip().rstrip(_CLOSING).endswith("?")
 
 
-def statements(passages: dict[int, Passage]) -> dict[int, Passage]:
-  """Those that may answer: without questions, unless the best one is one.
+def _only_asks(pieces: list[str], special: np.ndarray, start: int, stop: int
+               ) -> bool:
+  """Whether [start, stop) is a question, and nothing follows in its turn."""
+  if not is_question(pieces[start:stop], special[start:stop]):
+    return False
+  text = ~special & np.array([bool(piece.strip()) for piece in pieces])
+  end = start + int(np.flatnonzero(text[start:stop])[-1]) + 1
+  turns = end + np.flatnonzero(special[end:])
+  return not np.any(text[end : turns[0] if len(turns) else len(text)])
 
-  In a conversation earlier questions of the same wording share more with the
-  new one than most facts do.
+
+def _own(tree: MegaContextTree, tokenizer: Tokenizer, start: int,
+         ids: np.ndarray) -> np.ndarray:
+  """Which of the tokens [T] from `start` the model itself said, [T] bool.
+
+  Told by the template's words that open an answer, `_ANSWER` tokens back at
+  most, without a control token since.
   """
-  best = max(passages.values(), key=lambda p: p.share, default=None)
-  if best is None or best.asks:
-    return passages
-  return {block: p for block, p in passages.items() if not p.asks}
+  opening = tokenizer.answer_ids
+  if not len(opening):
+    return np.zeros(len(ids), bool)
+  low = max(0, start - _ANSWER)
+  all_ids = np.concatenate([tree.tokens(low, start), ids])
+  at = np.arange(len(all_ids))
+  opened = np.zeros(len(all_ids), bool)
+  if len(all_ids) > len(opening):
+    windows = np.lib.stride_tricks.sliding_window_view(
+      all_ids[:-1], len(opening))
+    opened[len(opening) :] = np.all(windows == opening, axis=1)
+  since = np.maximum.accumulate(np.where(opened, at, -1))
+  special = np.isin(all_ids, list(tokenizer.special_ids))
+  control = np.maximum.accumulate(np.where(special, at, -1))
+  return ((since >= 0) & (control < since))[start - low :]
+
+
+def statements(passages: dict[int, Passage]) -> dict[int, Passage]:
+  """Those that may answer: told by the text, unless the best one is not.
+
+  In a conversation earlier questions of the same wording, and what the model
+  answered, share more with a new question than most facts do. Where the text
+  holds `_HOLDS` of the query the model's words are left out, right or wrong,
+  and a question, which leads to its answer on a page of questions and answers,
+  counts no more than the text. What shares nothing is left out too.
+  """
+  found = {block: p for block, p in passages.items() if p.share > 0}
+  told = {b: p for b, p in found.items() if not (p.asks or p.own)}
+  top = max((p.share for p in told.values()), default=0.0)
+  if top >= _HOLDS:
+    found = {b: p for b, p in found.items() if not p.own}
+  if top >= max((p.share for p in found.values()), default=0.0):
+    return told
+  if top >= _HOLDS:
+    found = {b: p._replace(share=min(p.share, top)) for b, p in found.items()}
+  return found
+
+
+def best_sentences(passages: dict[int, Passage], count: int
+                   ) -> dict[int, Passage]:
+  """The blocks of the `count` best sentences, best first, questions last."""
+  ranked = sorted(passages, key=lambda b: (-passages[b].share, passages[b].asks))
+  kept = list(dict.fromkeys(passages[b].tokens for b in ranked))[:count]
+  return {b: passages[b] for b in ranked if passages[b].tokens in kept}
 
 
 def spans(passages: Iterable[Passage]) -> tuple[tuple[int, int], ...]:
@@ -116,28 +174,33 @@ def find_passages(
   shared = query_ids[weights > 0]
   out = {}
   for block in blocks:
-    start, ids, pieces, spans = _around(tree, tokenizer, block, stop)
-    shares = lexical.coverage(
-      query_ids, weights, _padded(ids, spans), np.ones(len(ids)))
-    best = int(np.argmax(shares))
-    a, b = spans[best]
+    start, ids, pieces, sentences = _around(tree, tokenizer, block, stop)
     special = np.isin(ids, list(tokenizer.special_ids))
-    asks = is_question(pieces[a:b], special[a:b])
-    held = a + np.flatnonzero(np.isin(ids[a:b], shared))
-    if len(held):
-      end = int(held[-1]) + 1
-      if _closed(pieces[b - 1]):
-        b = min(b, end + _REACH)
-      else:
-        turns = end + np.flatnonzero(special[end:])  # a chat's turn ends here
-        b = min([end + _FOLLOWS, len(ids), *turns.tolist()])
-      a = max(a, int(held[0]) - _REACH)
-      tokens = range(start + a, start + b)
-      touched = _touched(tokens)
-    else:
-      touched = range(block, block + 1)
+    sentences = [s for s in sentences if not _only_asks(pieces, special, *s)]
+    shares = lexical.coverage(
+      query_ids, weights, _padded(ids, sentences), np.ones(len(ids)))
+    if shares.max(initial=0.0) == 0.0:
       tokens = range(block * BRANCHING, (block + 1) * BRANCHING)
-    out[block] = Passage(float(shares[best]), touched, tokens, asks)
+      out[block] = Passage(0.0, range(block, block + 1), tokens)
+      continue
+    said = _own(tree, tokenizer, start, ids)
+    asks = np.array([
+      is_question(pieces[a:b], special[a:b]) for a, b in sentences])
+    own = np.array([said[a:b].any() for a, b in sentences])
+    told = np.where(asks | own, 0.0, shares)
+    best = int(np.argmax(told if told.max() >= _HOLDS else shares))
+    a, b = sentences[best]
+    held = a + np.flatnonzero(np.isin(ids[a:b], shared))
+    end = int(held[-1]) + 1
+    if asks[best] or not _closed(pieces[b - 1]):
+      end = b if asks[best] else end
+      turns = end + np.flatnonzero(special[end:])  # a chat's turn ends here
+      b = min([end + _FOLLOWS, len(ids), *turns.tolist()])
+    else:
+      b = min(b, end + _REACH)
+    tokens = range(start + max(a, int(held[0]) - _REACH), start + b)
+    out[block] = Passage(float(shares[best]), _touched(tokens), tokens,
+                         bool(asks[best]), bool(own[best]))
   return out
 
 
@@ -159,8 +222,9 @@ def nearest_sentences(
     a, b = spans[best]
     special = np.isin(ids, list(tokenizer.special_ids))
     tokens = range(start + a, start + b)
+    own = _own(tree, tokenizer, start, ids)[a:b].any()
     out[block] = Passage(float(shares[best]), _touched(tokens), tokens,
-                         is_question(pieces[a:b], special[a:b]))
+                         is_question(pieces[a:b], special[a:b]), bool(own))
   return out
 
 

@@ -7,7 +7,7 @@ for, and the fallback of, the learned LensNet.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 import dataclasses
 from typing import Protocol
 
@@ -167,21 +167,18 @@ class Similarity(_HostPolicy):
     if self._search is None:
       return []
     before = self._search.touched, self._search.bytes_read
-    self._search.run(self._max_nodes)
+    strengths, answers = (
+      self._of_question(view) if view.asked else (self._of_text(view), {}))
     self.touched = self._search.touched - before[0]
     self.bytes_read = self._search.bytes_read - before[1]
     last = view.query_start // BRANCHING
-    ranked = lexical.rank_blocks(
-      view.tree, self.candidates(), view.query_ids, self._weights
-    )
-    rivals = {block: min(1.0, 0.25 + float(coverage))
-              for block, coverage in ranked[: self._spans]
-              if coverage >= _RIVAL * ranked[0][1]}
-    answers = self._answers(view, rivals) if view.asked else {}
+    least = _RIVAL * max(strengths.values(), default=0.0)
     found: dict[int, float] = {}
-    for block in answers or rivals:
+    for block, share in strengths.items():
+      if share < least:
+        continue
       for near, factor in _around(block, answers.get(block)).items():
-        strength = factor * rivals[block]
+        strength = factor * min(1.0, 0.25 + share)
         if 0 <= near < last and strength > 0.2:
           found[near] = max(found.get(near, 0.0), strength)
     if answers and max(found.values(), default=0.0) >= _LOOKUP:
@@ -194,12 +191,35 @@ class Similarity(_HostPolicy):
       return []
     return [b for b, _ in self._search.best(4 * self._spans)]
 
-  def _answers(self, view: FocusView, blocks: Iterable[int]
-               ) -> dict[int, passages.Passage]:
-    """The sentences of blocks that may answer a question."""
-    return passages.statements(passages.find_passages(
-      view.tree, view.context_lm.lm.tokenizer, blocks, view.query_ids,
-      self._weights, view.query_start))
+  def _of_text(self, view: FocusView) -> dict[int, float]:
+    """{block: share of the query that it holds}, the best few."""
+    self._search.run(self._max_nodes)
+    ranked = lexical.rank_blocks(
+      view.tree, self.candidates(), view.query_ids, self._weights)
+    return dict(ranked[: self._spans])
+
+  def _of_question(self, view: FocusView
+                   ) -> tuple[dict[int, float], dict[int, passages.Passage]]:
+    """As `_of_text`, of single sentences, and {block: its sentence}.
+
+    A question that was asked before is no result, so within the nodes of a
+    step the search goes on until it has found something else.
+    """
+    search, count = self._search, 4 * self._spans
+    stop = search.touched + self._max_nodes
+    while True:
+      if stop - search.touched >= BRANCHING:
+        search.run(stop - search.touched)
+      blocks = [b for b, _ in search.best(count)]
+      told = passages.statements(passages.find_passages(
+        view.tree, view.context_lm.lm.tokenizer, blocks, view.query_ids,
+        self._weights, view.query_start))
+      if len(told) >= self._spans or len(blocks) < count:
+        break
+      count *= 2
+      search.widen(count)
+    best = passages.best_sentences(told, self._spans)
+    return {block: p.share for block, p in best.items()}, best
 
   def _prepare(self, view: FocusView) -> None:
     blocks = view.tree.num_nodes(1)

@@ -12,14 +12,14 @@ import time
 
 import numpy as np
 
-from mcjax import policies, pretrained
+from mcjax import policies, policy_choice
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.context_lm import ContextLM
 from mcjax.focus_loop import FocusLoop, Query
 from mcjax.gistnet import GistEncoder, load_gistnet
-from mcjax.lensnet_policy import LensNetPolicy, load_keyer, load_lensnet
-from mcjax.oracle import Oracle
+from mcjax.lensnet_policy import LensNetPolicy
+from mcjax.policy_choice import Choice
 from mcjax.telemetry import Telemetry
 from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING, Entry, McjaxError
@@ -71,20 +71,21 @@ class MegaContext:
   Attributes:
     lm: the frozen base.
     config: of the loop.
+    policy: name of the policy at work, also where the configuration says auto.
     tree: the history.
     telemetry: counters, seconds per phase and the newest records.
   """
 
   def __init__(self, tree: MegaContextTree, lm: BaseLM, config: Config,
-               encoder: GistEncoder, telemetry: Telemetry,
-               lensnet: LensNetPolicy | None = None):
+               encoder: GistEncoder, telemetry: Telemetry, choice: Choice):
     self.lm = lm
     self.config = config
+    self.policy = choice.name
     self.tree = tree
     self.telemetry = telemetry
     self._loop = FocusLoop(
-      tree, ContextLM.reading(lm, config, encoder),
-      lensnet or _make_policy(config), encoder, config, self.telemetry,
+      tree, ContextLM.reading(lm, config, encoder), choice.policy, encoder,
+      config, self.telemetry,
     )
     self._loop.restore_focus(tree.extra.get("focus"))
     self._closed = False
@@ -102,7 +103,7 @@ class MegaContext:
       lm: the frozen base.
       config: of the loop; defaults.
       gistnet: the compressor; the shipped one by default.
-      lensnet: for policy lensnet; the shipped one by default.
+      lensnet: for policy lensnet or auto; the shipped one by default.
 
     Raises:
       McjaxError: a tree is there already, or the place cannot be written.
@@ -110,18 +111,18 @@ class MegaContext:
     config = config or Config()
     encoder = gistnet or load_gistnet(lm)
     _check_window(lm, config)
-    lensnet, keyer = _make_lensnet(config, lm, encoder, lensnet)
+    choice = policy_choice.choose(config, lm, encoder, lensnet)
     telemetry = Telemetry(config.telemetry_path)
     try:
       tree = MegaContextTree.create(
         url, base_fingerprint=lm.fingerprint, base_name=lm.name,
         encoder=encoder, vocab_size=lm.config.vocab_size,
-        extra={"config": dataclasses.asdict(config)}, keyer=keyer,
+        extra={"config": dataclasses.asdict(config)}, keyer=choice.keyer,
       )
     except BaseException:
       telemetry.close()
       raise
-    return cls(tree, lm, config, encoder, telemetry, lensnet)
+    return cls(tree, lm, config, encoder, telemetry, choice)
 
   @classmethod
   def open(cls, url: str, lm: BaseLM, config: Config | None = None,
@@ -141,15 +142,10 @@ class MegaContext:
       saved = tree.extra.get("config", {})
       config = Config(**{k: v for k, v in saved.items() if k in known})
     _check_window(lm, config)
-    lensnet, keyer = _make_lensnet(config, lm, encoder, lensnet)
-    tree.attach_keyer(keyer)
-    if lensnet is not None and tree.lens_fingerprint != keyer.fingerprint:
-      raise McjaxError(
-        f"{tree.url} holds no keys of this LensNet: run tools/rekey, or take "
-        "another policy"
-      )
+    choice = policy_choice.choose(config, lm, encoder, lensnet)
+    choice = policy_choice.for_tree(choice, config, tree)
     telemetry = Telemetry(config.telemetry_path)
-    return cls(tree, lm, config, encoder, telemetry, lensnet)
+    return cls(tree, lm, config, encoder, telemetry, choice)
 
   def close(self) -> None:
     """Commits and releases the tree; the object is of no use afterwards."""
@@ -393,33 +389,6 @@ def _check_window(lm: BaseLM, config: Config) -> None:
       f"config.window {config.window} does not fit the {lm.name} base's "
       f"{lm.config.max_positions} positions (32 are kept for the next block)"
     )
-
-
-def _make_policy(config: Config):
-  """The hand-written policy of a configuration."""
-  if config.policy == "similarity":
-    return policies.Similarity(config.search_nodes)
-  if config.policy == "recency":
-    return policies.Recency()
-  if config.policy == "random":
-    return policies.Random(config.seed)
-  return Oracle(config)
-
-
-def _make_lensnet(config: Config, lm: BaseLM, encoder: GistEncoder,
-                  given: LensNetPolicy | None):
-  """The learned policy where it is asked for, and who writes lens keys.
-
-  Keys of a shipped LensNet are written under every policy, so that the policy
-  can be changed later.
-  """
-  if config.policy == "lensnet":
-    policy = given or load_lensnet(lm, encoder, max_nodes=config.search_nodes)
-    return policy, policy.keyer
-  if given is not None:
-    return None, given.keyer
-  shipped = pretrained.shipped(lm.name, "lensnet") is not None
-  return None, load_keyer(lm, encoder) if shipped else None
 
 
 def _unsaid(closing: np.ndarray, said: list[int]) -> np.ndarray:

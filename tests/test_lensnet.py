@@ -474,7 +474,7 @@ def test_the_policy_scores_what_is_there(tiny_lm, tiny_gistnet):
   policy = mc._loop._policy
   scores = policy.score(view_of(mc))
   assert len(scores) == len(mc.focus()) and np.abs(scores).max() <= 1
-  assert not policy.trained
+  assert policy.card is None
   assert 0 < policy.touched <= 256 + mc.tree.num_nodes(1)
   assert policy.bytes_read > 0
 
@@ -518,7 +518,7 @@ def test_weights_are_saved_and_loaded(tiny_lm, tiny_gistnet, tmp_path):
   path = tmp_path / "lensnet.safetensors"
   lensnet_policy.save_lensnet(path, params, config, {"note": "x"})
   policy = lensnet_policy.load_lensnet(tiny_lm, tiny_gistnet, path)
-  assert policy.trained and policy.config == config
+  assert policy.card and policy.config == config
   same = LensKeyer(params, config, tiny_lm)
   assert policy.keyer.fingerprint == same.fingerprint
   other = lensnet.LensNetConfig(d_model=16)

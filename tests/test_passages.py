@@ -161,7 +161,11 @@ def test_earlier_questions_are_no_rivals_of_a_statement():
   asked, first = passage(0.8, True), passage(1.0, True)
   assert passages.statements({1: told, 2: asked, 3: weak}) == {1: told, 3: weak}
   # a page of questions and answers: the question leads to its answer
-  assert passages.statements({1: told, 2: first}) == {1: told, 2: first}
+  assert passages.statements({1: told, 2: first}) == {
+    1: told, 2: first._replace(share=0.9)}
+  faint = passage(0.2, False)
+  assert passages.statements({1: faint, 2: first}) == {1: faint, 2: first}
+  assert passages.statements({1: passage(0.0, False)}) == {}
   assert passages.statements({}) == {}
 
 

@@ -87,7 +87,7 @@ def test_similarity_collapses_what_is_no_longer_asked(planted):
   pump, pilot = FACTS
   planted.generate("what is the PUMP CODE?", max_new_tokens=1)
   for _ in range(4):
-    focus = planted.generate("who is CHIEF PILOT?", max_new_tokens=40).focus
+    focus = planted.generate("who is CHIEF PILOT?\n", 40).focus
   assert seen_raw(focus, pilot) and not seen_raw(focus, pump)
 
 

@@ -104,7 +104,7 @@ def main(argv) -> None:
   lm = mcjax.load_base_lm("smollm2-135m")
   mc, sections = _open(lm)
   window = mc.config.window
-  print(f"Base {lm.name}, window {window} slots, policy {mc.config.policy}, "
+  print(f"Base {lm.name}, window {window} slots, policy {mc.policy}, "
         f"history {mc.cursor:,} tokens\n")
   held, decoded, seconds = [], 0, 0.0
   for turn, (part, question, fact) in enumerate(_TURNS, 1):

@@ -237,6 +237,13 @@ class Tokenizer:
       return np.zeros((0,), np.int32)
     return self._encode_template(self._answer_tail())
 
+  @functools.cached_property
+  def answer_ids(self) -> np.ndarray:
+    """Ids [T] int32 that open the model's answer; empty without a template."""
+    if not self.has_chat_template:
+      return np.zeros((0,), np.int32)
+    return self._encode_template(self._turn_frame(first=False)[1])
+
   def _encode_template(self, text: str) -> np.ndarray:
     """Ids of template text, in which control tokens count as such."""
     with self._lock:

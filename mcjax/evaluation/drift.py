@@ -30,7 +30,7 @@ class Settings:
   Attributes:
     base: the base LM, and its dtype below.
     window: W.
-    policy: similarity or lensnet.
+    policy: of the loop; any but oracle.
     history: tokens in the tree before the first step.
     steps: refocus steps at which drift is measured.
     probes: measurements per mark, spread over the steps up to it from half of
@@ -45,7 +45,7 @@ class Settings:
   base: str = "smollm2-135m"
   dtype: str = "float32"
   window: int = 1024
-  policy: str = "similarity"
+  policy: str = "auto"
   history: int = 32768
   steps: tuple[int, ...] = (16, 64, 256, 1024)
   probes: int = 64

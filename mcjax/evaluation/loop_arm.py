@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from mcjax import policies
+from mcjax import policy_choice
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.context_lm import ContextLM
@@ -21,7 +21,6 @@ from mcjax.evaluation import texts
 from mcjax.evaluation.report import progress
 from mcjax.focus_loop import FocusLoop, Query
 from mcjax.gistnet import load_gistnet
-from mcjax.lensnet_policy import load_lensnet
 from mcjax.telemetry import Telemetry
 from mcjax.tree import MegaContextTree
 from mcjax.types import BRANCHING
@@ -64,17 +63,15 @@ def make_tree(lm: BaseLM, folder: pathlib.Path, count: int,
 
 
 def make_loop(lm: BaseLM, tree: MegaContextTree, config: Config) -> FocusLoop:
-  """The loop over a tree, nothing shown yet; policy similarity or lensnet."""
+  """The loop over a tree, nothing shown yet; any policy but oracle."""
   encoder = load_gistnet(lm)
-  policy = policies.Similarity(config.search_nodes)
-  if config.policy == "lensnet":
-    policy = load_lensnet(lm, encoder, max_nodes=config.search_nodes)
-    if tree.lens_fingerprint != policy.keyer.fingerprint:
-      tree.rebuild_lens_keys(policy.keyer)
-    tree.attach_keyer(policy.keyer)
+  choice = policy_choice.choose(config, lm, encoder)
+  if choice.keyer and tree.lens_fingerprint != choice.keyer.fingerprint:
+    tree.rebuild_lens_keys(choice.keyer)
+  tree.attach_keyer(choice.keyer)
   return FocusLoop(
     tree, ContextLM.reading(lm, config, encoder),
-    policy, encoder, config, Telemetry(),
+    choice.policy, encoder, config, Telemetry(),
   )
 
 

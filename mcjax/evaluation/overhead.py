@@ -39,7 +39,7 @@ class Settings:
   Attributes:
     base: the base LM, and its dtype below.
     window: W.
-    policy: similarity or lensnet.
+    policy: of the loop; any but oracle.
     histories: history lengths in tokens.
     moving_history: history of the loop whose query moves.
     exact_history: history of the loop in exact mode.
@@ -56,7 +56,7 @@ class Settings:
   base: str = "smollm2-135m"
   dtype: str = "float32"
   window: int = 2048
-  policy: str = "similarity"
+  policy: str = "auto"
   histories: tuple[int, ...] = (8192, 32768, 131072, 1 << 20)
   moving_history: int = 32768
   exact_history: int = 32768

@@ -125,7 +125,8 @@ class LensRounds:
     if self.params is None:
       return None
     return LensNetPolicy(
-      self.lens, self.params, self._lm, self._encoder, trained=True)
+      self.lens, self.params, self._lm, self._encoder,
+      card={"gistnet": self._encoder.fingerprint})
 
   def _label(self, number: int, one: Round, first: int, windows) -> bool:
     """Labels the round's tasks into `windows` and `held`."""
