@@ -140,7 +140,8 @@ def statements(passages: dict[int, Passage]) -> dict[int, Passage]:
 def best_sentences(passages: dict[int, Passage], count: int
                    ) -> dict[int, Passage]:
   """The blocks of the `count` best sentences, best first, questions last."""
-  ranked = sorted(passages, key=lambda b: (-passages[b].share, passages[b].asks))
+  ranked = sorted(
+    passages, key=lambda b: (-passages[b].share, passages[b].asks))
   kept = list(dict.fromkeys(passages[b].tokens for b in ranked))[:count]
   return {b: passages[b] for b in ranked if passages[b].tokens in kept}
 
@@ -174,8 +175,8 @@ def find_passages(
   shared = query_ids[weights > 0]
   out = {}
   for block in blocks:
-    start, ids, pieces, sentences = _around(tree, tokenizer, block, stop)
-    special = np.isin(ids, list(tokenizer.special_ids))
+    start, ids, pieces, special, said, sentences = _around(
+      tree, tokenizer, block, stop)
     sentences = [s for s in sentences if not _only_asks(pieces, special, *s)]
     shares = lexical.coverage(
       query_ids, weights, _padded(ids, sentences), np.ones(len(ids)))
@@ -183,10 +184,9 @@ def find_passages(
       tokens = range(block * BRANCHING, (block + 1) * BRANCHING)
       out[block] = Passage(0.0, range(block, block + 1), tokens)
       continue
-    said = _own(tree, tokenizer, start, ids)
     asks = np.array([
       is_question(pieces[a:b], special[a:b]) for a, b in sentences])
-    own = np.array([said[a:b].any() for a, b in sentences])
+    own = np.array([said[a] for a, _ in sentences])
     told = np.where(asks | own, 0.0, shares)
     best = int(np.argmax(told if told.max() >= _HOLDS else shares))
     a, b = sentences[best]
@@ -216,29 +216,52 @@ def nearest_sentences(
   """
   out = {}
   for block in blocks:
-    start, ids, pieces, spans = _around(tree, tokenizer, block, stop)
-    shares = likeness(_padded(ids, spans))
+    near = _around(tree, tokenizer, block, stop)
+    shares = likeness(_padded(near.ids, near.sentences))
     best = int(np.argmax(shares))
-    a, b = spans[best]
-    special = np.isin(ids, list(tokenizer.special_ids))
-    tokens = range(start + a, start + b)
-    own = _own(tree, tokenizer, start, ids)[a:b].any()
-    out[block] = Passage(float(shares[best]), _touched(tokens), tokens,
-                         is_question(pieces[a:b], special[a:b]), bool(own))
+    a, b = near.sentences[best]
+    tokens = range(near.start + a, near.start + b)
+    out[block] = Passage(
+      float(shares[best]), _touched(tokens), tokens,
+      is_question(near.pieces[a:b], near.special[a:b]), bool(near.own[a]))
   return out
 
 
-def _around(tree: MegaContextTree, tokenizer: Tokenizer, block: int, stop: int):
-  """A block and those beside it.
+class _Near(NamedTuple):
+  """A block's tokens and those of the blocks beside it.
 
-  Returns:
-    its first token's place, ids [T], pieces [T], and the (start, stop) in them
-    of the sentences that touch the block.
+  Attributes:
+    start: place in the history of the first.
+    ids: [T] int32.
+    pieces: [T] as text.
+    special: [T] bool, control tokens.
+    own: [T] bool, what the model itself said.
+    sentences: (start, stop) in these of what touches the block; a turn of a
+      chat ends a sentence too.
   """
+
+  start: int
+  ids: np.ndarray
+  pieces: list[str]
+  special: np.ndarray
+  own: np.ndarray
+  sentences: list[tuple[int, int]]
+
+
+def _around(tree: MegaContextTree, tokenizer: Tokenizer, block: int, stop: int
+            ) -> _Near:
   start = max(0, (block - 1) * BRANCHING)
   ids = tree.tokens(start, min(stop, (block + 2) * BRANCHING))
   pieces = tokenizer.pieces(ids)
-  return start, ids, pieces, _sentences(pieces, block * BRANCHING - start)
+  special = np.isin(ids, list(tokenizer.special_ids))
+  own = _own(tree, tokenizer, start, ids)
+  ends = sentence_ends(pieces) | special
+  ends[:-1] |= own[1:] & ~own[:-1]  # an answer opens
+  edges = [0, *(np.flatnonzero(ends) + 1).tolist(), len(pieces)]
+  at = block * BRANCHING - start
+  sentences = [(a, b) for a, b in zip(edges[:-1], edges[1:])
+               if a < b and a < at + BRANCHING and b > at]
+  return _Near(start, ids, pieces, special, own, sentences)
 
 
 def _padded(ids: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
@@ -252,11 +275,3 @@ def _padded(ids: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
 def _touched(tokens: range) -> range:
   """The blocks that a span of tokens touches."""
   return range(tokens.start // BRANCHING, (tokens.stop - 1) // BRANCHING + 1)
-
-
-def _sentences(pieces: list[str], at: int) -> list[tuple[int, int]]:
-  """(start, stop) in `pieces` of sentences that touch the block at `at`."""
-  ends = np.flatnonzero(sentence_ends(pieces)) + 1
-  edges = [0, *ends.tolist(), len(pieces)]
-  return [(a, b) for a, b in zip(edges[:-1], edges[1:])
-          if a < b and a < at + BRANCHING and b > at]

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from mcjax import policies, policy_choice
+from mcjax import policy_choice
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.context_lm import ContextLM

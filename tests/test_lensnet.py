@@ -16,7 +16,6 @@ from mcjax import (
   lensnet,
   lensnet_policy,
   meaning,
-  pretrained,
   reading,
 )
 from mcjax.lens_keyer import LensKeyer
@@ -494,24 +493,6 @@ def test_beyond_the_scan_a_bounded_search_takes_over(
   assert policy.touched <= 64
 
 
-def test_a_tree_without_its_keys_is_refused_in_one_line(
-  tiny_lm, tiny_gistnet, tmp_path
-):
-  place = str(tmp_path / "tree")
-  with MegaContext.create(place, tiny_lm, Config(window=512),
-                          tiny_gistnet) as mc:
-    mc.ingest(tiny_base.text(3000))
-  config = Config(window=512, policy="lensnet")
-  with pytest.raises(McjaxError, match="tools/rekey"):
-    MegaContext.open(place, tiny_lm, config, tiny_gistnet)
-  mc = MegaContext.open(place, tiny_lm, gistnet=tiny_gistnet)
-  mc.tree.rebuild_lens_keys(lensnet_policy.load_keyer(tiny_lm, tiny_gistnet))
-  mc.close()
-  with MegaContext.open(place, tiny_lm, config, tiny_gistnet) as mc:
-    mc.ingest(tiny_base.text(100))
-    assert mc.tree.lens_fingerprint == mc._loop._policy.keyer.fingerprint
-
-
 def test_weights_are_saved_and_loaded(tiny_lm, tiny_gistnet, tmp_path):
   config = lensnet.LensNetConfig(d_model=32, width=16, heads=2)
   params = lensnet.init_params(config, seed=5)
@@ -546,13 +527,3 @@ def test_the_shipped_keys_tell_what_is_alike_in_meaning(smollm2):
   found = [np.argmax(keys.astype(np.int32) @ policy.keyer.query(
     ids, np.ones(len(ids), np.float32))) for ids in asked]
   assert found == [0, 1, 2, 3]
-
-
-def test_the_shipped_lensnet_is_fitted_to_the_shipped_gistnet():
-  """Another GistNet's gists make it worse without a word."""
-  params, config, _ = gistnet.read_gistnet(
-    pretrained.shipped("smollm2-135m", "gistnet"))
-  _, _, card = pretrained.read_weights(
-    pretrained.shipped("smollm2-135m", "lensnet"), "lensnet")
-  fitted = card.get("refitted_to_gistnet", card["gistnet"])
-  assert fitted == gistnet.fingerprint(params, config)

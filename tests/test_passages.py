@@ -1,6 +1,8 @@
 """Passages: sentences across block edges, and what a question shares with them.
 """
 
+import re
+
 import numpy as np
 import pytest
 import tiny_base
@@ -153,9 +155,71 @@ def test_a_passage_says_whether_it_asks():
   assert asked.share == pytest.approx(told.share)
 
 
-def test_earlier_questions_are_no_rivals_of_a_statement():
-  def passage(share, asks):
-    return passages.Passage(share, range(1), range(9), asks)
+def chat_passage(text, query, block=BLOCK):
+  """The passage in a conversation; `<` ends a turn, `>` opens an answer."""
+  tokenizer = tiny_base.byte_tokenizer(chat=True)
+  parts = []
+  for piece in re.split("([<>])", text):
+    parts.append({"<": [tiny_base.STOP], ">": tokenizer.answer_ids}.get(
+      piece, tokenizer.encode(piece)))
+  ids = np.concatenate(parts).astype(np.int32)
+  found = passages.find_passages(
+    TokensOnly(ids), tokenizer, [block], tokenizer.encode(query),
+    np.ones(len(query), np.float32), len(ids))[block]
+  said = tokenizer.decode(ids[found.tokens.start : found.tokens.stop].tolist())
+  return found, said
+
+
+def test_a_question_that_ends_its_turn_tells_nothing():
+  before = "-" * (BLOCK * BRANCHING - 1) + "\n"
+  asked = before + "is the ship RED?"
+  found, _ = chat_passage(asked + "<" + "-" * 99, "RED")
+  assert found.share == 0.0
+  found, said = chat_passage(asked + " It is, all of it.<" + "-" * 99, "RED")
+  assert found.asks and said == "is the ship RED? It is, all of it."
+  found, _ = chat_passage(asked, "RED")  # the newest thing said
+  assert found.share == 0.0
+
+
+def test_what_the_model_said_is_known_by_the_template():
+  before = "-" * (BLOCK * BRANCHING - 60) + "<"
+  fact = "the ship is RED."
+  found, said = chat_passage(before + ">" + "-" * 40 + "\n" + fact + "<", "RED")
+  assert found.own and said == fact
+  found, said = chat_passage(
+    before + ">" + "-" * 20 + "<\n" + "-" * 20 + "\n" + fact, "RED")
+  assert not found.own and said == fact  # said in the turn behind it
+  for lines, own in ((7, True), (10, False)):  # 64 tokens each, 512 are seen
+    long = ">" + ("-" * 63 + "\n") * lines
+    found, said = chat_passage(
+      long + fact + "<" + "-" * 99, "RED", block=(64 * lines + 16) // BRANCHING)
+    assert said == fact and found.own is own
+
+
+def test_of_a_block_what_is_told_counts_first():
+  opening = len(tiny_base.byte_tokenizer(chat=True).answer_ids)
+  before = "-" * (BLOCK * BRANCHING - opening) + ">"
+  found, said = chat_passage(
+    before + "RED RED.<\nit is RED.\n" + "-" * 99, "RED RED")
+  assert said.strip() == "it is RED." and not found.own
+  found, said = chat_passage(
+    before + "RED RED.<\nit is so.\n" + "-" * 99, "RED RED")
+  assert said.strip() == "RED RED." and found.own
+
+
+def test_the_best_sentences_count_once_each():
+  def passage(share, start, asks=False):
+    return passages.Passage(share, range(1), range(start, start + 9), asks)
+
+  given = {1: passage(0.5, 0), 2: passage(0.9, 40), 3: passage(0.9, 40),
+           4: passage(0.9, 90, asks=True), 5: passage(0.7, 60)}
+  assert list(passages.best_sentences(given, 2)) == [2, 3, 4]
+  assert list(passages.best_sentences(given, 9)) == [2, 3, 4, 5, 1]
+
+
+def test_what_others_say_counts_before_questions_and_own_words():
+  def passage(share, asks, own=False):
+    return passages.Passage(share, range(1), range(9), asks, own)
 
   told, weak = passage(0.9, False), passage(0.6, False)
   asked, first = passage(0.8, True), passage(1.0, True)
@@ -165,6 +229,11 @@ def test_earlier_questions_are_no_rivals_of_a_statement():
     1: told, 2: first._replace(share=0.9)}
   faint = passage(0.2, False)
   assert passages.statements({1: faint, 2: first}) == {1: faint, 2: first}
+  own = passage(1.0, False, own=True)
+  assert passages.statements({1: weak, 2: own}) == {1: weak}
+  assert passages.statements({1: weak, 2: own, 3: first}) == {
+    1: weak, 3: first._replace(share=0.6)}
+  assert passages.statements({1: faint, 2: own}) == {1: faint, 2: own}
   assert passages.statements({1: passage(0.0, False)}) == {}
   assert passages.statements({}) == {}
 

@@ -1,6 +1,8 @@
 """Focus policies: what each asks for, and that similarity finds what is asked.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny_base
@@ -97,6 +99,22 @@ def test_the_question_itself_is_no_answer(planted):
   for _ in range(3):
     out = planted.generate("what is the PUMP CODE?", max_new_tokens=1)
     assert seen_raw(out.focus, pump)
+
+
+def test_asked_again_the_fact_is_read_and_no_earlier_exchange(
+  tiny_lm, tiny_gistnet
+):
+  """However often: the question fills the search's best places by then."""
+  fact = "THE PUMP CODE IS 7314."
+  chat = dataclasses.replace(
+    tiny_lm, tokenizer=tiny_base.byte_tokenizer(chat=True))
+  mc = make(chat, tiny_gistnet)
+  around = tiny_base.text(9_000, 3), tiny_base.text(9_000, 4)
+  mc.ingest(f"{around[0]}\n{fact}\n{around[1]}")
+  for _ in range(12):
+    out = mc.generate("what is the PUMP CODE?", max_new_tokens=1)
+    assert [mc.text(a, b).strip() for a, b in out.sources] == [fact]
+  mc.close()
 
 
 def test_work_per_step_is_bounded(planted):
