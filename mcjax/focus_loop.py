@@ -36,7 +36,8 @@ class Query:
     weights: [Q] float32.
     start: first token of the history that belongs to it; later spans are no
       answer to it.
-    asked: it is a question, not just the newest text.
+    asked: it is a prompt, not just the newest text.
+    question: this prompt asks for something, by its form.
     prompt: first token of the prompt that asks it; earlier text may be hidden
       from the LM.
   """
@@ -45,6 +46,7 @@ class Query:
   weights: np.ndarray
   start: int
   asked: bool = False
+  question: bool = True
   prompt: int = 0
 
 
@@ -190,7 +192,7 @@ class FocusLoop:
     view = policies.FocusView(
       entries=window.entries, tree=self.tree, query_ids=self.query.ids,
       query_weights=self.query.weights, query_start=self.query.start,
-      asked=self.query.asked,
+      asked=self.query.asked, question=self.query.question,
       step=self.step, context_lm=self.context, continuation=continuation,
       pressure=window.free < need + config.max_edits * (BRANCHING - 1),
     )

@@ -22,6 +22,7 @@ from mcjax import (
   meaning,
   passages,
   pretrained,
+  questions,
   reading,
 )
 from mcjax.base.load import BaseLM
@@ -100,11 +101,14 @@ class LensNetPolicy:
     scores = self.score_rows(view, rows)
     answers = find_answers(view, rows, scores)
     alike: dict[int, passages.Passage] = {}
-    if view.asked and self.by_meaning:
-      sure = meaning.certainty(view, answers)
-      if sure < meaning.UNSURE:
+    if view.asked and not questions.reads_alone(view, answers):
+      wished = _wishes(rows, scores, answers)
+      answers = {}
+    elif view.asked and self.by_meaning:
+      sure = questions.certainty(view, answers)
+      if sure < questions.UNSURE:
         answers = {}
-      if sure < meaning.SURE:
+      if sure < questions.SURE:
         alike = meaning.find_alike(view, self.keyer, self._best)
     spans = set(passages.spans(answers.values()))
     if alike:
@@ -270,7 +274,8 @@ def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
     rows: blocks of the window, and blocks found below its coarse entries.
     scores: [R] LensNet's, in (-1, 1).
     wished: {block: score} that text which is read on wishes for, see
-      `reading.wishes`; None for a question, whose wishes are LensNet's alone.
+      `reading.wishes`, or a prompt that asks nothing; None for a question,
+      whose wishes are LensNet's alone.
     answers: see `find_answers`.
   """
   scores = np.array(scores, np.float32)
@@ -297,6 +302,17 @@ def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
   return out
 
 
+def _wishes(rows: lens_rows.Rows, scores: np.ndarray,
+            answers: dict[int, passages.Passage]) -> dict[int, float]:
+  """{block: score} of the blocks that answering sentences touch."""
+  at = dict(zip(rows.block.tolist(), scores.tolist()))
+  wished: dict[int, float] = {}
+  for block, passage in answers.items():
+    for near in passage.blocks:
+      wished[near] = max(wished.get(near, 0.0), at[block])
+  return wished
+
+
 def _for_answer(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
                 answers: dict[int, passages.Passage]) -> np.ndarray:
   """Scores [R] when a question is answered.
@@ -305,11 +321,7 @@ def _for_answer(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
   not, and asks to be collapsed where it is raw: together it distracts a small
   model, though each block alone hardly matters.
   """
-  at = dict(zip(rows.block.tolist(), scores.tolist()))
-  wished: dict[int, float] = {}
-  for block, passage in answers.items():
-    for near in passage.blocks:
-      wished[near] = max(wished.get(near, 0.0), at[block])
+  wished = _wishes(rows, scores, answers)
   wish = np.array([wished.get(b, 0.0) for b in rows.block.tolist()])
   rest = np.minimum(scores, np.where(rows.state == RAW, _IDLE, 0.0))
   rest[~_before_query(view, rows)] = 0.0

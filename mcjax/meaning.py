@@ -7,12 +7,11 @@ tell what is alike in meaning (`lens_keyer.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mcjax import keys as lexical
 from mcjax import lensnet, passages
 from mcjax.passages import Passage
 
@@ -21,24 +20,8 @@ if TYPE_CHECKING:
   from mcjax.policies import FocusView
 
 SENTENCES = 4  # taken at most
-SURE, UNSURE = 0.3, 0.15  # see `certainty`
 _LEAST = 0.4  # likeness from which a sentence is taken
 _NEARLY = 0.8  # share of the best one's likeness that another must have
-
-
-def certainty(view: FocusView, answers: Mapping[int, Passage]) -> float:
-  """Share of the question, in [0, 1], that its best sentence holds.
-
-  Words that no block holds count too: they are what is not found. From `SURE`
-  on the sentence surely answers, below `UNSURE` it only happens to hold a word.
-
-  Args:
-    view: the policy's view of a question.
-    answers: {block: its sentence} as found by words; may be empty.
-  """
-  best = max((p.share for p in answers.values()), default=0.0)
-  return best * lexical.known_share(
-    view.tree, view.query_ids, view.query_weights)
 
 
 def find_alike(view: FocusView, keyer: LensKeyer, blocks: Iterable[int]

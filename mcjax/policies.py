@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from mcjax import keys as lexical
-from mcjax import passages
+from mcjax import passages, questions
 from mcjax.context_lm import ContextLM
 from mcjax.search import TreeSearch
 from mcjax.tree import MegaContextTree
@@ -37,7 +37,8 @@ class FocusView:
     query_weights: [Q] float32 their weights.
     query_start: first token of the history that belongs to the query; spans
       from here on are no answer to it.
-    asked: the query is a question, not just the newest text.
+    asked: the query is a prompt, not just the newest text.
+    question: this prompt asks for something, by its form.
     step: refocus step.
     pressure: the next block and the next edits do not fit the free slots.
     context_lm: the LM's window, for policies that look at embeddings or at
@@ -55,6 +56,7 @@ class FocusView:
   pressure: bool
   context_lm: ContextLM | None = None
   continuation: np.ndarray | None = None
+  question: bool = True
 
 
 class Policy(Protocol):
@@ -181,7 +183,8 @@ class Similarity(_HostPolicy):
         strength = factor * min(1.0, 0.25 + share)
         if 0 <= near < last and strength > 0.2:
           found[near] = max(found.get(near, 0.0), strength)
-    if answers and max(found.values(), default=0.0) >= _LOOKUP:
+    if (answers and max(found.values(), default=0.0) >= _LOOKUP
+        and questions.reads_alone(view, answers)):
       self.sources = passages.spans(answers.values())
     return sorted(found.items(), key=lambda item: -item[1])
 

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from mcjax import policy_choice
+from mcjax import policy_choice, questions
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.context_lm import ContextLM
@@ -337,12 +337,13 @@ class MegaContext:
       own, closing = np.ones(len(ids), bool), np.zeros(0, np.int32)
     words, start = ids[own], self.tree.cursor
     # A line break before the prompt is read with it.
-    prompt = start - self._ends_a_line()
+    begin = start - self._ends_a_line()
     if len(words) > _QUESTION:  # a pasted text with the question at its end
       words = words[-_QUESTION:]
       start += int(np.flatnonzero(own)[-_QUESTION])
     self._loop.query = Query(
-      words, np.ones(len(words), np.float32), start, asked=True, prompt=prompt
+      words, np.ones(len(words), np.float32), start, asked=True,
+      question=questions.asks(prompt), prompt=begin,
     )
     return ids, closing
 
