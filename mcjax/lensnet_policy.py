@@ -40,7 +40,7 @@ _SCAN = 1 << 15  # blocks up to which all keys are read: 1M tokens, 8 MFLOP
 _THRESHOLD = 0.2  # as the allocator's; scores below it are no wishes
 _ANSWER = 0.5  # score from which a block answers a question
 _RIVAL = 0.5  # share of the best score that another block must reach, unless
-  # its sentence holds more of the query
+  # its sentence surely is about the query and holds more of it
 _SAME = 0.6  # share of the query that its sentence must hold, of the best one's
 _IDLE = -0.3  # score of raw blocks that do not answer it
 _UNSURE_GAIN = 3.0  # a question without an answer wishes from 0.007 nats on
@@ -240,7 +240,7 @@ def find_answers(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
   near_top = np.tanh(_RIVAL * np.arctanh(top))
   share = max(p.share for b, p in told.items() if score[b] >= near_top)
   told = {block: p for block, p in told.items()
-          if score[block] >= near_top or p.share > share}
+          if score[block] >= near_top or p.share > max(share, passages.HOLDS)}
   least = _SAME * max(p.share for p in told.values())
   return {block: p for block, p in told.items() if p.share >= least}
 

@@ -23,7 +23,7 @@ from mcjax.types import BRANCHING
 
 _REACH = 16  # tokens of a sentence beyond the outermost that the query shares
 _FOLLOWS = 32  # tokens that go on behind these where a line is no sentence
-_HOLDS = 0.3  # of the query, from which a statement surely is about it
+HOLDS = 0.3  # of the query, from which a statement surely is about it
 _ANSWER = 512  # tokens back to where an answer of the model opened, at most
 _BEST = 0.8  # share of the best passage's share that is read beside it
 _STOPS = (".", "!", "?")
@@ -121,18 +121,20 @@ def statements(passages: dict[int, Passage]) -> dict[int, Passage]:
 
   In a conversation earlier questions of the same wording, and what the model
   answered, share more with a new question than most facts do. Where the text
-  holds `_HOLDS` of the query the model's words are left out, right or wrong,
-  and a question, which leads to its answer on a page of questions and answers,
-  counts no more than the text. What shares nothing is left out too.
+  holds `HOLDS` of the query the model's words are left out, right or wrong, and
+  a question, which leads to its answer on a page of questions and answers,
+  counts no more than the text. One that holds less than that, and what shares
+  nothing, are left out too.
   """
-  found = {block: p for block, p in passages.items() if p.share > 0}
+  found = {b: p for b, p in passages.items()
+           if p.share >= HOLDS or p.share > 0 and not p.asks}
   told = {b: p for b, p in found.items() if not (p.asks or p.own)}
   top = max((p.share for p in told.values()), default=0.0)
-  if top >= _HOLDS:
+  if top >= HOLDS:
     found = {b: p for b, p in found.items() if not p.own}
   if top >= max((p.share for p in found.values()), default=0.0):
     return told
-  if top >= _HOLDS:
+  if top >= HOLDS:
     found = {b: p._replace(share=min(p.share, top)) for b, p in found.items()}
   return found
 
@@ -188,7 +190,7 @@ def find_passages(
       is_question(pieces[a:b], special[a:b]) for a, b in sentences])
     own = np.array([said[a] for a, _ in sentences])
     told = np.where(asks | own, 0.0, shares)
-    best = int(np.argmax(told if told.max() >= _HOLDS else shares))
+    best = int(np.argmax(told if told.max() >= HOLDS else shares))
     a, b = sentences[best]
     held = a + np.flatnonzero(np.isin(ids[a:b], shared))
     end = int(held[-1]) + 1

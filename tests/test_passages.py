@@ -227,7 +227,8 @@ def test_what_others_say_counts_before_questions_and_own_words():
   # a page of questions and answers: the question leads to its answer
   assert passages.statements({1: told, 2: first}) == {
     1: told, 2: first._replace(share=0.9)}
-  faint = passage(0.2, False)
+  faint, vague = passage(0.2, False), passage(0.25, True)
+  assert passages.statements({1: faint, 2: vague}) == {1: faint}
   assert passages.statements({1: faint, 2: first}) == {1: faint, 2: first}
   own = passage(1.0, False, own=True)
   assert passages.statements({1: weak, 2: own}) == {1: weak}

@@ -53,6 +53,8 @@ class Settings:
     answers: planted: generate answers too, not only focus.
     in_a_row: planted: one conversation, every exchange joins the history; else
       every question is asked from the same window.
+    rounds: planted, in a row: how often every question is asked; the last time
+      counts.
     reworded: planted: everyday facts that are asked for in other words, instead
       of made-up ones asked for in their own.
     retriever: planted: compare with an embedding retriever.
@@ -84,6 +86,7 @@ class Settings:
   long_needs: int = 20
   answers: bool = True
   in_a_row: bool = False
+  rounds: int = 1
   reworded: bool = False
   retriever: bool = True
   documents: int = 2

@@ -67,7 +67,8 @@ def measure(bench: Bench, report: Report,
     report.notes.append("planted: everyday facts, asked for in other words.")
   if s.in_a_row:
     report.notes.append("planted: the questions of a history are one "
-                        "conversation, every exchange in the window after it.")
+                        "conversation, every exchange in the window after it"
+                        f"; of {s.rounds} rounds the last counts.")
   report.notes.append(
     "planted: hit@budget is the share of facts with every token at L0 within 8 "
     "refocus steps of the question; of those answered in front: among the "
@@ -98,7 +99,8 @@ def _story(bench: Bench, length: int, count: int, number: int,
                 places)
   key = {"history": length, "number": number, "needs": count,
          "answers": s.answers, "in a row": s.in_a_row,
-         **({"reworded": True} if s.reworded else {})}
+         **({"reworded": True} if s.reworded else {}),
+         **({"rounds": s.rounds} if s.rounds > 1 else {})}
   out = {}
   for name in s.policies:
     policy = KnownPlaces() if name == "oracle" else bench.policy(name)
@@ -123,14 +125,15 @@ def _story(bench: Bench, length: int, count: int, number: int,
 
 
 def _ask_all(bench: Bench, story: Story, policy) -> dict:
+  s, asked = bench.settings, list(zip(story.needs, story.places))
   hits, answers, raw = [], [], []
-  limit = _ANSWER if bench.settings.answers else 1
+  limit = _ANSWER if s.answers else 1
   with bench.opened(bench.tree(story.timeline), policy) as mc:
     mc._loop.warm_up()
-    for need, place in zip(story.needs, story.places):
+    for need, place in asked * (s.rounds if s.in_a_row else 1):
       if isinstance(policy, KnownPlaces):
         policy.places = (place,)
-      if bench.settings.in_a_row:  # joins the history in memory alone
+      if s.in_a_row:  # joins the history in memory alone
         out = mc._generate(need.question, limit, None)
       else:
         out = mc.generate(need.question, limit, remember=False)
@@ -141,9 +144,10 @@ def _ask_all(bench: Bench, story: Story, policy) -> dict:
       raw.append(tokens - mc.config.sink_tokens)
     counters = dict(mc.telemetry.counters)
   steps = max(1, counters.get("refocus_steps", 0))
+  last = slice(-len(asked), None)
   return {
-    "hit": hits, "raw": raw,
-    **({"answered": answers} if bench.settings.answers else {}),
+    "hit": hits[last], "raw": raw[last],
+    **({"answered": answers[last]} if s.answers else {}),
     "nodes": counters.get("nodes_touched", 0) / steps,
     "bytes": counters.get("bytes_read", 0) / steps,
     "edits": counters.get("edits", 0) / steps,

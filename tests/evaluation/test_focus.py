@@ -178,12 +178,12 @@ def test_a_killed_run_goes_on(planted_run, monkeypatch):
   }
 
 
-@pytest.mark.parametrize("in_a_row", [False, True])
+@pytest.mark.parametrize("in_a_row, rounds", [(False, 1), (True, 1), (True, 2)])
 def test_questions_in_a_row_join_the_history_in_memory(
-  tiny_lm, stores, tmp_path, in_a_row
+  tiny_lm, stores, tmp_path, in_a_row, rounds
 ):
   settings = settings_of(parts=("planted",), policies=("similarity",),
-                         history=2000, needs=2, in_a_row=in_a_row)
+                         history=2000, needs=2, in_a_row=in_a_row, rounds=rounds)
   bench = focus_bench.Bench(tiny_lm, stores, settings, tmp_path)
   needs = planted.draw(2, seed=0)
   timeline = bench.timeline(stores["prose"].document(0)[:2000])
@@ -192,11 +192,13 @@ def test_questions_in_a_row_join_the_history_in_memory(
 
   class Watching(KnownPlaces):
     def score(self, view):
-      seen.append(view.query_start)
+      if view.asked:
+        seen.append(view.query_start)
       return super().score(view)
 
   out = focus_planted._ask_all(bench, story, Watching())
   assert out["hit"] == [True, True]
+  assert len(set(seen)) == (2 * rounds if in_a_row else 1)
   assert min(seen) == len(timeline)  # the first question follows the text
   assert (max(seen) > len(timeline)) == in_a_row
   with bench.opened(bench.tree(timeline), KnownPlaces()) as mc:
