@@ -81,6 +81,7 @@ class LensNetPolicy:
     self._blocks = 0
     self._search: TreeSearch | None = None
     self._best: list[int] = []
+    self._alike: tuple | None = None  # query, blocks, what is alike
     self.touched = 0
     self.bytes_read = 0
     self.sources: tuple[tuple[int, int], ...] = ()
@@ -109,7 +110,7 @@ class LensNetPolicy:
       if sure < questions.UNSURE:
         answers = {}
       if sure < questions.SURE:
-        alike = meaning.find_alike(view, self.keyer, self._best)
+        alike = self._find_alike(view)
     spans = set(passages.spans(answers.values()))
     if alike:
       found += [b for p in alike.values() for b in p.blocks]
@@ -145,6 +146,15 @@ class LensNetPolicy:
     match[: len(rows)] = keys.astype(np.int32) @ query / lensnet.KEY_SCALE**2
     scores = lensnet.apply(self._network, self.config, inputs, match)
     return np.asarray(scores)[: len(rows)]
+
+  def _find_alike(self, view: FocusView) -> dict[int, passages.Passage]:
+    """`meaning.find_alike`, once for a query and what the search has found."""
+    known = self._alike
+    if (known is None or known[0] is not view.query_ids
+        or known[1] != self._best):
+      alike = meaning.find_alike(view, self.keyer, self._best)
+      self._alike = known = view.query_ids, list(self._best), alike
+    return known[2]
 
   def _by_keys(self, view: FocusView) -> list[int]:
     """The blocks with the best learned keys.

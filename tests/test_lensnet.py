@@ -423,7 +423,7 @@ def meaning_policy(lm, encoder):
     vectors[high] = vectors[low]
     salience[[low, high]] = 1
   params["table"] = {"vectors": vectors.astype(np.int8), "salience": salience}
-  return lensnet_policy.LensNetPolicy(config, params, lm, encoder, True)
+  return lensnet_policy.LensNetPolicy(config, params, lm, encoder, {})
 
 
 def lines_around(fact, at, size=4000):
@@ -464,8 +464,13 @@ def test_what_words_surely_answer_is_not_looked_for_by_meaning(
     meaning, "find_alike", lambda *given: looked.append(1) or {})
   policy.score(asked_view(mc, "SKIPPER GROWS ROSES"))
   assert policy.sources and not looked
+  other = asked_view(mc, "skipper grows roses")
+  policy.score(other)
+  assert len(looked) == 1 and not policy.sources  # blanks alone are no answer
+  policy.score(dataclasses.replace(other, step=1))
+  assert len(looked) == 1  # once for a question
   policy.score(asked_view(mc, "skipper grows roses"))
-  assert looked and not policy.sources  # blanks alone are no answer
+  assert len(looked) == 2
 
 
 def test_the_policy_scores_what_is_there(tiny_lm, tiny_gistnet):

@@ -86,6 +86,6 @@ def measure(lm: BaseLM, stores: Mapping[str, TokenStore], settings: Settings,
     if name in settings.parts:
       part.measure(bench, report)
   for name in settings.policies:
-    if not getattr(bench.policy(name), "trained", True):
+    if getattr(bench.policy(name), "card", {}) is None:
       report.notes.append(f"{name} is untrained.")
   return report

@@ -183,7 +183,8 @@ def test_questions_in_a_row_join_the_history_in_memory(
   tiny_lm, stores, tmp_path, in_a_row, rounds
 ):
   settings = settings_of(parts=("planted",), policies=("similarity",),
-                         history=2000, needs=2, in_a_row=in_a_row, rounds=rounds)
+                         history=2000, needs=2, in_a_row=in_a_row,
+                         rounds=rounds)
   bench = focus_bench.Bench(tiny_lm, stores, settings, tmp_path)
   needs = planted.draw(2, seed=0)
   timeline = bench.timeline(stores["prose"].document(0)[:2000])
