@@ -107,10 +107,11 @@ class LensNetPolicy:
       answers = {}
     elif view.asked and self.by_meaning:
       sure = questions.certainty(view, answers)
-      if sure < questions.UNSURE:
-        answers = {}
       if sure < questions.SURE:
         alike = self._find_alike(view)
+      if sure < questions.UNSURE:  # what the model said is better than nothing
+        answers = {} if alike else {
+          block: p for block, p in answers.items() if p.own}
     spans = set(passages.spans(answers.values()))
     if alike:
       found += [b for p in alike.values() for b in p.blocks]

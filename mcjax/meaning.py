@@ -45,8 +45,6 @@ def find_alike(view: FocusView, keyer: LensKeyer, blocks: Iterable[int]
   found = passages.nearest_sentences(
     view.tree, view.context_lm.lm.tokenizer, blocks, likeness,
     view.query_start)
-  # What is most like a question is an earlier question, or its answer.
-  found = {block: p for block, p in found.items() if not (p.asks or p.own)}
   shares = {p.tokens: p.share for p in found.values()}
   best = sorted(shares, key=lambda tokens: -shares[tokens])[:SENTENCES]
   least = max(_LEAST, _NEARLY * shares[best[0]]) if best else 0.0

@@ -123,12 +123,13 @@ def statements(passages: dict[int, Passage]) -> dict[int, Passage]:
   answered, share more with a new question than most facts do. Where the text
   holds `HOLDS` of the query the model's words are left out, right or wrong, and
   a question, which leads to its answer on a page of questions and answers,
-  counts no more than the text. One that holds less than that, and what shares
-  nothing, are left out too.
+  counts no more than the text. Both are left out, too, where they hold less
+  than that, and so is what shares nothing.
   """
-  found = {b: p for b, p in passages.items()
-           if p.share >= HOLDS or p.share > 0 and not p.asks}
-  told = {b: p for b, p in found.items() if not (p.asks or p.own)}
+  told = {b: p for b, p in passages.items()
+          if p.share > 0 and not (p.asks or p.own)}
+  found = told | {b: p for b, p in passages.items()
+                  if p.share >= HOLDS and (p.asks or p.own)}
   top = max((p.share for p in told.values()), default=0.0)
   if top >= HOLDS:
     found = {b: p for b, p in found.items() if not p.own}
@@ -212,6 +213,9 @@ def nearest_sentences(
 ) -> dict[int, Passage]:
   """The sentence of each block that means most nearly what is asked.
 
+  What is most like a question is an earlier question, or the model's answer to
+  it; both are left out, and blocks that hold nothing else.
+
   Args:
     tree, tokenizer, blocks, stop: as for `find_passages`.
     likeness: sentences int [n, T], -1 for no token, to [n] in [-1, 1].
@@ -219,13 +223,13 @@ def nearest_sentences(
   out = {}
   for block in blocks:
     near = _around(tree, tokenizer, block, stop)
-    shares = likeness(_padded(near.ids, near.sentences))
-    best = int(np.argmax(shares))
-    a, b = near.sentences[best]
-    tokens = range(near.start + a, near.start + b)
-    out[block] = Passage(
-      float(shares[best]), _touched(tokens), tokens,
-      is_question(near.pieces[a:b], near.special[a:b]), bool(near.own[a]))
+    told = [(a, b) for a, b in near.sentences if not near.own[a]
+            and not is_question(near.pieces[a:b], near.special[a:b])]
+    if told:
+      shares = likeness(_padded(near.ids, told))
+      a, b = told[int(np.argmax(shares))]
+      tokens = range(near.start + a, near.start + b)
+      out[block] = Passage(float(shares.max()), _touched(tokens), tokens)
   return out
 
 

@@ -56,6 +56,7 @@ def asks(prompt: str) -> bool:
 def certainty(view: FocusView, answers: Mapping[int, Passage]) -> float:
   """Share of a prompt, in [0, 1], that its best sentence holds.
 
+  The model's own words do not count.
   Words that no block holds count too: they are what is not found. From `SURE`
   on the sentence surely answers, below `UNSURE` it only happens to hold a word.
 
@@ -63,7 +64,7 @@ def certainty(view: FocusView, answers: Mapping[int, Passage]) -> float:
     view: the policy's view of a prompt.
     answers: {block: its sentence} as found by words; may be empty.
   """
-  best = max((p.share for p in answers.values()), default=0.0)
+  best = max((p.share for p in answers.values() if not p.own), default=0.0)
   return best * lexical.known_share(
     view.tree, view.query_ids, view.query_weights)
 

@@ -235,6 +235,8 @@ def test_what_others_say_counts_before_questions_and_own_words():
   assert passages.statements({1: weak, 2: own, 3: first}) == {
     1: weak, 3: first._replace(share=0.6)}
   assert passages.statements({1: faint, 2: own}) == {1: faint, 2: own}
+  assert passages.statements(
+    {1: faint, 2: own._replace(share=0.25)}) == {1: faint}
   assert passages.statements({1: passage(0.0, False)}) == {}
   assert passages.statements({}) == {}
 
@@ -255,4 +257,22 @@ def test_the_sentence_most_alike_is_found_whole():
     TokensOnly(ids), tokenizer, [BLOCK], likeness, len(ids))[BLOCK]
   assert text[found.tokens.start : found.tokens.stop].strip() == fact
   assert found.share == pytest.approx(10 / 15)
-  assert list(found.blocks) == [BLOCK, BLOCK + 1] and not found.asks
+  assert list(found.blocks) == [BLOCK, BLOCK + 1]
+
+
+def test_questions_and_own_words_are_not_what_is_alike():
+  tokenizer = tiny_base.byte_tokenizer(chat=True)
+  opening = len(tokenizer.answer_ids)
+  ids = np.concatenate([
+    tokenizer.encode("-" * (BLOCK * BRANCHING - opening)), tokenizer.answer_ids,
+    tokenizer.encode("QQQQ."), [tiny_base.STOP],
+    tokenizer.encode("QQQ?\nOR Q.\n" + "-" * 200)]).astype(np.int32)
+  wanted = tokenizer.encode("Q")[0]
+  found = passages.nearest_sentences(
+    TokensOnly(ids), tokenizer, [BLOCK, BLOCK - 3],
+    lambda sentences: (sentences == wanted).sum(axis=1), len(ids))
+  a, b = found[BLOCK].tokens.start, found[BLOCK].tokens.stop
+  assert tokenizer.decode(ids[a:b].tolist()).strip() == "OR Q."
+  assert not passages.nearest_sentences(  # but for its own words all to come
+    TokensOnly(ids), tokenizer, [BLOCK], lambda sentences: 1 / 0,
+    BLOCK * BRANCHING + 5)

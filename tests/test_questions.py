@@ -50,3 +50,5 @@ def test_a_long_repetition_is_read_alone_as_for_a_question(
   found = {3: passages.Passage(share, range(3, 4), range(96, 120))}
   assert questions.certainty(view, found) == pytest.approx(share)
   assert questions.reads_alone(view, found) is alone
+  own = {3: found[3]._replace(own=True)}
+  assert questions.certainty(view, own) == 0.0
