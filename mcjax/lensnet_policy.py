@@ -117,7 +117,7 @@ class LensNetPolicy:
       found += [b for p in alike.values() for b in p.blocks]
       rows = lens_rows.window_rows(
         view.context_lm.window, list(dict.fromkeys(found)))
-      scores = _raised(rows, self.score_rows(view, rows), alike)
+      scores = _raised(rows, scores, alike)
       answers = alike | answers
       spans |= {(p.tokens.start, p.tokens.stop) for p in alike.values()}
     self.sources = tuple(sorted(spans))
@@ -258,8 +258,15 @@ def find_answers(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
 
 def _raised(rows: lens_rows.Rows, scores: np.ndarray,
             answers: dict[int, passages.Passage]) -> np.ndarray:
-  """Scores [R] in which blocks that are alike in meaning are wished for."""
-  out = np.array(scores, np.float32)
+  """Scores [R] in which blocks that are alike in meaning are wished for.
+
+  Args:
+    rows: with the blocks of `answers` behind those that were scored.
+    scores: of the first rows.
+    answers: what is alike.
+  """
+  out = np.zeros(len(rows), np.float32)
+  out[: len(scores)] = scores
   for block, passage in answers.items():
     at = rows.block == block
     out[at] = np.maximum(out[at], np.float32((1 + passage.share) / 2))
