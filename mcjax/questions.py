@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mcjax import keys as lexical
-from mcjax.passages import Passage
+from mcjax.passages import HOLDS, Passage
 
 if TYPE_CHECKING:
   from mcjax.policies import FocusView
 
-SURE, UNSURE = 0.3, 0.15  # see `certainty`
+SURE, UNSURE = HOLDS, 0.15  # see `certainty`
 _NAMED = 0.5  # certainty from which a prompt that asks nothing is on a sentence
 _LONG = 8  # different tokens that it has at least
 
@@ -56,9 +56,9 @@ def asks(prompt: str) -> bool:
 def certainty(view: FocusView, answers: Mapping[int, Passage]) -> float:
   """Share of a prompt, in [0, 1], that its best sentence holds.
 
-  The model's own words do not count.
-  Words that no block holds count too: they are what is not found. From `SURE`
-  on the sentence surely answers, below `UNSURE` it only happens to hold a word.
+  The model's own words do not count. Of the prompt, words that no block holds
+  count too: they are what is not found. From `SURE` on the sentence surely
+  answers, below `UNSURE` it only happens to hold a word.
 
   Args:
     view: the policy's view of a prompt.
