@@ -167,8 +167,17 @@ class ContextLM:
 
   @property
   def is_synced(self) -> bool:
-    """Whether every entry that the LM attends to has its keys and values."""
-    return bool((self.window.entries.ready | self.window.hidden()).all())
+    """Whether every entry that the LM attends to has its keys and values.
+
+    So it is after a collapse into a gist that the LM does not see: the newest
+    token's prediction is then as good as its keys and values, which date from
+    before the collapse too.
+    """
+    e = self.window.entries
+    seen = ~self.window.hidden()
+    if not self.show_gists:
+      seen &= e.level == 0
+    return bool(e.ready[seen].all())
 
   def forget(self) -> None:
     """Marks every entry unready: the next `sync` is an exact rebuild."""

@@ -291,7 +291,8 @@ class FocusLoop:
       token ids [n] and whether the last one is a stop token.
     """
     limit = min(BRANCHING - self.tree.cursor % BRANCHING, wanted)
-    if self._make_room(limit):
+    self._make_room(limit)
+    if not self.context.is_synced:
       self.sync()
     with self.telemetry.phase("decode"):
       self._key, key = jax.random.split(self._key)
@@ -312,12 +313,12 @@ class FocusLoop:
       start = max(start, attention.start + 1)
     newest = self.tree.tokens(start, self.tree.cursor)
     before = self.context.probe_nll(newest) if probe else None
-    if not self.refocus(need=BRANCHING) and self.context.is_synced:
-      return
-    spliced = self.context.tokens_run
-    self.sync()
-    self.telemetry.count("splice_tokens", self.context.tokens_run - spliced)
-    if before is not None:
+    edits = self.refocus(need=BRANCHING)
+    if not self.context.is_synced:
+      spliced = self.context.tokens_run
+      self.sync()
+      self.telemetry.count("splice_tokens", self.context.tokens_run - spliced)
+    if edits and before is not None:
       change = self.context.probe_nll(newest) - before
       self.telemetry.record(
         "delta_nll", step=self.step, horizon=len(newest),

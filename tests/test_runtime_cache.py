@@ -82,7 +82,20 @@ def test_a_refocus_runs_the_lm_on_what_changed_only(make, visible):
     for r in refocused for action, level, _ in r["edits"]
   )
   assert spent["expands"] > 5 and spent["collapses"] > 5
-  assert spent["splice_tokens"] == (
-    BRANCHING * opened + gists + len(refocused)
+  # The newest token runs again where it has something new to see.
+  again = sum(
+    visible == "visible" or any(a > 0 and l == 1 for a, l, _ in r["edits"])
+    for r in refocused
   )
+  assert spent["splice_tokens"] == BRANCHING * opened + gists + again
   assert spent["splice_tokens"] < 0.2 * len(refocused) * WINDOW
+
+
+@pytest.mark.parametrize("visible", ["masked", "visible"])
+def test_a_collapse_runs_the_lm_only_where_its_gist_is_seen(make, visible):
+  mc = make(policy="recency", gist_attention=visible)
+  mc.ingest(tiny_base.text(3000))
+  mc.generate("go", max_new_tokens=400)
+  count = mc.telemetry.counters
+  assert count["collapses"] > 3 and count["expands"] == 0
+  assert bool(count["splice_tokens"]) == (visible == "visible")

@@ -102,7 +102,8 @@ def test_refocus_records_add_up_to_the_counters(run):
 def test_lm_and_decoded_tokens_are_all_that_was_run(tiny_lm, tiny_gistnet):
   mc = MegaContext.create(
     tiny_base.memory_url(), tiny_lm,
-    Config(window=512, policy="random", recent_tokens=64, gists_per_level=8),
+    Config(window=512, policy="random", recent_tokens=64, gists_per_level=8,
+           gist_attention="visible"),
     gistnet=tiny_gistnet,
   )
   mc.ingest(tiny_base.text(3000))
