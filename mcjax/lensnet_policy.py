@@ -10,11 +10,11 @@ wished for beside, if the learned keys tell what is alike in meaning.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 import dataclasses
 
 import numpy as np
 
-from mcjax import keys as lexical
 from mcjax import (
   lens_keys,
   lens_rows,
@@ -100,7 +100,7 @@ class LensNetPolicy:
       found = list(dict.fromkeys([*found, *wished]))
     rows = lens_rows.window_rows(view.context_lm.window, found)
     scores = self.score_rows(view, rows)
-    answers = find_answers(view, rows, scores)
+    answers = find_answers(view, rows, scores, self._lexical.passages)
     alike: dict[int, passages.Passage] = {}
     if view.asked and not questions.reads_alone(view, answers):
       wished = _wishes(rows, scores, answers)
@@ -205,7 +205,8 @@ class LensNetPolicy:
 
 def _sizes(window: int) -> tuple[int, ...]:
   """Padded numbers of rows: usual ones, and all a window can hold."""
-  return (128, 256, window + 8 * _FOUND)
+  most = window + 8 * _FOUND
+  return (*(size for size in (128, 256, 384, 512) if size < most), most)
 
 
 def empty_inputs(size: int, d_model: int) -> LensInputs:
@@ -223,7 +224,9 @@ def empty_inputs(size: int, d_model: int) -> LensInputs:
   )
 
 
-def find_answers(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
+def find_answers(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
+                 read: Callable[[FocusView, Iterable[int]],
+                                dict[int, passages.Passage]],
                  ) -> dict[int, passages.Passage]:
   """{block: its sentence} of what answers a question, best blocks only.
 
@@ -231,6 +234,7 @@ def find_answers(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
     view: the policy's view.
     rows: blocks of the window, and blocks found below its coarse entries.
     scores: [R] LensNet's, in (-1, 1).
+    read: what blocks say on the view's question, see `Similarity.passages`.
 
   Returns:
     Nothing for a question that no block answers, and for text. Questions that
@@ -240,10 +244,7 @@ def find_answers(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray
   if not view.asked or not np.any(likely):
     return {}
   score = dict(zip(rows.block[likely].tolist(), scores[likely].tolist()))
-  told = passages.statements(passages.find_passages(
-    view.tree, view.context_lm.lm.tokenizer, score, view.query_ids,
-    lexical.query_weights(view.tree, view.query_ids, view.query_weights),
-    view.query_start))
+  told = passages.statements(read(view, score))
   # The score saturates; what it is the tanh of does not.
   top = min(max((score[block] for block in told), default=0.0), 0.999)
   if top < _ANSWER:

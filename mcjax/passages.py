@@ -12,6 +12,7 @@ question nor what the model itself has said counts beside other text.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -205,6 +206,27 @@ def find_passages(
     out[block] = Passage(float(shares[best]), _touched(tokens), tokens,
                          bool(asks[best]), bool(own[best]))
   return out
+
+
+class PassageReader:
+  """`find_passages` for one query, every block read once.
+
+  A question is looked at again at every refocus step, and most of its likely
+  blocks are the same ones then.
+  """
+
+  def __init__(self, tree: MegaContextTree, tokenizer: Tokenizer,
+               query_ids: np.ndarray, weights: np.ndarray, stop: int):
+    self._find = functools.partial(
+      find_passages, tree, tokenizer, query_ids=query_ids, weights=weights,
+      stop=stop)
+    self._known: dict[int, Passage] = {}
+
+  def find(self, blocks: Iterable[int]) -> dict[int, Passage]:
+    """The passage of each block, in the order given."""
+    blocks = list(blocks)
+    self._known |= self._find([b for b in blocks if b not in self._known])
+    return {block: self._known[block] for block in blocks}
 
 
 def nearest_sentences(

@@ -7,7 +7,7 @@ for, and the fallback of, the learned LensNet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 from typing import Protocol
 
@@ -139,6 +139,7 @@ class Similarity(_HostPolicy):
     self._blocks = 0
     self._search: TreeSearch | None = None
     self._weights = np.zeros(0, np.float32)
+    self._reader: passages.PassageReader | None = None
     self.touched = 0
     self.bytes_read = 0
 
@@ -194,6 +195,15 @@ class Similarity(_HostPolicy):
       return []
     return [b for b, _ in self._search.best(4 * self._spans)]
 
+  def passages(self, view: FocusView, blocks: Iterable[int]
+               ) -> dict[int, passages.Passage]:
+    """What blocks say on the question of the last call of `targets`."""
+    if self._reader is None:
+      self._reader = passages.PassageReader(
+        view.tree, view.context_lm.lm.tokenizer, view.query_ids,
+        self._weights, view.query_start)
+    return self._reader.find(blocks)
+
   def _of_text(self, view: FocusView) -> dict[int, float]:
     """{block: share of the query that it holds}, the best few."""
     self._search.run(self._max_nodes)
@@ -214,9 +224,7 @@ class Similarity(_HostPolicy):
       if stop - search.touched >= BRANCHING:
         search.run(stop - search.touched)
       blocks = [b for b, _ in search.best(count)]
-      told = passages.statements(passages.find_passages(
-        view.tree, view.context_lm.lm.tokenizer, blocks, view.query_ids,
-        self._weights, view.query_start))
+      told = passages.statements(self.passages(view, blocks))
       if len(told) >= self._spans or len(blocks) < count:
         break
       count *= 2
@@ -229,6 +237,7 @@ class Similarity(_HostPolicy):
     if view.query_ids is self._query and blocks == self._blocks:
       return
     self._query, self._blocks = view.query_ids, blocks
+    self._reader = None
     self.touched = self.bytes_read = 0
     self._weights = lexical.query_weights(
       view.tree, view.query_ids, view.query_weights

@@ -38,6 +38,23 @@ def passage_of(text, query, block=BLOCK, stop=None, weight=None):
   return found[block]
 
 
+def test_a_reader_reads_every_block_once():
+  tokenizer = tiny_base.byte_tokenizer()
+  ids = tokenizer.encode(placed("THE CODE IS 7314.", BLOCK * BRANCHING + 2))
+  asked = tokenizer.encode("CODE")
+  tree, read = TokensOnly(ids), []
+  spans = tree.tokens
+  tree.tokens = lambda a, b: read.append((a, b)) or spans(a, b)
+  args = tree, tokenizer, asked, np.ones(len(asked), np.float32), len(ids)
+  reader = passages.PassageReader(*args)
+  first = reader.find([BLOCK, 2])
+  assert list(first) == [BLOCK, 2] and first[BLOCK].share == 1.0
+  seen = len(read)
+  assert reader.find([2]) == {2: first[2]} and len(read) == seen
+  assert list(reader.find([2, 6, BLOCK])) == [2, 6, BLOCK]
+  assert len(read) > seen
+
+
 def placed(sentence, at, size=10 * BRANCHING):
   """Lines of dashes around a sentence that begins at token `at`."""
   return "-" * (at - 1) + "\n" + sentence + "\n" + "-" * (size - at)
