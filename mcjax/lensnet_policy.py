@@ -78,7 +78,6 @@ class LensNetPolicy:
     self._max_nodes = max_nodes
     self._lexical = Similarity(max_nodes)
     self._query: np.ndarray | None = None
-    self._blocks = 0
     self._search: TreeSearch | None = None
     self._best: list[int] = []
     self._alike: tuple | None = None  # query, blocks, what is alike
@@ -163,12 +162,11 @@ class LensNetPolicy:
     Bounds of 32 unlike keys are loose, so all keys are read as long as that
     is cheap; beyond, the best-first search goes as far as its nodes reach.
     """
-    tree, last = view.tree, view.query_start // BRANCHING
+    last = view.query_start // BRANCHING
     if not len(view.query_ids) or not last:
       return []
-    blocks = tree.num_nodes(1)
-    if view.query_ids is not self._query or blocks != self._blocks:
-      self._query, self._blocks = view.query_ids, blocks
+    if view.query_ids is not self._query:
+      self._query = view.query_ids
       self._start_search(view, last)
     if self._search is not None:
       before = self._search.touched, self._search.bytes_read

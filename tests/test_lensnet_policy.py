@@ -223,6 +223,17 @@ def test_the_policy_scores_what_is_there(tiny_lm, tiny_gistnet):
   assert policy.bytes_read > 0
 
 
+def test_keys_are_read_once_while_a_question_is_answered(tiny_lm, tiny_gistnet):
+  mc = opened(tiny_lm, tiny_gistnet, 4000)
+  policy, view = mc._loop._policy, asked_view(mc, "what?")
+  found = policy._by_keys(view)
+  assert policy.touched == mc.cursor // BRANCHING == 125
+  mc.ingest(tiny_base.text(70, 1))
+  assert policy._by_keys(view) == found and policy.touched == 125
+  policy._by_keys(asked_view(mc, "what?"))
+  assert policy.touched == 125 + mc.cursor // BRANCHING
+
+
 def test_beyond_the_scan_a_bounded_search_takes_over(
   tiny_lm, tiny_gistnet, monkeypatch
 ):
