@@ -233,15 +233,17 @@ class Similarity(_HostPolicy):
     return {block: p.share for block, p in best.items()}, best
 
   def _prepare(self, view: FocusView) -> None:
+    """Starts a search; words and passages of a query stay as first seen."""
     blocks = view.tree.num_nodes(1)
-    if view.query_ids is self._query and blocks == self._blocks:
+    if view.query_ids is not self._query:
+      self._query, self._reader = view.query_ids, None
+      self._weights = lexical.query_weights(
+        view.tree, view.query_ids, view.query_weights
+      )
+    elif blocks == self._blocks:
       return
-    self._query, self._blocks = view.query_ids, blocks
-    self._reader = None
+    self._blocks = blocks
     self.touched = self.bytes_read = 0
-    self._weights = lexical.query_weights(
-      view.tree, view.query_ids, view.query_weights
-    )
     if not np.any(self._weights > 0) or view.query_start < BRANCHING:
       self._search = None
       return

@@ -319,7 +319,8 @@ def test_the_cost_of_a_step_does_not_grow_with_the_history(make, longest):
   """Counted work of one turn at 10,000 tokens of history and at many more."""
   costs = []
   for history in (10_000, longest):
-    mc = make(gist_attention="visible", search_nodes=256, settle_steps=8)
+    # So few nodes that the short history is not read as a whole either.
+    mc = make(gist_attention="visible", search_nodes=32, settle_steps=8)
     ids = tiny_base.text(10_000, 1)
     mc.ingest((ids * (history // 10_000))[:-1])
     assert mc.cursor == history
@@ -340,8 +341,8 @@ def test_the_cost_of_a_step_does_not_grow_with_the_history(make, longest):
     # Not equal: other edits are made, and L3 exists in the long history only.
     assert large[name] <= 1.5 * small[name] + 300, (name, small, large)
   steps = large["refocus_steps"]
-  assert large["nodes_touched"] <= 256 * steps
-  assert sum(large[f"rows of {k}"] for k in tree.reads) < 3000 * steps
+  assert large["nodes_touched"] <= 32 * steps
+  assert sum(large[f"rows of {k}"] for k in tree.reads) < 1000 * steps
 
 
 # --- Score -------------------------------------------------------------------

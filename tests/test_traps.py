@@ -289,7 +289,7 @@ def test_a_gist_of_an_incomplete_block_is_noticed(monkeypatch):
 def turn_cost(tiny_lm, tiny_gistnet, history, careless=False):
   mc = MegaContext.create(
     tiny_base.memory_url(), tiny_lm,
-    Config(window=512, recent_tokens=64, gists_per_level=8),
+    Config(window=512, recent_tokens=64, gists_per_level=8, search_nodes=32),
     gistnet=tiny_gistnet,
   )
   mc.ingest_tokens(np.resize(random_ids(5000) % 256, history - 1))

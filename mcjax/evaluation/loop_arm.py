@@ -7,6 +7,7 @@ focus is edited at every refocus.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pathlib
 import time
@@ -32,10 +33,11 @@ _SHIFT = 4  # refocus steps before the moving query moves on
 _NEVER = 1 << 30
 
 
-class NoStops:
-  """Stands in for a tokenizer without stop ids: an answer never ends."""
-
-  stop_ids = frozenset()
+def without_stops(lm: BaseLM) -> BaseLM:
+  """The base with a tokenizer that has no stop ids: an answer never ends."""
+  tokenizer = copy.copy(lm.tokenizer)
+  tokenizer.stop_ids = ()
+  return dataclasses.replace(lm, tokenizer=tokenizer)
 
 
 def make_tree(lm: BaseLM, folder: pathlib.Path, count: int,
@@ -82,13 +84,12 @@ class LoopArm:
     lm: the base.
     tree: the history; what is generated is appended and never committed.
     config: of the loop.
-    moving: the query moves to another place every few refocus steps.
+    moving: what is asked for moves to another place every few refocus steps.
   """
 
   def __init__(self, lm: BaseLM, tree: MegaContextTree, config: Config,
                moving: bool = False):
-    silent = dataclasses.replace(lm, tokenizer=NoStops())
-    self.loop = make_loop(silent, tree, config)
+    self.loop = make_loop(without_stops(lm), tree, config)
     self._rng = np.random.default_rng(config.seed)
     self._moving = moving
     self._steps = 0
@@ -122,7 +123,8 @@ class LoopArm:
     tree = self.loop.tree
     start = int(self._rng.integers(0, self.history - _QUERY))
     ids = tree.tokens(start, start + _QUERY)
-    self.loop.query = Query(ids, np.ones(_QUERY, np.float32), tree.cursor)
+    self.loop.query = Query(
+      ids, np.ones(_QUERY, np.float32), tree.cursor, asked=True)
 
   def reset(self) -> None:
     """Starts counting anew."""
