@@ -8,8 +8,9 @@ was taught what a sentence embedding finds alike (`training/key_distil.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -19,6 +20,8 @@ from mcjax.base.load import BaseLM
 
 TABLE = "table"  # of a LensNet's parameters, beside "score" and "keys"
 _BATCH = 2048  # texts per call
+_MOST = 4  # tables of this process that are kept
+_TABLES: dict[str, tuple] = {}  # by fingerprint, the oldest first
 
 
 class LensKeyer:
@@ -41,17 +44,10 @@ class LensKeyer:
       lm: the base.
     """
     facts = dataclasses.asdict(config) | {"base": lm.fingerprint}
-    if TABLE in params:
-      table = params[TABLE]
-      self.fingerprint = pretrained.fingerprint(table, facts)
-      self._vectors = np.asarray(table["vectors"], np.float32)
-      self._salience, self._asking = np.asarray(table["salience"]).T
-    else:
-      self.fingerprint = pretrained.fingerprint(params["keys"], facts)
-      tables = jax.jit(
-        lambda p, e: lensnet.key_tables(p, config, e)
-      )({"keys": params["keys"]}, lm.params["embed"])
-      self._vectors, self._salience, self._asking = map(np.asarray, tables)
+    part = TABLE if TABLE in params else "keys"
+    self.fingerprint = pretrained.fingerprint(params[part], facts)
+    make = functools.partial(_make_tables, params, config, lm)
+    self._vectors, self._salience, self._asking = _kept(self.fingerprint, make)
     self.key_dim = self._vectors.shape[1]
 
   @classmethod
@@ -76,6 +72,28 @@ class LensKeyer:
     """int32 [K] query of token ids [Q] with weights [Q]."""
     total = (weights * self._asking[token_ids]) @ self._vectors[token_ids]
     return _rounded(total[None])[0].astype(np.int32)
+
+
+def _kept(fingerprint: str, make: Callable[[], tuple]) -> tuple:
+  """Tables that are made once a process, the last few of them."""
+  if fingerprint not in _TABLES:
+    while len(_TABLES) >= _MOST:
+      _TABLES.pop(next(iter(_TABLES)))
+    _TABLES[fingerprint] = make()
+  return _TABLES[fingerprint]
+
+
+def _make_tables(params, config, lm: BaseLM) -> tuple:
+  """Vectors [V, K], saliences in keys [V] and in queries [V], float32."""
+  if TABLE in params:
+    table = params[TABLE]
+    return (np.asarray(table["vectors"], np.float32),
+            *np.asarray(table["salience"]).T)
+  return tuple(map(np.asarray, _head_tables(
+    {"keys": params["keys"]}, config, lm.params["embed"])))
+
+
+_head_tables = jax.jit(lensnet.key_tables, static_argnames="config")
 
 
 def _rounded(total: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax import gistnet, lensnet, lensnet_policy
+from mcjax import gistnet, lens_keyer, lensnet, lensnet_policy
 from mcjax.lens_keyer import LensKeyer
 
 
@@ -24,6 +24,22 @@ def test_keys_are_the_same_on_host_and_device(tiny_lm):
   want = np.asarray(lensnet.query_key(
     tables, padded, jnp.ones(40))) * lensnet.KEY_SCALE
   np.testing.assert_allclose(query, np.clip(want, -127, 127), atol=0.51)
+
+
+def test_tables_are_made_once_and_told_apart(tiny_lm, monkeypatch):
+  made = []
+  real = lens_keyer._make_tables
+  monkeypatch.setattr(lens_keyer, "_TABLES", {})
+  monkeypatch.setattr(
+    lens_keyer, "_make_tables", lambda *args: made.append(1) or real(*args))
+  config = lensnet.LensNetConfig(d_model=32, key_dim=8)
+  ids = np.arange(32)[None]
+  keys = [LensKeyer(lensnet.init_params(config, seed), config, tiny_lm)
+          .encode_keys(ids).tolist() for seed in (0, 1, 0)]
+  assert len(made) == 2 and keys[0] == keys[2] != keys[1]
+  for seed in range(9):
+    LensKeyer(lensnet.init_params(config, seed), config, tiny_lm)
+  assert len(lens_keyer._TABLES) == lens_keyer._MOST
 
 
 def test_a_query_finds_the_block_it_is_made_of(tiny_lm):
