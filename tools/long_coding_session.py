@@ -132,7 +132,7 @@ def main(argv) -> None:
   print(f"Decode {decoded / seconds:.1f} tokens/s; "
         f"{summary['swap_rate']:.2f} edits per refocus step.")
   print(f"Tree on disk {total / 2**20:.1f} MiB ({total / cursor:.1f} B a "
-        "token: " + ", ".join(f"{k} {v / 2**20:.1f}" for k, v in
+        "token: " + ", ".join(f"{k} {v / cursor:.1f}" for k, v in
                               sizes.items()) + ").")
   print(f"Peak memory {telemetry.peak_memory_mib():,.0f} MiB.")
   sys.exit(0 if all(held) else 1)
