@@ -1,8 +1,8 @@
 """Runs one evaluation: python -m experiments.evaluate --suite=NAME --workdir=…
 
-Suites: overhead, ttft, ingest, drift, substitution, visible, focus. Writes
-results.json, results.md and plots into the workdir. `--quick` takes small
-sizes; a setting of the suite is changed by
+Suites: overhead, ttft, ingest, drift, substitution, ceiling, visible, focus.
+Writes results.json, results.md and plots into the workdir. `--quick` takes
+small sizes; a setting of the suite is changed by
 `--set=window=1024,histories=8192:32768`.
 """
 

@@ -222,10 +222,13 @@ class Bench:
   def measure(self, encoder) -> dict[str, np.ndarray]:
     """Losses {variant: [n, horizon]} of all variants for one GistNet."""
     gists = self.gists(encoder)
-    params = encoder.reader(self._lm).params
     return self.controls | {
-      "shuffled": self._run(self.other_document(gists), "gist", params),
-      "gist": self._run(gists, "gist", params)}
+      "shuffled": self.score(self.other_document(gists), encoder),
+      "gist": self.score(gists, encoder)}
+
+  def score(self, gists: np.ndarray, encoder) -> np.ndarray:
+    """Losses [n, horizon] with `gists` [n, blocks * m, D] in place of text."""
+    return self._run(gists, "gist", encoder.reader(self._lm).params)
 
 
 def over_horizon(losses: Mapping[str, np.ndarray],

@@ -9,8 +9,8 @@ import importlib
 from mcjax.evaluation.report import Report
 from mcjax.types import McjaxError
 
-NAMES = ("overhead", "ttft", "ingest", "drift", "substitution", "visible",
-         "focus")
+NAMES = ("overhead", "ttft", "ingest", "drift", "substitution", "ceiling",
+         "visible", "focus")
 
 
 def run(name: str, folder, *, quick: bool = False,
