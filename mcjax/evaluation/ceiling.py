@@ -45,6 +45,7 @@ class Settings:
     documents: a kind of text; the excerpts of the substitution suite's L1.
     continuations: sampled from the base after the raw tokens.
     continued: tokens of each.
+    batch: continuations of a gradient step, in turn.
     steps: gradient steps after which the gists are scored.
     rate: of Adam, in the units of the gists' channels.
     seed: of excerpts and samples.
@@ -58,15 +59,17 @@ class Settings:
   horizons: tuple[int, ...] = (32, 48, 64, 128)
   blocks: int = 8
   documents: int = 12
-  continuations: int = 4
+  continuations: int = 12
   continued: int = 48
-  steps: tuple[int, ...] = (4, 16)
+  batch: int = 4
+  steps: tuple[int, ...] = (4, 16, 36)
   rate: float = 0.02
   seed: int = 0
 
   @classmethod
   def quick(cls, **changes) -> Settings:
-    small = dict(documents=1, horizons=(32, 48), continuations=2, steps=(2, 4))
+    small = dict(documents=1, horizons=(32, 48), continuations=2, batch=2,
+                 steps=(2, 4))
     return cls(**{**small, **changes})
 
   def __post_init__(self):
@@ -74,6 +77,8 @@ class Settings:
     if not rising or list(self.steps) != rising or rising[0] < 1:
       raise McjaxError("steps must be positive and rise, got "
                        f"{':'.join(map(str, self.steps))}")
+    if not 0 < self.batch <= self.continuations:
+      raise McjaxError(f"batch must be 1 to continuations, got {self.batch}")
 
   @property
   def setting(self) -> recovery.Setting:
@@ -85,9 +90,9 @@ class Settings:
     Reading and sampling, then forward and backward of every step; a backward
     pass through frozen weights counts as one forward pass.
     """
-    fitted = self.continuations * self.continued
     far = self.setting.far
-    return (far + fitted + 2 * steps * (fitted + self.blocks)) / far
+    fitted = 2 * steps * (self.batch * self.continued + self.blocks)
+    return (far + self.continuations * self.continued + fitted) / far
 
 
 def run(settings: Settings, folder) -> Report:
@@ -165,16 +170,15 @@ def fit(lm: BaseLM, encoder: gistnet.GistEncoder, far, gists, s: Settings
   reader = encoder.reader(lm).params
   gists = jnp.asarray(gists, jnp.float32)
   moments = optax.adam(s.rate).init(gists)
-  kept, kl = [], []
-  for step in range(max(s.steps) + 1):
-    moved, moments, loss = _step(
-      reader, lm.config, gists, moments, tokens, teacher, s.rate)
-    if step == 0 or step in s.steps:
-      kl.append(float(loss))
-    if step in s.steps:
+  kept, kl = [], [_divergence(gists, reader, lm.config, tokens, teacher)]
+  for step in range(max(s.steps)):
+    turn = (step * s.batch + np.arange(s.batch)) % s.continuations
+    gists, moments = _step(reader, lm.config, gists, moments, tokens[turn],
+                           teacher[turn], s.rate)
+    if step + 1 in s.steps:
       kept.append(np.asarray(gists))
-    gists = moved
-  return np.stack(kept), np.asarray(kl)
+      kl.append(_divergence(gists, reader, lm.config, tokens, teacher))
+  return np.stack(kept), np.asarray(kl, np.float64)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "count", "horizon"))
@@ -219,6 +223,7 @@ def sample(params, config: model.DecoderConfig, far, key, count: int,
   return jax.vmap(one)(jax.random.split(key, count))
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def _divergence(gists, reader, config, tokens, teacher):
   """Mean KL in nats of the base after `gists` [n, D] from the teacher."""
   far, start = losses.gist_segment(reader, config, gists, stride=1)
@@ -235,12 +240,11 @@ def _divergence(gists, reader, config, tokens, teacher):
 
 @functools.partial(jax.jit, static_argnames=("config", "rate"))
 def _step(reader, config, gists, moments, tokens, teacher, rate: float):
-  """One step of Adam; returns gists and moments after and the KL before it."""
-  loss, slope = jax.value_and_grad(_divergence)(
-    gists, reader, config, tokens, teacher)
+  """One step of Adam; returns the gists and the moments after it."""
+  slope = jax.grad(_divergence)(gists, reader, config, tokens, teacher)
   with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and counts
     change, moments = optax.adam(rate).update(slope, moments)
-  return optax.apply_updates(gists, change), moments, loss
+  return optax.apply_updates(gists, change), moments
 
 
 def _report(result: Report, s: Settings, variants, kl, kinds) -> None:
@@ -287,7 +291,8 @@ def _report(result: Report, s: Settings, variants, kl, kinds) -> None:
     "document's own continuation. Brackets: 95 % bootstrap over documents.",
     "gist: GistNet's. n steps: fitted from there by n steps of Adam to "
     f"{s.continuations} continuations of {s.continued} tokens that the base "
-    "samples after the raw text. shuffled: fitted on another document.",
+    f"samples after the raw text, {s.batch} a step. shuffled: fitted on "
+    "another document.",
     "Passes of the base: forward passes per token of the text that the fit "
     "costs; a backward pass counts as one."]
 

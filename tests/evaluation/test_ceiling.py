@@ -14,7 +14,7 @@ from mcjax.training import data
 from mcjax.types import McjaxError
 
 _SETTINGS = ceiling.Settings(
-  blocks=2, horizons=(8,), continuations=3, continued=8, steps=(3, 30),
+  blocks=2, horizons=(8,), continuations=3, continued=8, batch=2, steps=(3, 30),
   rate=0.05)
 
 
@@ -47,8 +47,8 @@ def test_fitted_gists_come_nearer_to_what_the_text_says(tiny_lm, text):
 
 
 def test_the_cost_counts_reading_sampling_and_steps():
-  # 64 tokens read, 24 sampled; a step: 24 tokens and 2 gists, there and back.
-  assert _SETTINGS.passes(3) == (64 + 24 + 3 * 2 * 26) / 64
+  # 64 tokens read, 24 sampled; a step: 16 tokens and 2 gists, there and back.
+  assert _SETTINGS.passes(3) == (64 + 24 + 3 * 2 * 18) / 64
 
 
 @pytest.mark.parametrize("steps", [(), (0, 2), (4, 2)])
