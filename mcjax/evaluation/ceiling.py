@@ -255,13 +255,10 @@ def _report(result: Report, s: Settings, variants, kl, kinds) -> None:
   rows = []
   for name in names:
     steps = 0 if name == "gist" else int(name.split()[0])
-    cells = []
-    for h, summary in found.items():
-      value = summary["recovered"][name]
-      for part in ("value", "low", "high"):
-        end = "" if part == "value" else f"/{part}"
-        result.add(f"H={h}/recovered/{name}{end}", value[part])
-      cells.append(_span(value))
+    cells = [
+      result.add_interval(
+        f"H={h}/recovered/{name}", **summary["recovered"][name])
+      for h, summary in found.items()]
     number = (0, *s.steps).index(steps)
     if "shuffled" in name:
       rows.append((name, None, None, *cells))
@@ -298,7 +295,3 @@ def _report(result: Report, s: Settings, variants, kl, kinds) -> None:
     "another document.",
     "Passes of the base: forward passes per token of the text that the fit "
     "costs; a backward pass counts as one."]
-
-
-def _span(value) -> str:
-  return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"

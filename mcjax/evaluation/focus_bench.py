@@ -301,6 +301,4 @@ def add_interval(report: Report, name: str, statistic, documents: int,
   """As `add_mean`, of any statistic of the documents' row numbers."""
   value = statistic(np.arange(documents))
   low, high = recovery.interval(statistic, documents, draws=1000)
-  for suffix, number in (("", value), ("/low", low), ("/high", high)):
-    report.add(name + suffix, number, unit)
-  return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+  return report.add_interval(name, value, low, high, unit, digits)

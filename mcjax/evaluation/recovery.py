@@ -253,6 +253,12 @@ def interval(statistic: Callable[[np.ndarray], float], n: int,
   return float(low), float(high)
 
 
+def mean_interval(values: np.ndarray) -> dict[str, float]:
+  """{"value", "low", "high"}: mean of values [n] and its `interval`."""
+  low, high = interval(lambda rows: float(values[rows].mean()), len(values))
+  return {"value": float(values.mean()), "low": low, "high": high}
+
+
 def summarise(losses: Mapping[str, np.ndarray],
               kinds: tuple[str, ...] | None = None) -> dict:
   """Means, `recovered` with 95 % intervals, and a part for every kind.
@@ -263,12 +269,10 @@ def summarise(losses: Mapping[str, np.ndarray],
     "kinds": {kind: same}}.
   """
   n = len(losses["full"])
-  delta = losses["gist"] - losses["full"]
-  low, high = interval(lambda rows: float(delta[rows].mean()), n)
   report = {
     "documents": n,
     "nll": {v: float(x.mean()) for v, x in losses.items()},
-    "delta": {"value": float(delta.mean()), "low": low, "high": high},
+    "delta": mean_interval(losses["gist"] - losses["full"]),
     "recovered": {}}
   for variant in losses:
     if variant in ("full", "drop"):

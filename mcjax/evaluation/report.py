@@ -64,6 +64,13 @@ class Report:
     """Adds a figure."""
     self.figures[name] = Figure(value, unit)
 
+  def add_interval(self, name: str, value: float, low: float, high: float,
+                   unit: str = "", digits: int = 3) -> str:
+    """Adds a figure, NAME/low and NAME/high; returns a cell for a table."""
+    for end, bound in (("", value), ("/low", low), ("/high", high)):
+      self.add(name + end, bound, unit)
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
   def write(self, folder: str | os.PathLike) -> pathlib.Path:
     """Writes results.json and results.md; returns the folder.
 

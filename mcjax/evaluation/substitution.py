@@ -9,11 +9,9 @@ another GistNet is measured in a fraction of the time.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
 
 import jax
-import numpy as np
 
 from mcjax import gistnet
 from mcjax.base.load import BaseLM, load_base_lm
@@ -139,15 +137,6 @@ def _cost(result: Report, lm: BaseLM, encoder: gistnet.GistEncoder) -> None:
         count, "", "") for name, count in layers.items())]))
 
 
-def _span(value: float, low: float, high: float, digits: int = 3) -> str:
-  return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _add(result: Report, key: str, found: dict, unit: str = "") -> None:
-  for part in ("value", "low", "high"):
-    result.add(key if part == "value" else f"{key}/{part}", found[part], unit)
-
-
 def _compare(result: Report, name: str, losses, kinds, horizons) -> None:
   """Adds a setting's figures and tables: every variant, every kind."""
   summaries = {h: recovery.summarise(recovery.over_horizon(losses, h), kinds)
@@ -160,26 +149,25 @@ def _compare(result: Report, name: str, losses, kinds, horizons) -> None:
       nll = summary["nll"][variant]
       result.add(f"{name}/H={h}/nll/{variant}", nll, "nats per token")
       found = summary["recovered"].get(variant)
+      text = f"{nll:.3f}"
       if found is not None:
-        _add(result, f"{name}/H={h}/recovered/{variant}", found)
-      cells.append(f"{nll:.3f}" if found is None else
-                   f"{nll:.3f}; {_span(**found)}")
+        text += "; " + result.add_interval(
+          f"{name}/H={h}/recovered/{variant}", **found)
+      cells.append(text)
     rows.append((variant, *cells))
   deltas = []
   for h, summary in summaries.items():
-    _add(result, f"{name}/H={h}/delta_nll", summary["delta"], "nats per token")
-    deltas.append(_span(**summary["delta"]))
-    for kind, part in summary["kinds"].items():
-      _add(result, f"{name}/H={h}/recovered/gist/{kind}",
-           part["recovered"]["gist"])
+    deltas.append(result.add_interval(
+      f"{name}/H={h}/delta_nll", **summary["delta"], unit="nats per token"))
   rows.append(("ΔNLL, gist − full", *deltas))
   result.tables.append(Table(
     f"{name}: nats per token; recovered ({count} documents)",
     ("variant", *(f"H={h}" for h in horizons)), rows))
   for kind in sorted(set(kinds)):
-    parts = [summary["kinds"][kind]["recovered"]["gist"]
-             for summary in summaries.values()]
-    by_kind.append((kind, kinds.count(kind), *(_span(**p) for p in parts)))
+    by_kind.append((kind, kinds.count(kind), *(
+      result.add_interval(f"{name}/H={h}/recovered/gist/{kind}",
+                          **summary["kinds"][kind]["recovered"]["gist"])
+      for h, summary in summaries.items())))
   result.tables.append(Table(
     f"{name}: recovered by gists, per kind of text",
     ("kind", "documents", *(f"H={h}" for h in horizons)), by_kind))
@@ -199,20 +187,14 @@ def _unrelated(result: Report, lm: BaseLM, encoder: gistnet.GistEncoder,
     row = []
     for h in s.horizons:
       means = recovery.over_horizon(losses, h)
-      difference = means[variant] - means["drop"]
-      low, high = recovery.interval(
-        functools.partial(_mean, difference), len(difference))
-      found = {"value": float(difference.mean()), "low": low, "high": high}
       key = "unrelated" if variant == "shuffled" else "own"
-      _add(result, f"{key}_gists/H={h}/delta_nll", found, "nats per token")
-      row.append(_span(**found, digits=4))
+      row.append(result.add_interval(
+        f"{key}_gists/H={h}/delta_nll",
+        **recovery.mean_interval(means[variant] - means["drop"]),
+        unit="nats per token", digits=4))
     cells.append(row)
   result.tables.append(Table(
     f"{s.unrelated_gists} gists in the window, {s.near} recent tokens: ΔNLL "
     f"with − without ({len(excerpts.ids)} documents)",
     ("gists", *(f"H={h}" for h in s.horizons)),
     [("of another text", *cells[0]), ("of the same text", *cells[1])]))
-
-
-def _mean(values: np.ndarray, rows: np.ndarray) -> float:
-  return float(values[rows].mean())

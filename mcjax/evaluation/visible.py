@@ -8,7 +8,6 @@ with gists in view ("visible"), with gist slots hidden from attention
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
 import uuid
 
@@ -98,23 +97,17 @@ def _report(result: Report, losses, kinds) -> None:
   rows = []
   for kind in ("all", *sorted(set(kinds))):
     chosen = np.array([kind in ("all", k) for k in kinds])
-    values = difference[chosen]
-    low, high = recovery.interval(
-      functools.partial(_mean, values), len(values))
     means = {k: float(v[chosen].mean()) for k, v in losses.items()}
     for arm, mean in means.items():
       result.add(f"{kind}/nll/{arm}", mean, "nats per token")
-    for part, value in (("", float(values.mean())), ("/low", low),
-                        ("/high", high)):
-      result.add(f"{kind}/visible_minus_masked{part}", value, "nats per token")
-    rows.append((kind, len(values), means["masked"], means["visible"],
-                 f"{values.mean():.4f} [{low:.4f}, {high:.4f}]"))
+    rows.append((
+      kind, int(chosen.sum()), means["masked"], means["visible"],
+      result.add_interval(
+        f"{kind}/visible_minus_masked",
+        **recovery.mean_interval(difference[chosen]),
+        unit="nats per token", digits=4)))
   result.tables.append(Table(
     "Mean loss in the loop, nats per token",
     ("kind", "documents", "masked", "visible", "visible − masked"), rows))
   result.notes.append("Brackets: 95 % bootstrap over documents. Below zero, "
                       "showing gists helps.")
-
-
-def _mean(values: np.ndarray, rows: np.ndarray) -> float:
-  return float(values[rows].mean())
