@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mcjax.base import model
+from mcjax.types import McjaxError
 
 
 class Trace(NamedTuple):
@@ -52,11 +53,11 @@ def trace(params, config: model.DecoderConfig, x: jax.Array
   """Causal pass over embeddings [T, D]: final hidden [T, D] and its trace.
 
   Raises:
-    NotImplementedError: layers without rotation, biases or query norms.
+    McjaxError: layers without rotation, biases or query norms.
   """
   if config.nope_layers or config.qkv_bias or config.qk_norm or config.o_bias:
-    raise NotImplementedError(
-      "attention matching covers plain Llama layers only")
+    raise McjaxError("Objective.attend covers plain Llama layers only, not "
+                     f"those of a {config.family}; leave it at 0")
   places = jnp.arange(x.shape[0], dtype=jnp.int32)
   table = model.rope_tables(config, places)
   allowed = places[None, :] <= places[:, None]

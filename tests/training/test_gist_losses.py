@@ -295,3 +295,12 @@ def test_exchange_takes_the_far_part_of_another_window():
     np.testing.assert_array_equal(mixed[n, :96], flat[n - 1, :96])
   with pytest.raises(McjaxError, match="foreign"):
     losses.Objective(window=160, near=32, sink=True, foreign=True)
+
+
+@pytest.mark.parametrize("change", [
+  dict(qkv_bias=True), dict(qk_norm=True), dict(nope_layers=(1,))])
+def test_attention_matching_refuses_other_layers_by_name(tiny_lm, change):
+  config = dataclasses.replace(tiny_lm.config, family="qwen3", **change)
+  x = model.embed(tiny_lm.params, _ids(), jnp.float32)
+  with pytest.raises(McjaxError, match="Objective.attend .* qwen3"):
+    attention_match.trace(tiny_lm.params, config, x)
