@@ -14,10 +14,13 @@ import jax
 import numpy as np
 
 from experiments.configs import gistnet_ablation
-from mcjax import commands, gistnet
+from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
-from mcjax.evaluation import recovery
-from mcjax.training import data, gist_trainer
+from mcjax.cli import commands
+from mcjax.gist import encoder as gistnet
+from mcjax.training.common import data
+from mcjax.training.gist import recovery
+from mcjax.training.gist import trainer as gist_trainer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A folder per ablation.")
 _NAMES = flags.DEFINE_list("names", [], "Only these; all if empty.")
@@ -92,7 +95,7 @@ def main(argv) -> None:
   names = _NAMES.value or list(gistnet_ablation.ABLATIONS)
   for name in names:
     gistnet_ablation.get_config(name)  # an unknown name ends it here
-  commands.use_compilation_cache(workdir / "compiled")
+  use_compilation_cache(workdir / "compiled")
   lm = load_base_lm(gistnet_ablation.get_config().base, dtype=_DTYPE.value)
   for name in names:
     if not (workdir / name / "facts.json").exists() and not _train(

@@ -9,9 +9,14 @@ import pathlib
 
 from absl import flags, logging
 
-from mcjax import commands, gistnet
+from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
-from mcjax.training import alternating, data, gist_trainer, lens_rounds
+from mcjax.cli import commands
+from mcjax.gist import encoder as gistnet
+from mcjax.training import alternating
+from mcjax.training.common import data
+from mcjax.training.gist import trainer as gist_trainer
+from mcjax.training.lens import rounds as lens_rounds
 
 _CONFIG = commands.define_config(
   str(pathlib.Path(__file__).parent / "configs/alternate.py"))
@@ -24,7 +29,7 @@ def main(argv) -> None:
   c = _CONFIG.value
   logging.set_verbosity(logging.WARNING)
   workdir = pathlib.Path(_WORKDIR.value)
-  commands.use_compilation_cache(workdir / "compiled")
+  use_compilation_cache(workdir / "compiled")
   g = c.gist
   train = gist_trainer.read_config(g.train, g.objective, g.phases)
   lens = lens_rounds.read_config(c.lens.to_dict())

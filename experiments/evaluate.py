@@ -10,8 +10,9 @@ import pathlib
 
 from absl import app, flags
 
-from mcjax import commands
-from mcjax.evaluation import suites
+from mcjax.base.compilation_cache import use_compilation_cache
+from mcjax.cli import commands
+from mcjax.evaluation import runner as suites
 
 _SUITE = flags.DEFINE_enum("suite", None, sorted(suites.NAMES), "What to run.")
 _WORKDIR = flags.DEFINE_string(
@@ -27,7 +28,7 @@ def main(argv) -> None:
     raise app.UsageError(f"unknown argument: {argv[1]}")
   with commands.one_line_errors():
     folder = pathlib.Path(_WORKDIR.value or f"runs/{_SUITE.value}")
-    commands.use_compilation_cache(folder.parent / "compiled")
+    use_compilation_cache(folder.parent / "compiled")
     suites.run(_SUITE.value, folder, quick=_QUICK.value, changes=_SET.value)
     print((folder / "results.md").read_text(encoding="utf-8"))
 

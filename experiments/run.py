@@ -12,7 +12,7 @@ import pathlib
 
 from absl import flags
 
-from mcjax import commands, session
+from mcjax.cli import commands, session
 
 _CONFIG = commands.define_config(
   str(pathlib.Path(__file__).parent / "configs/run.py")

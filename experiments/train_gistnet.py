@@ -9,9 +9,12 @@ import pathlib
 from absl import flags, logging
 import jax
 
-from mcjax import commands, gistnet
+from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
-from mcjax.training import data, gist_trainer
+from mcjax.cli import commands
+from mcjax.gist import encoder as gistnet
+from mcjax.training.common import data
+from mcjax.training.gist import trainer as gist_trainer
 
 _CONFIG = commands.define_config(
   str(pathlib.Path(__file__).parent / "configs/gistnet.py"))
@@ -27,7 +30,7 @@ def main(argv) -> None:
   logging.set_verbosity(logging.WARNING)
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
-  commands.use_compilation_cache(pathlib.Path(_WORKDIR.value) / "compiled")
+  use_compilation_cache(pathlib.Path(_WORKDIR.value) / "compiled")
   train = gist_trainer.read_config(c.train, c.objective, c.phases)
   lm = load_base_lm(c.base, dtype=c.dtype)
   initial, gist_config, lineage = gistnet.start(

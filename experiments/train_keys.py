@@ -13,10 +13,13 @@ import pathlib
 from absl import flags, logging
 import numpy as np
 
-from mcjax import commands, lens_keyer, pretrained
+from mcjax import pretrained
 from mcjax.base.load import load_base_lm
-from mcjax.evaluation import rag
-from mcjax.training import data, key_distil
+from mcjax.cli import commands
+from mcjax.evaluation.systems import rag
+from mcjax.lens import keyer as lens_keyer
+from mcjax.training.common import data
+from mcjax.training.lens import key_distil
 from mcjax.types import McjaxError
 
 _CONFIG = commands.define_config(

@@ -9,10 +9,12 @@ import pathlib
 
 from absl import flags, logging
 
-from mcjax import commands
+from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
-from mcjax.gistnet import load_gistnet
-from mcjax.training import data, lens_rounds
+from mcjax.cli import commands
+from mcjax.gist.encoder import load_gistnet
+from mcjax.training.common import data
+from mcjax.training.lens import rounds as lens_rounds
 
 _CONFIG = commands.define_config(
   str(pathlib.Path(__file__).parent / "configs/lensnet.py"))
@@ -26,7 +28,7 @@ def main(argv) -> None:
   c = _CONFIG.value
   logging.set_verbosity(logging.WARNING)
   workdir = pathlib.Path(_WORKDIR.value)
-  commands.use_compilation_cache(workdir / "compiled")
+  use_compilation_cache(workdir / "compiled")
   settings = lens_rounds.read_config(c.to_dict())
   lm = load_base_lm(c.base, dtype=c.dtype)
   encoder = load_gistnet(lm, c.gistnet or None)

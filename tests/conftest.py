@@ -17,11 +17,11 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from runtime_cases import SMALL  # noqa: E402
-import tiny_base  # noqa: E402
 
 from mcjax import Config, MegaContext  # noqa: E402
 from mcjax.base import hub  # noqa: E402
 from mcjax.base.load import load_base_lm  # noqa: E402
+from mcjax.testing import tiny_base  # noqa: E402
 
 for name, value in {
   "jax_compilation_cache_dir": str(hub.cache_dir() / "xla-tests"),

@@ -1,9 +1,8 @@
 """What the tests of LensNet's rows and policy share: a history, its view."""
 
-import tiny_base
-
 from mcjax import Config, MegaContext
-from mcjax.policies import FocusView
+from mcjax.testing import tiny_base
+from mcjax.window.focus_view import FocusView
 
 
 def view_of(mc, query_start=None):

@@ -1,6 +1,6 @@
 """What the tests of MegaContext share: sizes, and what it holds."""
 
-import tiny_base
+from mcjax.testing import tiny_base
 
 WINDOW = 512
 SMALL = dict(window=WINDOW, recent_tokens=64, gists_per_level=8)

@@ -18,10 +18,12 @@ from absl import flags
 from tqdm import tqdm
 
 import mcjax
-from mcjax import commands, telemetry
 from mcjax.base import hub
-from mcjax.documents import Document, read_documents
-from mcjax.focus_map import Section, focus_map, source_lines
+from mcjax.base.compilation_cache import use_compilation_cache
+from mcjax.cli import commands
+from mcjax.cli.focus_map import Section, focus_map, source_lines
+from mcjax.runtime import telemetry
+from mcjax.runtime.documents import Document, read_documents
 
 _TREE = flags.DEFINE_string("tree", "runs/demo", "Where the history lives.")
 _TOKENS = flags.DEFINE_integer(
@@ -100,7 +102,7 @@ def _open(lm) -> tuple[mcjax.MegaContext, list[Section]]:
 
 def main(argv) -> None:
   del argv
-  commands.use_compilation_cache(hub.cache_dir() / "xla")
+  use_compilation_cache(hub.cache_dir() / "xla")
   lm = mcjax.load_base_lm("smollm2-135m")
   mc, sections = _open(lm)
   window = mc.config.window

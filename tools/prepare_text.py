@@ -12,7 +12,7 @@ import sys
 from absl import app, flags
 
 import mcjax.base.load
-from mcjax.training import data, prepare
+from mcjax.training.common import data, prepare
 from mcjax.types import McjaxError
 
 _BASE = flags.DEFINE_string("base", "smollm2-135m", "base model")

@@ -7,8 +7,8 @@ import time
 from absl import flags
 
 import mcjax
-from mcjax import commands
-from mcjax.tree import MegaContextTree
+from mcjax.cli import commands
+from mcjax.tree.tree import MegaContextTree
 
 _TREE = flags.DEFINE_string("tree", None, "The tree.", required=True)
 _GISTNET = flags.DEFINE_string(

@@ -7,8 +7,9 @@ import time
 from absl import flags
 
 import mcjax
-from mcjax import commands, lensnet_policy
-from mcjax.tree import MegaContextTree
+from mcjax.cli import commands
+from mcjax.lens import policy as lensnet_policy
+from mcjax.tree.tree import MegaContextTree
 
 _TREE = flags.DEFINE_string("tree", None, "The tree.", required=True)
 _LENSNET = flags.DEFINE_string(
@@ -24,7 +25,7 @@ def main(argv) -> None:
   del argv
   lm = mcjax.load_base_lm(_BASE.value)
   encoder = mcjax.load_gistnet(lm, _GISTNET.value)
-  keyer = lensnet_policy.load_keyer(lm, encoder, source=_LENSNET.value)
+  keyer = lensnet_policy.load_keyer(lm, _LENSNET.value)
   tree = MegaContextTree.open(
     _TREE.value, base_fingerprint=lm.fingerprint, base_name=lm.name,
     encoder=encoder,

@@ -10,9 +10,15 @@ from absl import flags
 import numpy as np
 import tqdm
 
-from mcjax import commands, gistnet, lensnet, pretrained
+from mcjax import pretrained
 from mcjax.base.load import load_base_lm
-from mcjax.training import data, focus_tasks, lens_distil, lens_refit
+from mcjax.cli import commands
+from mcjax.gist import encoder as gistnet
+from mcjax.lens import network as lensnet
+from mcjax.training.common import data
+from mcjax.training.lens import distil as lens_distil
+from mcjax.training.lens import refit as lens_refit
+from mcjax.training.lens import tasks as focus_tasks
 
 _BASE = flags.DEFINE_string("base", "smollm2-135m", "base model")
 _LENSNET = flags.DEFINE_string("lensnet", None, "weights to fit")

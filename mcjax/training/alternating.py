@@ -17,12 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from mcjax import gistnet, pretrained
-from mcjax.training import lens_losses, lens_rounds, lens_trainer
-from mcjax.training.data import TokenStore
-from mcjax.training.focus_labels import Labelled
-from mcjax.training.gist_trainer import GistTrainer, TrainConfig
-from mcjax.training.lens_rounds import LensRounds, LensRoundsConfig
+from mcjax import pretrained
+from mcjax.gist import encoder as gistnet
+from mcjax.training.common.data import TokenStore
+from mcjax.training.gist.trainer import GistTrainer, TrainConfig
+from mcjax.training.lens import losses as lens_losses
+from mcjax.training.lens import rounds as lens_rounds
+from mcjax.training.lens import trainer as lens_trainer
+from mcjax.training.lens.labels import Labelled
+from mcjax.training.lens.rounds import LensRounds, LensRoundsConfig
 from mcjax.types import McjaxError
 
 

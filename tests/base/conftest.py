@@ -1,12 +1,9 @@
-"""Fixtures of the base LM's tests; puts this folder on the import path."""
+"""Fixtures of the base LM's tests."""
 
 import pathlib
-import sys
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 _GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 

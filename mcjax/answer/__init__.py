@@ -1,0 +1,1 @@
+"""What of the history answers a prompt, and what is read of it."""

@@ -1,0 +1,120 @@
+"""A session on the command line: open a history, add documents, talk to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import pathlib
+import sys
+
+from tqdm import tqdm
+
+from mcjax.base import hub
+from mcjax.base.compilation_cache import use_compilation_cache
+from mcjax.base.load import BaseLM, load_base_lm
+from mcjax.cli import commands
+from mcjax.cli.focus_map import Section, focus_map, source_lines
+from mcjax.config import Config
+from mcjax.runtime.documents import read_documents
+from mcjax.runtime.megacontext import MegaContext
+from mcjax.tree.tree import MegaContextTree
+from mcjax.types import McjaxError
+
+
+def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
+        prompt: str, show_focus: bool, workdir: str) -> None:
+  """Opens or creates the history, ingests, then answers or chats.
+
+  Args:
+    config: ConfigDict with base, dtype, max_new_tokens and loop.
+    tree: url of the history; in memory if empty.
+    ingest: files, folders and "-".
+    suffixes: of files in folders.
+    prompt: one question; chat if empty.
+    show_focus: print after every answer what it was read from, and the focus.
+    workdir: folder of telemetry.jsonl, or "".
+
+  Raises:
+    McjaxError: a user's mistake.
+  """
+  use_compilation_cache(hub.cache_dir() / "xla")
+  values = config.loop.to_dict()
+  if workdir:
+    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+    values["telemetry_path"] = str(pathlib.Path(workdir) / "telemetry.jsonl")
+  loop = commands.loop_config(values)
+  if "-" in ingest and not prompt:
+    raise McjaxError("--ingest=- takes standard input, so it needs --prompt")
+  documents = list(read_documents(ingest, suffixes)) if ingest else []
+  lm = load_base_lm(config.base, dtype=config.dtype)
+  with _history(tree, lm, loop) as mc:
+    sections = [Section("(earlier)", 0, mc.cursor)]
+    sections += _ingest(mc, documents)
+    if not mc.cursor:
+      print("The history is empty; ingest something with --ingest=FILE.",
+            file=sys.stderr)
+    if prompt:
+      _answer(mc, prompt, config.max_new_tokens, sections, show_focus)
+    else:
+      _chat(mc, config.max_new_tokens, sections, show_focus)
+
+
+def _history(tree: str, lm: BaseLM, loop: Config) -> MegaContext:
+  if not tree:
+    return MegaContext.create("memory://session/", lm, loop)
+  if MegaContextTree.exists(tree):
+    mc = MegaContext.open(tree, lm, loop)
+    print(f"Resumed {tree}: {mc.cursor:,} tokens.", file=sys.stderr)
+    return mc
+  return MegaContext.create(tree, lm, loop)
+
+
+def _ingest(mc: MegaContext, documents) -> list[Section]:
+  sections = []
+  total = sum(len(d.text) for d in documents)
+  with tqdm(total=total, unit="B", unit_scale=True, desc="Ingesting",
+            disable=not documents) as bar:
+    for document in documents:
+      if document.replaced:
+        tqdm.write(f"{document.name}: {document.replaced} bytes are not UTF-8 "
+                   "and were replaced", file=sys.stderr)
+      if document.text:
+        start = mc.cursor
+        mc.ingest(document.text)
+        sections.append(Section(document.name, start, mc.cursor))
+      else:
+        tqdm.write(f"{document.name} is empty: passed over", file=sys.stderr)
+      bar.update(len(document.text))
+  return sections
+
+
+def _answer(mc, prompt, max_new_tokens, sections, show_focus) -> None:
+  said = 0
+
+  def on_text(text: str) -> None:
+    nonlocal said
+    print(text[said:], end="", flush=True)
+    said = len(text)
+
+  out = mc.generate(prompt, max_new_tokens, on_text=on_text)
+  print()
+  if show_focus:
+    print("Read from:\n" + source_lines(out.sources, sections, mc.text),
+          file=sys.stderr)
+    print(focus_map(mc.focus(), sections), file=sys.stderr)
+
+
+def _chat(mc, max_new_tokens, sections, show_focus) -> None:
+  """Reads prompts until the end of standard input or an empty line."""
+  interactive = sys.stdin.isatty()
+  if interactive:
+    print("An empty line or Ctrl-D ends the chat.", file=sys.stderr)
+  while True:
+    try:
+      prompt = input("> " if interactive else "")
+    except EOFError:
+      break
+    if not prompt.strip():
+      if interactive:
+        break
+      continue
+    _answer(mc, prompt, max_new_tokens, sections, show_focus)

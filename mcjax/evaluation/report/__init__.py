@@ -1,0 +1,1 @@
+"""Figures as JSON, tables and plots."""

@@ -1,0 +1,297 @@
+"""How faithful one vector for 32 tokens can be: gists fitted by gradient.
+
+GistNet writes a gist in one cheap pass. Here the gists of an excerpt start as
+GistNet's and are fitted, so that the frozen base goes on after them as it does
+after their tokens: KL to its own next-token distributions, along continuations
+that it samples after the raw tokens. The excerpt's true continuation takes no
+part in that; it is scored as in `substitution.py`. So the reader is the same,
+the vectors are as many and as wide, and what is gained is what a better writer
+could gain, one that sees all blocks at once: GistNet sees one at a time, and
+`blocks=1` compares the two without that. Nothing of this runs in the loop: it
+costs dozens of passes of the base over the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mcjax.base import model
+from mcjax.base.load import BaseLM, load_base_lm
+from mcjax.evaluation.report.writer import Report, Table, make_folder, progress
+from mcjax.gist import encoder as gistnet
+from mcjax.training.common import data
+from mcjax.training.gist import losses, recovery
+from mcjax.types import McjaxError
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What is measured; `quick` makes it small.
+
+  Attributes:
+    base: the base LM, and its dtype below.
+    weights: a gistnet.safetensors; the shipped ones if empty.
+    data: folder of the token store; the user's cache if empty.
+    split: of the store.
+    horizons: scored tokens (H).
+    blocks: L1 gists substituted.
+    documents: a kind of text; the excerpts of the substitution suite's L1.
+    continuations: sampled from the base after the raw tokens.
+    continued: tokens of each.
+    batch: continuations of a gradient step, in turn.
+    steps: gradient steps after which the gists are scored.
+    rate: of Adam, in the units of the gists' channels.
+    seed: of excerpts and samples.
+  """
+
+  base: str = "smollm2-135m"
+  dtype: str = "float32"
+  weights: str = ""
+  data: str = ""
+  split: str = "heldout"
+  horizons: tuple[int, ...] = (32, 48, 64, 128)
+  blocks: int = 8
+  documents: int = 12
+  continuations: int = 12
+  continued: int = 48
+  batch: int = 4
+  steps: tuple[int, ...] = (4, 16, 36)
+  rate: float = 0.02
+  seed: int = 0
+
+  @classmethod
+  def quick(cls, **changes) -> Settings:
+    small = dict(documents=1, horizons=(32, 48), continuations=2, batch=2,
+                 steps=(2, 4))
+    return cls(**{**small, **changes})
+
+  def __post_init__(self):
+    rising = sorted(set(self.steps))
+    if not rising or list(self.steps) != rising or rising[0] < 1:
+      raise McjaxError("steps must be positive and rise, got "
+                       f"{':'.join(map(str, self.steps))}")
+    if not 0 < self.batch <= self.continuations:
+      raise McjaxError(f"batch must be 1 to continuations, got {self.batch}")
+
+  @property
+  def setting(self) -> recovery.Setting:
+    return recovery.Setting(blocks=self.blocks, horizon=max(self.horizons))
+
+  def passes(self, steps: int) -> float:
+    """Forward passes of the base per token of the text that `steps` cost.
+
+    Reading and sampling, then forward and backward of every step; a backward
+    pass through frozen weights counts as one forward pass.
+    """
+    far = self.setting.far
+    fitted = 2 * steps * (self.batch * self.continued + self.blocks)
+    return (far + self.continuations * self.continued + fitted) / far
+
+
+def run(settings: Settings, folder) -> Report:
+  """Fits and scores the gists, and writes the report to `folder`.
+
+  The gists of every excerpt are kept in `folder`/fitted, so a run that was
+  killed goes on where it stopped.
+
+  Raises:
+    McjaxError: no token store, no such weights, or the base cannot be loaded.
+  """
+  s = settings
+  folder = make_folder(folder)
+  lm = load_base_lm(s.base, dtype=s.dtype)
+  encoder = gistnet.load_gistnet(lm, s.weights or None)
+  stores = data.open_split(s.data or data.default_folder(), s.split)
+  excerpts = recovery.pick_excerpts(
+    stores, s.setting.length, s.documents, s.seed)
+  bench = recovery.Bench(lm, excerpts, s.setting, ("full", "drop"),
+                         folder / "controls")
+  written = bench.gists(encoder)
+  fitted, kl = [], []
+  for number, (ids, gists) in enumerate(zip(excerpts.ids, written)):
+    progress(f"excerpt {number + 1} of {len(written)}")
+    found = _kept(folder, lm, encoder, s, ids[: s.setting.far], gists)
+    fitted.append(found[0])
+    kl.append(found[1])
+  variants = dict(bench.controls)
+  variants["gist"] = bench.score(written, encoder)
+  for column, steps in enumerate(s.steps):
+    gists = np.stack([f[column] for f in fitted])
+    variants[f"{steps} steps"] = bench.score(gists, encoder)
+  variants[f"{steps} steps, shuffled"] = bench.score(
+    bench.other_document(gists), encoder)
+  result = Report("ceiling", s)
+  result.add("gistnet", encoder.fingerprint)
+  _report(result, s, variants, np.mean(kl, axis=0), excerpts.kinds)
+  result.write(folder)
+  return result
+
+
+def _kept(folder: pathlib.Path, lm: BaseLM, encoder, s: Settings, far, gists):
+  """`fit` of an excerpt, or what it returned in a run before."""
+  key = f"{lm.fingerprint} {encoder.fingerprint} {s}"
+  digest = hashlib.sha256(key.encode() + far.tobytes() + gists.tobytes())
+  path = make_folder(folder / "fitted") / f"{digest.hexdigest()[:16]}.npz"
+  if not path.exists():
+    found = fit(lm, encoder, far, gists, s)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, gists=found[0], kl=found[1])
+    partial.replace(path)
+  with np.load(path) as kept:
+    return kept["gists"], kept["kl"]
+
+
+def fit(lm: BaseLM, encoder: gistnet.GistEncoder, far, gists, s: Settings
+        ) -> tuple[np.ndarray, np.ndarray]:
+  """Fits the gists of one stretch of text.
+
+  Args:
+    lm: the base.
+    encoder: its GistNet, for the adapter that gists are read through.
+    far: [blocks * 32] token ids.
+    gists: [blocks, D] to start from.
+    s: how.
+
+  Returns:
+    gists [len(s.steps), blocks, D] float32 after the steps of `s.steps`, and
+    the KL in nats per token [1 + len(s.steps)] at the start and after them.
+  """
+  far = jnp.asarray(far, jnp.int32)
+  key = jax.random.fold_in(jax.random.key(s.seed), jnp.sum(far))
+  tokens, teacher = sample(
+    lm.params, lm.config, far, key, s.continuations, s.continued)
+  reader = encoder.reader(lm).params
+  gists = jnp.asarray(gists, jnp.float32)
+  moments = optax.adam(s.rate).init(gists)
+  kept, kl = [], [_divergence(gists, reader, lm.config, tokens, teacher)]
+  for step in range(max(s.steps)):
+    turn = (step * s.batch + np.arange(s.batch)) % s.continuations
+    gists, moments = _step(reader, lm.config, gists, moments, tokens[turn],
+                           teacher[turn], s.rate)
+    if step + 1 in s.steps:
+      kept.append(np.asarray(gists))
+      kl.append(_divergence(gists, reader, lm.config, tokens, teacher))
+  return np.stack(kept), np.asarray(kl, np.float64)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "count", "horizon"))
+def sample(params, config: model.DecoderConfig, far, key, count: int,
+           horizon: int) -> tuple[jax.Array, jax.Array]:
+  """Continuations that the base samples after token ids `far` [n].
+
+  Returns:
+    token ids [count, horizon] int32, and the base's final hidden states after
+    each of them [count, horizon, D].
+  """
+  n = far.shape[0]
+  places = jnp.arange(n, dtype=jnp.int32)
+  first, keys, values = model.forward(
+    params, config, model.embed(params, far, jnp.float32), places)
+  before = model.Segment(
+    model.rotate_keys(config, keys, places), values, places,
+    jnp.ones(places.shape, bool), rotated=True)
+  later = n + jnp.arange(horizon, dtype=jnp.int32)
+  empty = jnp.zeros(keys.shape[:2] + (horizon,) + keys.shape[3:], keys.dtype)
+
+  def one(key):
+    def step(carry, scanned):
+      number, key = scanned
+      hidden, keys, values = carry
+      token = model.sample(
+        model.unembed(params, hidden), jnp.float32(1), key)
+      own = model.Segment(
+        keys, values, later, jnp.arange(horizon) < number)
+      x = model.embed(params, token[None], jnp.float32)
+      hidden, new_keys, new_values = model.forward(
+        params, config, x, later[number][None], (before, own))
+      keys, values = (
+        jax.lax.dynamic_update_slice(a, b, (0, 0, number, 0))
+        for a, b in ((keys, new_keys), (values, new_values)))
+      return (hidden[0], keys, values), (token, hidden[0])
+
+    return jax.lax.scan(
+      step, (first[-1], empty, empty),
+      (jnp.arange(horizon, dtype=jnp.int32), jax.random.split(key, horizon)))[1]
+
+  return jax.vmap(one)(jax.random.split(key, count))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _divergence(gists, reader, config, tokens, teacher):
+  """Mean KL in nats of the base after `gists` [n, D] from the teacher."""
+  far, start = losses.gist_segment(reader, config, gists, stride=1)
+  places = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+  student = jax.vmap(lambda ids: model.forward(
+    reader, config, model.embed(reader, ids, jnp.float32), places, (far,))[0]
+  )(tokens)
+  flat = student.reshape(-1, student.shape[-1])
+  count = flat.shape[0]
+  return losses.distribution_loss(
+    flat, reader, teacher.reshape(flat.shape), tokens.reshape(-1),
+    jnp.full((count,), 1 / count, jnp.float32), 1.0, 0.0, 256)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rate"))
+def _step(reader, config, gists, moments, tokens, teacher, rate: float):
+  """One step of Adam; returns the gists and the moments after it."""
+  slope = jax.grad(_divergence)(gists, reader, config, tokens, teacher)
+  with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and counts
+    change, moments = optax.adam(rate).update(slope, moments)
+  return optax.apply_updates(gists, change), moments
+
+
+def _report(result: Report, s: Settings, variants, kl, kinds) -> None:
+  names = [v for v in variants if v not in ("full", "drop")]
+  found = {h: recovery.summarise(recovery.over_horizon(variants, h), kinds)
+           for h in s.horizons}
+  rows = []
+  for name in names:
+    steps = 0 if name == "gist" else int(name.split()[0])
+    cells = [
+      result.add_interval(
+        f"H={h}/recovered/{name}", **summary["recovered"][name])
+      for h, summary in found.items()]
+    number = (0, *s.steps).index(steps)
+    if "shuffled" in name:
+      rows.append((name, None, None, *cells))
+      continue
+    cost = s.passes(steps) if steps else 0.0
+    result.add(f"kl/{name}", kl[number], "nats per token")
+    result.add(f"passes/{name}", cost)
+    rows.append((name, cost, kl[number], *cells))
+  documents = found[s.horizons[0]]["documents"]
+  result.tables.append(Table(
+    f"Recovered by {s.blocks} gists ({documents} documents)",
+    ("gists", "passes of the base", "KL on samples",
+     *(f"H={h}" for h in s.horizons)), rows))
+  last = f"{max(s.steps)} steps"
+  rows = []
+  for kind in sorted(set(kinds)):
+    cells = []
+    for h, summary in found.items():
+      both = [summary["kinds"][kind]["recovered"][n]["value"]
+              for n in ("gist", last)]
+      for name, value in zip(("gist", last), both):
+        result.add(f"H={h}/recovered/{name}/{kind}", value)
+      cells.append(f"{both[0]:.3f} → {both[1]:.3f}")
+    rows.append((kind, *cells))
+  result.tables.append(Table(
+    f"Recovered per kind of text: GistNet, and after {last}",
+    ("kind", *(f"H={h}" for h in s.horizons)), rows))
+  result.notes += [
+    "recovered = (drop − variant) / (drop − full) of mean losses on the "
+    "document's own continuation. Brackets: 95 % bootstrap over documents.",
+    "gist: GistNet's. n steps: fitted from there by n steps of Adam to "
+    f"{s.continuations} continuations of {s.continued} tokens that the base "
+    f"samples after the raw text, {s.batch} a step. shuffled: fitted on "
+    "another document.",
+    "Passes of the base: forward passes per token of the text that the fit "
+    "costs; a backward pass counts as one."]

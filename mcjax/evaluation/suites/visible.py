@@ -1,0 +1,113 @@
+"""Whether the LM should attend to the gists in its window, in the loop.
+
+Held-out documents are ingested, and the text after them is scored by the loop
+with gists in view ("visible"), with gist slots hidden from attention
+("masked"); the policy's focus is the same in both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import uuid
+
+import numpy as np
+
+from mcjax.base.load import BaseLM, load_base_lm
+from mcjax.config import Config
+from mcjax.evaluation.report.writer import Report, Table, progress
+from mcjax.gist import encoder as gistnet
+from mcjax.runtime.megacontext import MegaContext
+from mcjax.training.common import data
+from mcjax.training.gist import recovery
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What is measured; `quick` makes it small.
+
+  Attributes:
+    base: the base LM, and its dtype below.
+    weights: a gistnet.safetensors; the shipped ones if empty.
+    data: folder of the token store; the user's cache if empty.
+    split: of the store.
+    documents: a kind of text.
+    history: tokens ingested.
+    scored: tokens scored after them.
+    window: W.
+    policy: of the loop.
+    seed: of the excerpts.
+  """
+
+  base: str = "smollm2-135m"
+  dtype: str = "float32"
+  weights: str = ""
+  data: str = ""
+  split: str = "heldout"
+  documents: int = 3
+  history: int = 8192
+  scored: int = 128
+  window: int = 1024
+  policy: str = "recency"
+  seed: int = 0
+
+  @classmethod
+  def quick(cls, **changes) -> Settings:
+    small = dict(documents=1, history=1024, scored=32, window=512)
+    return cls(**{**small, **changes})
+
+
+def run(settings: Settings, folder) -> Report:
+  """Measures and writes the report to `folder`.
+
+  Raises:
+    McjaxError: no token store, no such weights, or the base cannot be loaded.
+  """
+  s = settings
+  lm = load_base_lm(s.base, dtype=s.dtype)
+  encoder = gistnet.load_gistnet(lm, s.weights or None)
+  stores = data.open_split(s.data or data.default_folder(), s.split)
+  excerpts = recovery.pick_excerpts(
+    stores, s.history + s.scored, s.documents, s.seed)
+  result = Report("visible", s)
+  result.add("gistnet", encoder.fingerprint)
+  result.add("trained", str(encoder.trained))
+  losses: dict[str, list[float]] = {"masked": [], "visible": []}
+  for number, ids in enumerate(excerpts.ids):
+    progress(f"document {number + 1} of {len(excerpts.ids)}")
+    for arm, found in losses.items():
+      found.append(_score(lm, encoder, s, arm, ids))
+  _report(result, {k: np.array(v) for k, v in losses.items()}, excerpts.kinds)
+  result.write(pathlib.Path(folder))
+  return result
+
+
+def _score(lm: BaseLM, encoder, s: Settings, arm: str, ids) -> float:
+  """Mean loss of the end of `ids` [history + scored], nats per token."""
+  config = Config(window=s.window, policy=s.policy, gist_attention=arm)
+  url = f"memory://{uuid.uuid4()}/tree"
+  with MegaContext.create(url, lm, config, encoder) as mc:
+    mc.ingest(lm.tokenizer.decode(ids[: s.history].tolist()))
+    return float(mc.score(
+      lm.tokenizer.decode(ids[s.history :].tolist())).mean())
+
+
+def _report(result: Report, losses, kinds) -> None:
+  difference = losses["visible"] - losses["masked"]
+  rows = []
+  for kind in ("all", *sorted(set(kinds))):
+    chosen = np.array([kind in ("all", k) for k in kinds])
+    means = {k: float(v[chosen].mean()) for k, v in losses.items()}
+    for arm, mean in means.items():
+      result.add(f"{kind}/nll/{arm}", mean, "nats per token")
+    rows.append((
+      kind, int(chosen.sum()), means["masked"], means["visible"],
+      result.add_interval(
+        f"{kind}/visible_minus_masked",
+        **recovery.mean_interval(difference[chosen]),
+        unit="nats per token", digits=4)))
+  result.tables.append(Table(
+    "Mean loss in the loop, nats per token",
+    ("kind", "documents", "masked", "visible", "visible − masked"), rows))
+  result.notes.append("Brackets: 95 % bootstrap over documents. Below zero, "
+                      "showing gists helps.")

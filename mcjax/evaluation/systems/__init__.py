@@ -1,0 +1,1 @@
+"""What is compared: the loop and its rivals."""

@@ -1,0 +1,1 @@
+"""Focus policies, and the allocator that turns scores into edits."""

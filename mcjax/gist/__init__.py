@@ -1,0 +1,1 @@
+"""GistNet: 32 vectors in, one gist out."""

@@ -1,0 +1,412 @@
+"""GistNet as the runtime and the trainer use it: parameters, costs, files.
+
+`gist_network.py` is the network, a Flax Linen module used as a pure function
+of its parameters. `GistEncoder` binds it to a base model. Beside the network's
+stages the parameters may hold an "adapter", which does not write gists: the
+base reads them through it (`with_adapter`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent import futures
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mcjax import pretrained
+from mcjax.base import model
+from mcjax.base.load import BaseLM
+from mcjax.gist.network import GistNet, GistNetConfig
+from mcjax.types import BRANCHING, McjaxError
+
+# Padded batches, so that nothing recompiles; 64 blocks fit a CPU core's cache.
+BATCH_SIZES = (1, 16, 64)
+# XLA's CPU backend runs these small products on one core, a batch each.
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_params(config: GistNetConfig, seed: int = 0):
+  """Fresh parameters; a leading [levels] axis on the network's if `per_level`.
+
+  "adapter" is there if the configuration has layers for it, and changes
+  nothing yet.
+  """
+  params = GistNet(config).init(
+    jax.random.key(seed),
+    jnp.zeros((1, BRANCHING, config.d_model), jnp.float32), jnp.int32(1),
+  )["params"]
+  if config.per_level:
+    params = jax.tree.map(lambda a: jnp.stack([a] * config.levels), params)
+  if config.adapter_layers:
+    params = {**params, "adapter": _init_adapter(config, seed)}
+  return params
+
+
+def _init_adapter(config: GistNetConfig, seed) -> dict:
+  layers, d, rank = config.adapter_layers, config.d_model, config.adapter_rank
+  zeros = jnp.zeros((layers, d), jnp.float32)
+  adapter = {"gain": zeros, "shift": zeros}
+  if rank:
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    adapter["down"] = jax.random.normal(
+      key, (layers, d, rank), jnp.float32) / np.float32(np.sqrt(d))
+    adapter["up"] = jnp.zeros((layers, rank, d), jnp.float32)
+  return adapter
+
+
+def without_adapter(params) -> dict:
+  """The parameters of the network alone, which writes the gists."""
+  return {name: stage for name, stage in params.items() if name != "adapter"}
+
+
+def with_adapter(base_params, params) -> dict:
+  """A base's parameters, with which it reads the gists of this GistNet.
+
+  Args:
+    base_params: see `model.py`.
+    params: of a GistNet; without an adapter the base's come back as they are.
+  """
+  if "adapter" not in params:
+    return base_params
+  return {**base_params, "gist_adapter": params["adapter"]}
+
+
+def _continued(params, config: GistNetConfig, seed: int) -> dict:
+  """Trained parameters, completed by fresh ones for what they lack."""
+  fresh = init_params(config, seed)
+  whole = dict(fresh)
+  for name, stage in params.items():
+    if isinstance(stage, Mapping) and name in fresh:
+      stage = {**fresh[name], **stage}
+    shapes = [jax.tree.map(lambda a: a.shape, s)
+              for s in (stage, fresh.get(name))]
+    if shapes[0] != shapes[1]:
+      raise McjaxError(f"the trained GistNet's {name} does not fit the "
+                       "configuration")
+    whole[name] = stage
+  return whole
+
+
+def apply(params, config: GistNetConfig, children: jax.Array,
+          level: jax.Array | int = 1) -> jax.Array:
+  """Gists [n, m, D] float32 of children [n, 32, D]; `level` is the gists'."""
+  level = jnp.asarray(level, jnp.int32)
+  params = without_adapter(params)
+  if config.per_level:
+    own = jnp.clip(level - 1, 0, config.levels - 1)
+    params = jax.tree.map(lambda a: a[own], params)
+  return GistNet(config).apply(
+    {"params": params}, children.astype(jnp.float32), level)
+
+
+def token_features(base_params, base_config: model.DecoderConfig,
+                   token_ids: jax.Array, input_layer: int = 0) -> jax.Array:
+  """What GistNet reads of blocks of ids [n, 32]: [n, 32, D] float32."""
+  x = model.embed(base_params, token_ids)
+  if input_layer:
+    if input_layer > base_config.n_layers:
+      raise McjaxError(f"GistNetConfig.input_layer={input_layer} is more than "
+                       f"the base's {base_config.n_layers} layers")
+    first = jax.tree.map(lambda a: a[:input_layer], base_params["layers"])
+    config = dataclasses.replace(base_config, n_layers=input_layer)
+    positions = jnp.arange(BRANCHING, dtype=jnp.int32)
+    x = jax.vmap(lambda block: model.forward(
+      base_params | {"layers": first}, config, block, positions)[0])(x)
+  return x.astype(jnp.float32)
+
+
+@jax.jit
+def _rms(embed: jax.Array) -> jax.Array:
+  sample = embed[:4096].astype(jnp.float32)
+  return jnp.sqrt(jnp.mean(jnp.square(sample)))
+
+
+def default_config(base_params, base_config: model.DecoderConfig,
+                   **overrides) -> GistNetConfig:
+  """The default sizes for a base, in the unit of its embeddings."""
+  d = base_config.d_model
+  heads = max(1, round(d / 96))
+  sizes = dict(d_model=d, heads=heads, width=32 * heads, mlp_width=36 * heads,
+               slot_mlp_width=64 * heads,
+               adapter_layers=base_config.n_layers)
+  rms = float(_rms(base_params["embed"]))
+  return GistNetConfig(**{**sizes, "input_rms": rms, **overrides})
+
+
+def configure(base_params, base_config: model.DecoderConfig,
+              values: Mapping[str, Any]) -> GistNetConfig:
+  """`default_config` with plain values of a configuration file.
+
+  Raises:
+    McjaxError: names an unknown field or an invalid value.
+  """
+  _check_names(values)
+  return default_config(base_params, base_config, **values)
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+  known = [field.name for field in dataclasses.fields(GistNetConfig)]
+  unknown = sorted(set(values) - set(known))
+  if unknown:
+    raise McjaxError(f"config.gistnet.{unknown[0]} is not a setting; known are "
+                     + ", ".join(known))
+
+
+def flops_per_token(config: GistNetConfig,
+                    base_config: model.DecoderConfig | None = None) -> int:
+  """Multiply-adds x 2 of GistNet per input token (child); tables are free.
+
+  The adapter's are counted, once a gist. With `base_config`, the base's layers
+  under `input_layer` are counted in.
+  """
+  w, c, p = config.width, BRANCHING, config.slot_parts
+  r = config.rounds
+  copies = config.copy_heads * config.slots_per_gist
+  children = c * (config.d_model * w        # w_in
+                  + config.children_layers * (
+                    4 * w * w + 2 * c * w   # self-attention
+                    + 2 * w * config.mlp_width)
+                  + copies * (w + config.d_model))
+  slot = p * ((r + 1) * 2 * w * config.slot_mlp_width
+              + (2 * r + 1) * (4 * w * w  # of every down and up
+                               + 2 * config.heads * c * w))  # scores, mixes
+  out = (p * w * config.slots_per_gist + copies) * config.d_model
+  adapter = (config.adapter_layers * config.slots_per_gist
+             * config.d_model * (1 + 2 * config.adapter_rank))
+  total = 2 * (children + slot + out + adapter) // c
+  if base_config is not None and config.input_layer:
+    head = 2 * base_config.d_model * base_config.vocab_size
+    layer = (base_config.flops_per_token - head) // base_config.n_layers
+    total += config.input_layer * layer
+  return total
+
+
+def params_per_layer(params) -> dict[str, int]:
+  """Parameters of every stage of the network, by the stage's name.
+
+  The adapter has a layer for each of the base's; "adapter" is one of them.
+  """
+  sizes = {name: sum(int(np.prod(a.shape)) for a in jax.tree.leaves(stage))
+           for name, stage in params.items()}
+  if "adapter" in params:
+    sizes["adapter"] //= len(params["adapter"]["gain"])
+  return sizes
+
+
+def fingerprint(params, config: GistNetConfig) -> str:
+  """Identifies what wrote a gist: the network's weights and configuration.
+
+  The adapter reads gists, so it has no part in it.
+  """
+  fields = dataclasses.asdict(config)
+  del fields["adapter_layers"], fields["adapter_rank"]
+  return pretrained.fingerprint(without_adapter(params), fields)
+
+
+def save_gistnet(path, params, config: GistNetConfig, card: dict) -> None:
+  """Writes weights, configuration and the facts of `card` as safetensors."""
+  pretrained.save_weights(
+    path, "gistnet", params, dataclasses.asdict(config), card)
+
+
+def read_gistnet(path) -> tuple[dict, GistNetConfig, dict]:
+  """Reads (params, config, card) that `save_gistnet` wrote.
+
+  Raises:
+    McjaxError: no such file, not a GistNet, of another version, or weights
+      that do not fit the stored configuration.
+  """
+  params, fields, card = pretrained.read_weights(path, "gistnet")
+  try:
+    config = GistNetConfig(**fields)
+  except TypeError as error:
+    raise McjaxError(f"{path}: unknown configuration, {error}") from error
+  expected = jax.eval_shape(lambda: init_params(config))
+  shapes = [jax.tree.map(lambda a: a.shape, p) for p in (params, expected)]
+  if shapes[0] != shapes[1]:
+    raise McjaxError(f"{path}: weights do not fit the stored configuration")
+  return params, config, card
+
+
+def start(lm: BaseLM, values: Mapping[str, Any], path: str = "", seed: int = 0
+          ) -> tuple[dict | None, GistNetConfig, dict]:
+  """What a training run starts from: a fresh GistNet, or a trained one.
+
+  Args:
+    lm: the base.
+    values: plain values of a configuration file; what is to differ from the
+      default or the trained configuration. What the trained one lacks of this,
+      as an adapter or its low-rank map, starts fresh.
+    path: of a gistnet.safetensors to be trained on; none if empty.
+    seed: of what starts fresh.
+
+  Returns:
+    parameters (None: all are fresh), configuration, and what the card of the
+    result takes over: the old one as "initial_run", and whether the LM does
+    better with the gists in view.
+
+  Raises:
+    McjaxError: as `read_gistnet`; an unknown setting, or one that the trained
+      weights do not fit.
+  """
+  if not path:
+    return None, configure(lm.params, lm.config, values), {}
+  params, config, card = read_gistnet(path)
+  _check_names(values)
+  config = dataclasses.replace(config, **values)
+  kept = {k: card[k] for k in ("gist_attention",) if k in card}
+  return _continued(params, config, seed), config, {
+    **kept, "initial_run": card}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "base_config"))
+def _encode_ids(params, base_params, token_ids, config, base_config):
+  features = token_features(
+    base_params, base_config, token_ids, config.input_layer)
+  return apply(params, config, features, 1)
+
+
+_encode_children = jax.jit(apply, static_argnames="config")
+
+
+class GistEncoder:
+  """A GistNet bound to a base model: token ids or gists in, gists out.
+
+  Attributes:
+    fingerprint: see `fingerprint`.
+    d_model: width of a gist.
+    slots_per_gist: vectors per gist.
+    trained: False for the untrained start (the last-token control).
+    config: the network's `GistNetConfig`.
+    params: its parameters.
+    card: facts recorded with the weights.
+    attend: whether the LM does better with these gists in view, by the card's
+      "gist_attention"; never for the untrained start.
+  """
+
+  def __init__(self, lm, params, config: GistNetConfig, trained: bool,
+               card: dict | None = None):
+    if config.d_model != lm.config.d_model:
+      raise McjaxError(f"this GistNet writes vectors of {config.d_model}, but "
+                       f"{lm.name} embeds in {lm.config.d_model}")
+    if config.adapter_layers not in (0, lm.config.n_layers):
+      raise McjaxError(f"this GistNet adapts {config.adapter_layers} layers, "
+                       f"but {lm.name} has {lm.config.n_layers}")
+    self.fingerprint = fingerprint(params, config)
+    self.d_model = config.d_model
+    self.slots_per_gist = config.slots_per_gist
+    self.trained = trained
+    self.config = config
+    self.params = params
+    self.card = card or {}
+    self.attend = trained and self.card.get("gist_attention") != "masked"
+    self._vocab_size = lm.config.vocab_size
+    self._base_config = lm.config
+    self._base = {"embed": lm.params["embed"]}
+    if config.input_layer:
+      self._base |= {k: lm.params[k] for k in ("layers", "final_norm")}
+
+  def reader(self, lm: BaseLM) -> BaseLM:
+    """The base as it reads this GistNet's gists: with the adapter, if any."""
+    if not self.config.adapter_layers:
+      return lm
+    return dataclasses.replace(
+      lm, params=with_adapter(lm.params, self.params))
+
+  def _in_batches(self, inputs: np.ndarray, run) -> np.ndarray:
+    """Applies `run` to padded batches of fixed sizes; drops the padding."""
+    out = np.empty(
+      (len(inputs), self.slots_per_gist, self.d_model), np.float32)
+
+    def fill(start: int) -> None:
+      batch = inputs[start : start + BATCH_SIZES[-1]]
+      size = next(s for s in BATCH_SIZES if s >= len(batch))
+      padding = np.zeros((size - len(batch), *inputs.shape[1:]), inputs.dtype)
+      gists = run(np.concatenate([batch, padding]))
+      out[start : start + len(batch)] = np.asarray(gists)[: len(batch)]
+
+    starts = range(0, len(inputs), BATCH_SIZES[-1])
+    if len(starts) <= 1:
+      for start in starts:
+        fill(start)
+    else:
+      with futures.ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(fill, starts))
+    return out
+
+  def encode(self, token_ids) -> np.ndarray:
+    """Gists [N, m, D] float32 of complete blocks of token ids [N, 32].
+
+    Raises:
+      McjaxError: blocks that are not 32 long, or ids outside the vocabulary.
+    """
+    ids = np.asarray(token_ids)
+    if ids.ndim != 2 or ids.shape[1] != BRANCHING:
+      raise McjaxError(f"token ids must be [N, {BRANCHING}] complete blocks, "
+                       f"got {list(ids.shape)}")
+    if ids.size and not (0 <= ids.min() and ids.max() < self._vocab_size):
+      raise McjaxError("token ids must lie in the base's vocabulary of "
+                       f"{self._vocab_size}")
+    return self._in_batches(
+      ids.astype(np.int32),
+      lambda batch: _encode_ids(
+        self.params, self._base, batch, config=self.config,
+        base_config=self._base_config))
+
+  def encode_tokens(self, token_ids) -> np.ndarray:
+    """L1 gists [n, D] float32 of ids [n, 32]; one vector per gist."""
+    return self._single(self.encode(token_ids))
+
+  def encode_gists(self, gists, level: int) -> np.ndarray:
+    """Parents [n, D] float32 of gists [n, 32, D]; `level` is the parents'.
+
+    Raises:
+      McjaxError: incomplete sets of children, another width, or level < 2.
+    """
+    children = np.asarray(gists, np.float32)
+    if children.ndim != 3 or children.shape[1:] != (BRANCHING, self.d_model):
+      raise McjaxError(f"gists must be [n, {BRANCHING}, {self.d_model}], got "
+                       f"{list(children.shape)}")
+    if level < 2:
+      raise McjaxError(f"a gist of gists has level ≥ 2, got {level}")
+    return self._single(self._in_batches(
+      children,
+      lambda batch: _encode_children(
+        self.params, self.config, batch, jnp.int32(level))))
+
+  def _single(self, gists: np.ndarray) -> np.ndarray:
+    if self.slots_per_gist != 1:
+      raise McjaxError(f"this GistNet writes {self.slots_per_gist} vectors per "
+                       "gist; the runtime holds one")
+    return gists[:, 0]
+
+
+def load_gistnet(lm, path=None) -> GistEncoder:
+  """The GistNet of a base: the given weights, else the shipped, else fresh.
+
+  Args:
+    lm: a loaded base (`mcjax.load_base_lm`).
+    path: of a `gistnet.safetensors`; None takes the weights shipped for
+      a base of this name, or else an untrained, deterministic network that
+      equals the last-token control (`trained` is False).
+
+  Raises:
+    McjaxError: the file is missing, unreadable or made for another width.
+  """
+  if path is not None:
+    params, config, card = read_gistnet(path)
+    return GistEncoder(lm, params, config, trained=True, card=card)
+  shipped = pretrained.shipped(lm.name, "gistnet")
+  if shipped is not None:
+    params, config, card = read_gistnet(shipped)
+    if config.d_model == lm.config.d_model:
+      return GistEncoder(lm, params, config, trained=True, card=card)
+  config = default_config(lm.params, lm.config)
+  return GistEncoder(lm, init_params(config), config, trained=False)

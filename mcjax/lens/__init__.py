@@ -1,0 +1,1 @@
+"""LensNet: the learned focus controller."""

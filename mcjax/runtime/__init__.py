@@ -1,0 +1,1 @@
+"""The loop: ingest, focus, decode; the public MegaContext."""

@@ -1,0 +1,457 @@
+"""FocusLoop: assemble, score, allocate, splice, decode, every 32 tokens.
+
+The loop over token ids: what enters the history, what the window shows of it,
+when it is refocused, and when the LM runs. Text, prompts and storage places
+are the business of `runtime`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+
+import jax
+import numpy as np
+
+from mcjax.config import Config
+from mcjax.focus import allocator as focus_allocator
+from mcjax.focus.policy import Policy
+from mcjax.gist.encoder import BATCH_SIZES, GistEncoder
+from mcjax.runtime.telemetry import Telemetry, compile_count, peak_memory_mib
+from mcjax.tree.tree import MegaContextTree
+from mcjax.types import BRANCHING, McjaxError
+from mcjax.window import invariants
+from mcjax.window.context_lm import ContextLM
+from mcjax.window.focus_view import FocusView, fading_weights
+from mcjax.window.working_context import EXPAND, FIRST, Attention, cold_start
+
+_DEEPER = 3  # refocus steps that follow a wish down, while text is read on
+_QUERY = 64  # newest tokens that act as the query where there is no prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+  """What matters now, for the policies.
+
+  Attributes:
+    ids: [Q] int32 tokens.
+    weights: [Q] float32.
+    start: first token of the history that belongs to it; later spans are no
+      answer to it.
+    asked: it is a prompt, not just the newest text.
+    question: this prompt asks for something, by its form.
+    prompt: first token of the prompt that asks it; earlier text may be hidden
+      from the LM.
+  """
+
+  ids: np.ndarray
+  weights: np.ndarray
+  start: int
+  asked: bool = False
+  question: bool = True
+  prompt: int = 0
+
+
+class FocusLoop:
+  """One history, one window, one policy.
+
+  Attributes:
+    tree: the history.
+    context: the LM's window.
+    telemetry: counters and records.
+    query: set by the caller for a prompt, or by `follow` from newest tokens.
+    sources: token spans of the sentences that the LM answers from; empty where
+      it attends to all raw text.
+    step: refocus steps so far.
+  """
+
+  def __init__(self, tree: MegaContextTree, context: ContextLM,
+               policy: Policy, encoder: GistEncoder, config: Config,
+               telemetry: Telemetry):
+    self.tree = tree
+    self.context = context
+    self.telemetry = telemetry
+    self.query = Query(np.zeros(0, np.int32), np.zeros(0, np.float32), 0)
+    self.sources: list[tuple[int, int]] = []
+    self.step = 0
+    self._policy = policy
+    self._encoder = encoder
+    self._config = config
+    self._key = jax.random.key(config.seed)
+    self._warm = False
+    self._expanded = False  # since the LM last ran
+    self._deeper = False  # the last refocus step expanded something
+
+  # --- what enters --------------------------------------------------------
+
+  def remember(self, token_ids: np.ndarray) -> None:
+    """Adds tokens to the tree only: gists of complete blocks included."""
+    before = self.tree.num_nodes(1)
+    with self.telemetry.phase("gist"):
+      self.tree.append(token_ids)
+    self.telemetry.count("gist_blocks", self.tree.num_nodes(1) - before)
+
+  def show(self, count: int, recent: int) -> None:
+    """Shows the newest `count` tokens of the tree in the window.
+
+    At L0 if they fit the free slots, else the whole history is retiled by
+    distance, with at least `recent` tokens at L0.
+    """
+    window = self.context.window
+    if not count:
+      return
+    if count <= window.free:
+      window.append_tokens(window.take_slots(count))
+    else:
+      self.cold_start(recent)
+
+  def append(self, token_ids: np.ndarray,
+             continuation: np.ndarray | None = None) -> None:
+    """Adds tokens to the tree and, at L0 as far as they fit, to the window.
+
+    `continuation` is what the policy may know of the future; see `refocus`.
+    """
+    count = len(token_ids)
+    if not count:
+      return
+    if self.tree.cursor and count <= self._config.window // 4:
+      self._make_room(count, continuation)
+    self.remember(token_ids)
+    half = self._config.window // (2 * BRANCHING) * BRANCHING
+    self.show(count, max(self._config.recent_tokens, min(count, half)))
+
+  def cold_start(self, recent: int) -> None:
+    """Retiles the whole history by distance only, within 5/8 of the window.
+
+    Raises:
+      McjaxError: the window cannot hold the coarsest tiling.
+    """
+    config, window = self._config, self.context.window
+    per_level = config.gists_per_level
+    recent = min(recent, config.window // 2)
+    while True:
+      nodes = cold_start(
+        self.tree.cursor, self.tree.top_level, sink=config.sink_tokens,
+        recent=recent, per_level=per_level,
+      )
+      room = max(config.window * 5 // 8, recent + 2 * BRANCHING)
+      if len(nodes) <= room or per_level == 0 and recent <= BRANCHING:
+        break
+      per_level //= 2
+      recent = max(BRANCHING, recent // 2) if per_level == 0 else recent
+    if len(nodes) > config.window - BRANCHING:
+      raise McjaxError(
+        f"config.window {config.window} is too small for a history of "
+        f"{self.tree.cursor} tokens"
+      )
+    window.retile(nodes)
+    if config.kv == "exact":
+      self.context.forget()
+
+  def follow(self) -> None:
+    """Makes the newest tokens of the history the query."""
+    start = max(0, self.tree.cursor - _QUERY)
+    ids = self.tree.tokens(start, self.tree.cursor)
+    self.query = Query(ids, fading_weights(len(ids)), start)
+    self.attend()
+
+  # --- what is seen -------------------------------------------------------
+
+  def refocus_deeper(self, continuation: np.ndarray | None = None) -> int:
+    """A refocus step, and further ones while they expand, `_DEEPER` at most.
+
+    The way to a block leads through its coarse parents, and one step's edits
+    may not pay for all of it; 32 tokens later, with another query, the wish
+    has often passed.
+
+    Returns:
+      The edits applied.
+    """
+    edits = 0
+    for _ in range(_DEEPER):
+      edits += self.refocus(BRANCHING, continuation)
+      if not self._deeper:
+        break
+    return edits
+
+  def settle(self) -> None:
+    """Refocuses until nothing changes, at most `settle_steps` times."""
+    for _ in range(self._config.settle_steps):
+      if not self.refocus(need=BRANCHING):
+        break
+
+  def refocus(self, need: int, continuation: np.ndarray | None = None) -> int:
+    """One refocus step: score, allocate, apply. The LM runs at `sync`.
+
+    Args:
+      need: slots that must be free afterwards, if collapses can free them.
+      continuation: [H] true next tokens where they are known.
+
+    Returns:
+      The edits applied.
+    """
+    window, config = self.context.window, self._config
+    view = FocusView(
+      entries=window.entries, tree=self.tree, query_ids=self.query.ids,
+      query_weights=self.query.weights, query_start=self.query.start,
+      asked=self.query.asked, question=self.query.question,
+      step=self.step, context_lm=self.context, continuation=continuation,
+      pressure=window.free < need + config.max_edits * (BRANCHING - 1),
+    )
+    with self.telemetry.phase("lens"):
+      scores = self._policy.score(view)
+    protect = config.protect_tokens
+    if self.query.asked:  # the text before a question can be as far from it
+      protect = min(protect, self.tree.cursor - self.query.start)
+    with self.telemetry.phase("allocate"):
+      legal = focus_allocator.legal_edits(
+        window, step=self.step, cooldown=config.cooldown,
+        sink=config.sink_tokens, protect=protect,
+      )
+      plan = focus_allocator.plan_edits(
+        scores, legal, free=window.free, need=need,
+        threshold=config.threshold, max_edits=config.max_edits,
+      )
+      edits = focus_allocator.apply_plan(window, plan, self.step)
+    self.step += 1
+    self._deeper = any(action == EXPAND for action, *_ in edits)
+    self._expanded |= self._deeper
+    self._record(edits)
+    every = config.refresh_every
+    rebuild = config.kv == "exact" and edits
+    if rebuild or every and self.step % every == 0:
+      self.context.forget()
+    self.check()
+    return len(edits)
+
+  def attend(self) -> None:
+    """Lets the LM attend to what answers the question; see `raw_attention`.
+
+    Until the answer ends. The history's first token stays too. A history that
+    is raw as a whole is read as a whole, and so is a window that shows none of
+    what answers.
+    """
+    self.sources, attention = [], None
+    e = self.context.window.entries
+    if (self.query.asked and self._config.raw_attention != "all"
+        and np.any(e.level)):
+      raw = e.start()[e.level == 0]
+      self.sources = [(a, b) for a, b in self._policy.sources
+                      if np.any((raw >= a) & (raw < b))]
+    if self.sources:
+      spans = self.sources
+      if self._config.raw_attention == "blocks":
+        spans = [_whole_blocks(a, b) for a, b in spans]
+      attention = Attention((FIRST, *spans), self.query.prompt)
+    if self.context.attend(attention) and self._config.kv == "exact":
+      self.context.forget()
+
+  def sync(self, renew: int = 1) -> None:
+    """Fetches inputs and runs the LM on what it has not seen; see ContextLM.
+
+    After an expand the newest `Config.renew_tokens` before the `renew` asked
+    for are run again too: what they attended to lacked the new detail.
+    """
+    before = self.context.tokens_run
+    if self._expanded:
+      renew += self._config.renew_tokens - 1
+      self._expanded = False
+    with self.telemetry.phase("fetch"):
+      self.context.load_unready(self.tree)
+    with self.telemetry.phase("splice"):
+      self.context.sync(renew)
+      self.context.wait()
+    self.telemetry.count("lm_tokens", self.context.tokens_run - before)
+
+  def _make_room(self, need: int,
+                 continuation: np.ndarray | None = None) -> bool:
+    """Collapses until `need` slots are free; whether anything changed."""
+    window, changed = self.context.window, False
+    while window.free < need:
+      if not self.refocus(need=need, continuation=continuation):
+        before = window.free
+        self.cold_start(self._config.recent_tokens)
+        if window.free <= before:
+          raise McjaxError(
+            f"config.window {window.window} is too small: {need} slots are "
+            f"needed, {window.free} can be freed"
+          )
+      changed = True
+    return changed
+
+  def _due(self) -> bool:
+    return self.tree.cursor % self._config.refocus_every == 0
+
+  # --- what is said -------------------------------------------------------
+
+  def decode_block(self, wanted: int) -> tuple[np.ndarray, bool]:
+    """Generates up to the end of the block; refocuses there if more is wanted.
+
+    Valid after `sync`.
+
+    Returns:
+      token ids [n] and whether the last one is a stop token.
+    """
+    limit = min(BRANCHING - self.tree.cursor % BRANCHING, wanted)
+    self._make_room(limit)
+    if not self.context.is_synced:
+      self.sync()
+    with self.telemetry.phase("decode"):
+      self._key, key = jax.random.split(self._key)
+      ids, stopped = self.context.decode(limit, self._config.temperature, key)
+    self.telemetry.count("decoded_tokens", len(ids))
+    self.remember(ids)
+    if not stopped and len(ids) < wanted and self._due():
+      self._refocus_and_sync()
+    self.check()
+    return ids, stopped
+
+  def _refocus_and_sync(self) -> None:
+    every = self._config.delta_nll_every
+    probe = every and (self.step + 1) % every == 0
+    start = max(0, self.tree.cursor - BRANCHING)
+    attention = self.context.window.attention
+    if attention is not None:  # text before the prompt is hidden
+      start = max(start, attention.start + 1)
+    newest = self.tree.tokens(start, self.tree.cursor)
+    before = self.context.probe_nll(newest) if probe else None
+    edits = self.refocus(need=BRANCHING)
+    if not self.context.is_synced:
+      spliced = self.context.tokens_run
+      self.sync()
+      self.telemetry.count("splice_tokens", self.context.tokens_run - spliced)
+    if edits and before is not None:
+      change = self.context.probe_nll(newest) - before
+      self.telemetry.record(
+        "delta_nll", step=self.step, horizon=len(newest),
+        nats=float(np.nanmean(change)),
+      )
+
+  @contextlib.contextmanager
+  def undone(self) -> Iterator[None]:
+    """What happens inside is not remembered: tree, window, cache, query."""
+    snapshot = self.context.snapshot()
+    kept = self.query, self.step, self._key, self._expanded
+    try:
+      with self.tree.transient():
+        yield
+    finally:
+      self.context.restore(snapshot)
+      self.query, self.step, self._key, self._expanded = kept
+
+  def score(self, token_ids: np.ndarray) -> np.ndarray:
+    """NLL [n] in nats of `token_ids`, teacher-forced; undoes everything."""
+    with self.undone():
+      return self._score(token_ids)
+
+  def _score(self, ids: np.ndarray) -> np.ndarray:
+    self.follow()
+    out = []
+    for a, b in _blocks(self.tree.cursor, len(ids)):
+      chunk = ids[a:b]
+      self.append(chunk, continuation=ids[a:])
+      self.sync(renew=len(chunk) + 1)
+      nll = self.context.newest_nll(chunk)
+      self.telemetry.record(
+        "score", cursor=self.tree.cursor, tokens=len(chunk),
+        nll=float(np.nanmean(nll)) if np.any(np.isfinite(nll)) else None,
+      )
+      out.append(nll)
+      if self._due() and b < len(ids):
+        self.follow()
+        self.refocus_deeper(ids[b:])
+    return np.concatenate(out)
+
+  # --- housekeeping -------------------------------------------------------
+
+  def saved_focus(self) -> dict:
+    """The focus as small JSON, for `restore_focus`."""
+    return {"runs": self.context.window.runs(), "step": self.step}
+
+  def restore_focus(self, saved: dict | None) -> None:
+    """Takes up a saved focus, or a cold start where it does not fit."""
+    self.step = int(saved["step"]) if saved else 0
+    fits = saved is not None and self.context.window.restore_runs(
+      saved["runs"], self.tree.cursor
+    )
+    if not fits and self.tree.cursor:
+      self.cold_start(self._config.recent_tokens)
+
+  def check(self) -> None:
+    """Checks every invariant if the configuration asks for it."""
+    if not self._config.check_invariants:
+      return
+    window = self.context.window
+    invariants.check_window(
+      window, self.tree.cursor, max_level=self.tree.top_level,
+      sink=self._config.sink_tokens,
+    )
+    invariants.check_positions(
+      window, self.context.gist_stride, self.context.lm.config.max_positions
+    )
+
+  def warm_up(self) -> None:
+    """Compiles every shape once, so that nothing compiles in the loop."""
+    if self._warm:
+      return
+    self.context.warm_up()
+    legal = focus_allocator.Legal(*np.zeros((2, self._config.window), bool))
+    focus_allocator.plan_edits(
+      np.zeros(0, np.float32), legal, free=0, need=0,
+      threshold=self._config.threshold, max_edits=self._config.max_edits,
+    )
+    for size in BATCH_SIZES:
+      blocks = np.zeros((size, BRANCHING), np.int32)
+      gists = self._encoder.encode_tokens(blocks)
+      self._encoder.encode_gists(
+        np.broadcast_to(gists[:, None], (size, BRANCHING, gists.shape[1])), 2
+      )
+    self._policy.warm_up(self.context)
+    self._warm = True
+
+  def _record(self, edits: list[tuple[int, int, int]]) -> None:
+    t, e = self.telemetry, self.context.window.entries
+    expands = sum(action == EXPAND for action, *_ in edits)
+    t.count("refocus_steps")
+    t.count("edits", len(edits))
+    t.count("expands", expands)
+    t.count("collapses", len(edits) - expands)
+    t.count("nodes_touched", self._policy.touched)
+    t.count("bytes_read", self._policy.bytes_read)
+    if edits:
+      self.tree.record_access(*_entered(edits))
+    covered = np.bincount(e.level, weights=e.width())
+    t.record(
+      "refocus", step=self.step, cursor=self.tree.cursor,
+      edits=[[int(x) for x in edit] for edit in edits],
+      utilisation=len(e) / self._config.window,
+      residency=(covered / max(1.0, covered.sum())).round(6).tolist(),
+      nodes_touched=self._policy.touched, lm_tokens=self.context.tokens_run,
+      compiles=compile_count(), seconds=self.telemetry.lap(),
+      swap_rate=t.swap_rate, peak_memory_mib=peak_memory_mib(),
+    )
+
+
+def _entered(edits) -> tuple[np.ndarray, np.ndarray]:
+  """Levels and indices of the nodes that edits brought into the window."""
+  nodes = []
+  for action, level, index in edits:
+    if action == EXPAND:
+      nodes += [(level - 1, index * BRANCHING + k) for k in range(BRANCHING)]
+    else:
+      nodes.append((level, index))
+  levels, indices = np.array(nodes, np.int64).T
+  return levels, indices
+
+
+def _whole_blocks(start: int, stop: int) -> tuple[int, int]:
+  """The blocks that a span of tokens touches, as a span."""
+  return start // BRANCHING * BRANCHING, -(-stop // BRANCHING) * BRANCHING
+
+
+def _blocks(cursor: int, count: int) -> list[tuple[int, int]]:
+  """Cuts [0, count) where the history, now at cursor, ends a block."""
+  first = min(count, BRANCHING - cursor % BRANCHING)
+  edges = [0, *range(first, count, BRANCHING), count]
+  return list(zip(edges[:-1], edges[1:]))

@@ -1,0 +1,400 @@
+"""The public object: an unbounded history behind a frozen language model.
+
+`MegaContext` turns text, prompts and places into what `FocusLoop` works on:
+token ids, a tree, a window of fixed size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import time
+
+import numpy as np
+
+from mcjax.answer import questions
+from mcjax.base.load import BaseLM
+from mcjax.config import Config
+from mcjax.gist.encoder import GistEncoder, load_gistnet
+from mcjax.lens.policy import LensNetPolicy
+from mcjax.runtime import policy_choice
+from mcjax.runtime.focus_loop import FocusLoop, Query
+from mcjax.runtime.policy_choice import Choice
+from mcjax.runtime.telemetry import Telemetry
+from mcjax.tree.tree import MegaContextTree
+from mcjax.types import BRANCHING, Entry, McjaxError
+from mcjax.window.context_lm import ContextLM
+
+_QUESTION = 128  # newest words of a prompt that act as the query
+_SLICE = 1 << 16  # tokens per tree append during a long ingest
+
+
+@dataclasses.dataclass(frozen=True)
+class IngestStats:
+  """What one `ingest` did."""
+
+  tokens: int
+  seconds: float
+  cursor: int
+
+  @property
+  def tokens_per_second(self) -> float:
+    return self.tokens / self.seconds if self.seconds else float("inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """What one `generate` said.
+
+  Attributes:
+    text: the answer, without the stop token.
+    token_ids: [n] int32, the stop token included.
+    prompt_tokens: tokens the prompt took in the history.
+    seconds: wall clock, the prompt included.
+    first_token_seconds: until the first block of the answer began.
+    focus: the tiling with which the answer began.
+    sources: token spans (start, stop) of the sentences that the answer was read
+      from; empty where the LM attended to all raw text of the window.
+  """
+
+  text: str
+  token_ids: np.ndarray
+  prompt_tokens: int
+  seconds: float
+  first_token_seconds: float
+  focus: list[Entry]
+  sources: list[tuple[int, int]]
+
+
+class MegaContext:
+  """A frozen LM with an unbounded history; use `create` or `open`.
+
+  Attributes:
+    lm: the frozen base.
+    config: of the loop.
+    policy: name of the policy at work, also where the configuration says auto.
+    tree: the history.
+    telemetry: counters, seconds per phase and the newest records.
+  """
+
+  def __init__(self, tree: MegaContextTree, lm: BaseLM, config: Config,
+               encoder: GistEncoder, telemetry: Telemetry, choice: Choice):
+    self.lm = lm
+    self.config = config
+    self.policy = choice.name
+    self.tree = tree
+    self.telemetry = telemetry
+    self._loop = FocusLoop(
+      tree, ContextLM.reading(lm, config, encoder), choice.policy, encoder,
+      config, self.telemetry,
+    )
+    self._loop.restore_focus(tree.extra.get("focus"))
+    self._closed = False
+
+  # --- opening and closing ------------------------------------------------
+
+  @classmethod
+  def create(cls, url: str, lm: BaseLM, config: Config | None = None,
+             gistnet: GistEncoder | None = None,
+             lensnet: LensNetPolicy | None = None) -> MegaContext:
+    """Starts an empty history at `url`.
+
+    Args:
+      url: path, file://, memory://, gs:// or s3://.
+      lm: the frozen base.
+      config: of the loop; defaults.
+      gistnet: the compressor; the shipped one by default.
+      lensnet: for policy lensnet or auto; the shipped one by default.
+
+    Raises:
+      McjaxError: a tree is there already, or the place cannot be written.
+    """
+    config = config or Config()
+    encoder = gistnet or load_gistnet(lm)
+    _check_window(lm, config)
+    choice = policy_choice.choose(config, lm, encoder, lensnet)
+    telemetry = Telemetry(config.telemetry_path)
+    try:
+      tree = MegaContextTree.create(
+        url, base_fingerprint=lm.fingerprint, base_name=lm.name,
+        encoder=encoder, vocab_size=lm.config.vocab_size,
+        extra={"config": dataclasses.asdict(config)}, keyer=choice.keyer,
+      )
+    except BaseException:
+      telemetry.close()
+      raise
+    return cls(tree, lm, config, encoder, telemetry, choice)
+
+  @classmethod
+  def open(cls, url: str, lm: BaseLM, config: Config | None = None,
+           gistnet: GistEncoder | None = None,
+           lensnet: LensNetPolicy | None = None) -> MegaContext:
+    """Resumes a history with the focus and configuration it was closed with.
+
+    Raises:
+      McjaxError: no tree is there, or another base LM or GistNet wrote it.
+    """
+    encoder = gistnet or load_gistnet(lm)
+    tree = MegaContextTree.open(
+      url, base_fingerprint=lm.fingerprint, base_name=lm.name, encoder=encoder,
+    )
+    if config is None:
+      known = {f.name for f in dataclasses.fields(Config)}
+      saved = tree.extra.get("config", {})
+      config = Config(**{k: v for k, v in saved.items() if k in known})
+    _check_window(lm, config)
+    choice = policy_choice.choose(config, lm, encoder, lensnet)
+    choice = policy_choice.for_tree(choice, config, tree)
+    telemetry = Telemetry(config.telemetry_path)
+    return cls(tree, lm, config, encoder, telemetry, choice)
+
+  def close(self) -> None:
+    """Commits and releases the tree; the object is of no use afterwards."""
+    if not self._closed:
+      self._commit()
+      self.tree.close()
+      self.telemetry.close()
+      self._closed = True
+
+  def __enter__(self) -> MegaContext:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def _commit(self) -> None:
+    self.tree.commit({
+      "config": dataclasses.asdict(self.config),
+      "focus": self._loop.saved_focus(),
+    })
+
+  # --- public work --------------------------------------------------------
+
+  def ingest(self, text: str,
+             progress: Callable[[int, int], None] | None = None) -> IngestStats:
+    """Adds text to the history.
+
+    Args:
+      text: any length.
+      progress: called with tokens done and tokens in all.
+
+    Raises:
+      McjaxError: the text is empty or not a string.
+    """
+    self._check_text(text, "text")
+    return self.ingest_tokens(self.lm.tokenizer.encode(text), progress)
+
+  def ingest_tokens(
+    self, token_ids: np.ndarray,
+    progress: Callable[[int, int], None] | None = None,
+  ) -> IngestStats:
+    """As `ingest`, of token ids [n] int32 of this base's tokenizer.
+
+    Raises:
+      McjaxError: no tokens, or ids outside the vocabulary.
+    """
+    self._check_open()
+    if not len(token_ids):
+      raise McjaxError("no tokens to ingest: nothing was changed")
+    begin = time.perf_counter()
+    ids = self._with_bos(np.asarray(token_ids, np.int32))
+    start = self.tree.cursor
+    try:
+      for a in range(0, len(ids), _SLICE):
+        self._loop.remember(ids[a : a + _SLICE])
+        if progress is not None:
+          progress(self.tree.cursor - start, len(ids))
+    finally:  # what was remembered before a full disk, say, is also shown
+      self._loop.show(self.tree.cursor - start, self.config.recent_tokens)
+    self._loop.follow()
+    self._loop.check()
+    self._commit()
+    seconds = time.perf_counter() - begin
+    self.telemetry.record(
+      "ingest", tokens=len(ids), seconds=seconds, cursor=self.tree.cursor
+    )
+    return IngestStats(len(ids), seconds, self.tree.cursor)
+
+  def generate(self, prompt: str, max_new_tokens: int = 64, *,
+               remember: bool = True,
+               on_text: Callable[[str], None] | None = None) -> Generation:
+    """Answers a prompt; prompt and answer join the history.
+
+    Args:
+      prompt: wrapped in the base's chat template where it has one; one that
+        is longer than the window is ingested like any text.
+      max_new_tokens: at most this many.
+      remember: False leaves tree, focus and cache as they were.
+      on_text: called with the whole answer so far after every block.
+
+    Raises:
+      McjaxError: empty prompt, max_new_tokens < 1, or the oracle policy,
+        which needs to know what comes next.
+    """
+    self._check_text(prompt, "prompt")
+    if self.config.policy == "oracle":
+      raise McjaxError(
+        "policy oracle needs the true continuation: it works in score only"
+      )
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+      raise McjaxError(
+        f"max_new_tokens must be a whole number >= 1, got {max_new_tokens}"
+      )
+    self._loop.warm_up()
+    if not remember:
+      with self._loop.undone():
+        return self._generate(prompt, max_new_tokens, on_text)
+    out = self._generate(prompt, max_new_tokens, on_text)
+    self._commit()
+    return out
+
+  def _generate(self, prompt: str, max_new_tokens: int, on_text) -> Generation:
+    begin = time.perf_counter()
+    ids, closing = self._prompt(prompt)
+    self._loop.append(ids)
+    self._loop.settle()
+    self._loop.attend()
+    focus, sources = self.focus(), self._loop.sources
+    self._loop.sync()
+    first = time.perf_counter() - begin
+    out: list[int] = []
+    stopped = False
+    while len(out) < max_new_tokens and not stopped:
+      ids_out, stopped = self._loop.decode_block(max_new_tokens - len(out))
+      out.extend(ids_out.tolist())
+      if on_text is not None:
+        on_text(self._answer(out, stopped))
+    self._loop.append(_unsaid(closing, out[-1:] if stopped else []))
+    seconds = time.perf_counter() - begin
+    self.telemetry.record(
+      "generate", tokens=len(out), prompt_tokens=len(ids), seconds=seconds,
+      first_token_seconds=first, sources=sources,
+    )
+    return Generation(
+      self._answer(out, stopped), np.array(out, np.int32), len(ids), seconds,
+      first, focus, sources,
+    )
+
+  def score(self, text: str) -> np.ndarray:
+    """NLL per token of `text` in nats, teacher-forced through the loop.
+
+    The text is not remembered: tree, focus and cache are as before. The very
+    first token of an empty history has no prediction and is NaN.
+
+    Raises:
+      McjaxError: the text is empty or not a string.
+    """
+    self._check_text(text, "text")
+    self._loop.warm_up()
+    return self._loop.score(self.lm.tokenizer.encode(text))
+
+  def focus(self) -> list[Entry]:
+    """The entries (level, start, stop) that tile [0, cursor)."""
+    return self._loop.context.window.focus()
+
+  def text(self, start: int, stop: int) -> str:
+    """The text of tokens [start, stop) of the history.
+
+    Raises:
+      McjaxError: the history holds no such tokens.
+    """
+    self._check_open()
+    if not 0 <= start <= stop <= self.tree.cursor:
+      raise McjaxError(f"tokens [{start}, {stop}) are not in the history of "
+                       f"{self.tree.cursor}")
+    return self.lm.tokenizer.decode(self.tree.tokens(start, stop))
+
+  def next_logits(self) -> np.ndarray:
+    """Logits [V] float32 for the token after the history as focused now.
+
+    Raises:
+      McjaxError: the history is empty.
+    """
+    self._check_open()
+    if not self.tree.cursor:
+      raise McjaxError("the history is empty: nothing to predict from")
+    self._loop.warm_up()
+    self._loop.sync()
+    return self._loop.context.logits()
+
+  @property
+  def cursor(self) -> int:
+    """Tokens in the history."""
+    return self.tree.cursor
+
+  # --- small parts --------------------------------------------------------
+
+  def _prompt(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of the prompt, and those that close the answer."""
+    tokenizer = self.lm.tokenizer
+    if self.config.chat == "auto" and tokenizer.has_chat_template:
+      ids, own = tokenizer.chat_turn(prompt, first=not self.tree.cursor)
+      closing = np.asarray(tokenizer.end_of_turn_ids, np.int32)
+      line = self._line_break()
+      ids = np.concatenate([line, ids])
+      own = np.concatenate([np.zeros(len(line), bool), own])
+    else:
+      ids = self._with_bos(tokenizer.encode(prompt))
+      own, closing = np.ones(len(ids), bool), np.zeros(0, np.int32)
+    words, start = ids[own], self.tree.cursor
+    # A line break before the prompt is read with it.
+    begin = start - self._ends_a_line()
+    if len(words) > _QUESTION:  # a pasted text with the question at its end
+      words = words[-_QUESTION:]
+      start += int(np.flatnonzero(own)[-_QUESTION])
+    self._loop.query = Query(
+      words, np.ones(len(words), np.float32), start, asked=True,
+      question=questions.asks(prompt), prompt=begin,
+    )
+    return ids, closing
+
+  def _ends_a_line(self) -> bool:
+    """Whether the history ends with a line break."""
+    last = self.tree.tokens(max(0, self.tree.cursor - 1), self.tree.cursor)
+    return self.lm.tokenizer.decode(last).endswith("\n")
+
+  def _line_break(self) -> np.ndarray:
+    """Ids between text of the history and a turn, which begins on a new line.
+
+    None where one begins already, and behind another turn.
+    """
+    tokenizer, cursor = self.lm.tokenizer, self.tree.cursor
+    last = self.tree.tokens(max(0, cursor - 1), cursor).tolist()
+    if not last or last[0] in tokenizer.special_ids or self._ends_a_line():
+      return np.zeros(0, np.int32)
+    return np.asarray(tokenizer.encode("\n"), np.int32)
+
+  def _with_bos(self, ids: np.ndarray) -> np.ndarray:
+    bos = self.lm.tokenizer.bos_id
+    if self.tree.cursor or bos is None:
+      return ids
+    return np.concatenate([np.array([bos], np.int32), ids])
+
+  def _answer(self, ids: list[int], stopped: bool) -> str:
+    return self.lm.tokenizer.decode(ids[:-1] if stopped else ids)
+
+  def _check_open(self) -> None:
+    if self._closed:
+      raise McjaxError("this MegaContext is closed; open it again")
+
+  def _check_text(self, text: str, name: str) -> None:
+    self._check_open()
+    if not isinstance(text, str):
+      raise McjaxError(f"{name} must be a string, got {type(text).__name__}")
+    if not text:
+      raise McjaxError(f"{name} is empty: nothing was changed")
+
+
+def _check_window(lm: BaseLM, config: Config) -> None:
+  if config.window + BRANCHING > lm.config.max_positions:
+    raise McjaxError(
+      f"config.window {config.window} does not fit the {lm.name} base's "
+      f"{lm.config.max_positions} positions (32 are kept for the next block)"
+    )
+
+
+def _unsaid(closing: np.ndarray, said: list[int]) -> np.ndarray:
+  """The closing ids the model has not generated itself."""
+  if said and len(closing) and said[-1] == closing[0]:
+    return closing[1:]
+  return closing

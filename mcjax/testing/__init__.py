@@ -1,0 +1,1 @@
+"""Tiny bases, encoders and trees, for tests of mcjax and of its users."""

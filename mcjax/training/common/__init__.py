@@ -1,0 +1,1 @@
+"""Data, settings and metrics of every training run."""

@@ -1,0 +1,1 @@
+"""Training of LensNet and of its keys."""

@@ -1,0 +1,1 @@
+"""The history on disk: a 32-ary tree of token ids, gists and keys."""

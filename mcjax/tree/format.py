@@ -1,0 +1,172 @@
+"""Format version 1 of a stored tree: its arrays, its record, its gist rows.
+
+mcjax_tree.json   the record: who made it, how long it is; written last
+tokens            [cursor] uint16, or uint32 above 65,536 ids
+gists/E/L1, L2..  [nodes, D] of gist epoch E (`rebuild_gists` counts it up)
+keys/L2, L3..     [nodes, key_dim(level)] uint8; level 1 is in the tokens
+lens/E/L1, L2..   [nodes, K] and [nodes, 2K] int8 of lens epoch E, if the tree
+                  keeps lens keys
+access/L0, L1..   [nodes] uint32
+frequency         [2, vocab_size] uint32, two slots
+
+The record's "lens" is {"fingerprint", "key_dim", "epoch"}, or None in a tree
+without lens keys; records from before there were any lack it. "lens_epochs"
+counts the epochs that a tree ever had, so that none is used twice.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorstore as ts
+
+from mcjax.tree import learned_keys as lens_keys
+from mcjax.tree import lexical_keys as keys
+from mcjax.tree.store import ArraySpec
+from mcjax.types import McjaxError
+
+FORMAT = "mcjax-tree"
+FORMAT_VERSION = 1
+GIST_DTYPES = ("bfloat16", "float32", "int8")
+_BFLOAT16 = ts.bfloat16.numpy_dtype
+_SCALE_BYTES = 4  # an int8 gist ends with its float32 scale
+
+
+def tokens_spec(vocab_size: int) -> ArraySpec:
+  """Layout of the token ids: 64 or 128 kB a shard."""
+  wide = vocab_size > 2**16
+  return ArraySpec("uint32" if wide else "uint16", 0, 1024, 2**15)
+
+
+def folder(kind: str, record: dict) -> str:
+  """Where the columns of a kind ("gists", "keys", "lens") lie."""
+  if kind == "gists":
+    return f"gists/{record['gist_epoch']}"
+  if kind == "lens":
+    return f"lens/{record['lens']['epoch']}"
+  return kind
+
+
+def column_spec(kind: str, level: int, record: dict) -> ArraySpec:
+  """Layout of one level of a kind; a search reads 32 rows."""
+  if kind == "keys":
+    return ArraySpec("uint8", keys.key_dim(level), 32, 256)
+  if kind == "lens":
+    width = lens_keys.key_width(level, record["lens"]["key_dim"])
+    return ArraySpec("int8", width, 128, 1024, compress=False)
+  dtype = record["gist_dtype"]
+  width = record["gistnet"]["d_model"]
+  width += _SCALE_BYTES if dtype == "int8" else 0
+  return ArraySpec(dtype, width, 32, 256, compress=False)
+
+
+def epoch_folders(record: dict) -> set[str]:
+  """The folders of epochs that the record names."""
+  kinds = ["gists"] + ["lens"] * bool(record.get("lens"))
+  return {folder(kind, record) for kind in kinds}
+
+
+def past_folders(record: dict) -> set[str]:
+  """The folders of every epoch up to those of the record."""
+  gists = {f"gists/{e}" for e in range(record["gist_epoch"] + 1)}
+  return gists | {f"lens/{e}" for e in range(record.get("lens_epochs", 0))}
+
+
+def pack_gists(gists: np.ndarray, dtype: str) -> np.ndarray:
+  """float32 [n, D] -> the rows that are stored."""
+  if dtype != "int8":
+    return gists.astype(_BFLOAT16 if dtype == "bfloat16" else np.float32)
+  scale = np.abs(gists).max(axis=1, keepdims=True) / 127
+  scale = np.where(scale > 0, scale, 1).astype("<f4")
+  values = np.clip(np.rint(gists / scale), -127, 127).astype(np.int8)
+  return np.concatenate([values, scale.view(np.int8)], axis=1)
+
+
+def unpack_gists(rows: np.ndarray) -> np.ndarray:
+  """Inverse of `pack_gists`, to float32 [n, D]."""
+  if rows.dtype != np.int8:
+    return rows.astype(np.float32)
+  scale = np.ascontiguousarray(rows[:, -_SCALE_BYTES:]).view("<f4")
+  return rows[:, :-_SCALE_BYTES].astype(np.float32) * scale
+
+
+def gistnet_fields(encoder: object) -> dict[str, object]:
+  """What the record says of a GistNet."""
+  return {
+    "fingerprint": encoder.fingerprint,
+    "d_model": int(encoder.d_model),
+  }
+
+
+def with_lens(record: dict, keyer: lens_keys.Keyer | None) -> dict:
+  """The record with a new epoch of lens keys, or without any."""
+  if keyer is None:
+    return {**record, "lens": None}
+  epoch = record.get("lens_epochs", 0)
+  lens = {
+    "fingerprint": keyer.fingerprint,
+    "key_dim": int(keyer.key_dim),
+    "epoch": epoch,
+  }
+  return {**record, "lens": lens, "lens_epochs": epoch + 1}
+
+
+def new_record(
+  base_fingerprint: str,
+  base_name: str,
+  encoder: object,
+  vocab_size: int,
+  gist_dtype: str,
+  keyer: lens_keys.Keyer | None,
+) -> dict:
+  """The record of an empty tree. Raises: McjaxError on a bad argument."""
+  if gist_dtype not in GIST_DTYPES:
+    raise McjaxError(f"gist_dtype {gist_dtype!r} is not one of {GIST_DTYPES}")
+  if not 0 < vocab_size <= 2**31:
+    raise McjaxError(f"vocab_size {vocab_size} is not in 1..2**31")
+  record = {
+    "format": FORMAT,
+    "version": FORMAT_VERSION,
+    "base": {"fingerprint": base_fingerprint, "name": base_name},
+    "gistnet": gistnet_fields(encoder),
+    "vocab_size": int(vocab_size),
+    "gist_dtype": gist_dtype,
+    "gist_epoch": 0,
+    "keys": keys.SCHEME,
+    "cursor": 0,
+    "frequency": {"slot": 0, "blocks": 0},
+    "extra": {},
+  }
+  return with_lens(record, keyer)
+
+
+def check_record(
+  record: dict,
+  url: str,
+  base_fingerprint: str,
+  base_name: str,
+  encoder: object | None,
+) -> None:
+  """Raises McjaxError unless the record is readable and of these models."""
+  if record.get("format") != FORMAT:
+    raise McjaxError(f"{url} is not a tree but {record.get('format')!r}")
+  if record["version"] > FORMAT_VERSION:
+    raise McjaxError(
+      f"{url} has format version {record['version']}, newer than"
+      f" {FORMAT_VERSION}, which this mcjax reads: update mcjax"
+    )
+  if record["keys"] != keys.SCHEME:
+    raise McjaxError(
+      f"{url} has keys of scheme {record['keys']}, not {keys.SCHEME}"
+    )
+  base = record["base"]
+  if base["fingerprint"] != base_fingerprint:
+    raise McjaxError(
+      f"{url} was made with the base LM {base['name']}"
+      f" ({base['fingerprint']}), not with {base_name} ({base_fingerprint})"
+    )
+  made_with = record["gistnet"]["fingerprint"]
+  if encoder is not None and made_with != encoder.fingerprint:
+    raise McjaxError(
+      f"{url} holds gists of the GistNet {made_with}, not of"
+      f" {encoder.fingerprint}: load that one, or rebuild the gists"
+    )

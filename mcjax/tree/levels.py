@@ -1,0 +1,260 @@
+"""The levels of a tree: columns of tokens, gists and keys; how they grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+from typing import Protocol
+
+import numpy as np
+
+from mcjax.tree import format as tree_format
+from mcjax.tree import learned_keys as lens_keys
+from mcjax.tree import lexical_keys as lexical
+from mcjax.tree.columns import Column, flush_columns
+from mcjax.tree.store import Store
+from mcjax.types import BRANCHING, McjaxError, span_width
+
+SLICE_TOKENS = 2 * span_width(3)  # tokens per encoder batch of a long append
+
+
+class Encoder(Protocol):
+  """What the tree needs of a GistNet."""
+
+  fingerprint: str
+  d_model: int
+
+  def encode_tokens(self, token_ids: np.ndarray) -> np.ndarray:
+    """int32 [n, 32] -> float32 [n, D]."""
+
+  def encode_gists(self, gists: np.ndarray, level: int) -> np.ndarray:
+    """float32 [n, 32, D] of `level - 1` -> float32 [n, D] of `level`."""
+
+
+class Levels:
+  """Columns of every level, opened at a commit record.
+
+  Attributes:
+    cursor: tokens held, those in RAM included.
+    tokens: the column of token ids.
+    keyer: makes the lens keys of new nodes, where it made those held.
+    ingested: rows read to compute nodes.
+  """
+
+  def __init__(self, store: Store, record: dict, keyer: lens_keys.Keyer | None):
+    """Opens the columns and reads the last row of each. Raises: McjaxError."""
+    self._store, self._record = store, record
+    self.keyer = keyer
+    self.cursor = record["cursor"]
+    self.ingested = 0
+    spec = tree_format.tokens_spec(record["vocab_size"])
+    self.tokens = Column(store, "tokens", spec, self.cursor)
+    self._columns: dict[tuple[str, int], Column] = {}
+    level = 1
+    while self.num_nodes(level):
+      for kind in self._kinds(level):
+        length = self.num_nodes(level)
+        column = self._make_column(kind, level, record, length)
+        self._columns[kind, level] = column
+        column.read(length - 1, length)  # a lost or cut file shows here
+      level += 1
+
+  @property
+  def lens(self) -> dict | None:
+    """What the record will say of the lens keys held; None without any."""
+    return self._record.get("lens")
+
+  def _kinds(self, level: int) -> list[str]:
+    """Kinds of columns that are stored of a level."""
+    kinds = ["gists", "keys"] if level > 1 else ["gists"]
+    return kinds + ["lens"] if self.lens else kinds
+
+  def num_nodes(self, level: int) -> int:
+    """Complete nodes of a level."""
+    return self.cursor // span_width(level)
+
+  def column(self, kind: str, level: int) -> Column:
+    """The "gists", "keys" or "lens" of a level, made on first use."""
+    if (kind, level) not in self._columns:
+      column = self._make_column(kind, level, self._record, 0)
+      self._columns[kind, level] = column
+    return self._columns[kind, level]
+
+  def _make_column(
+    self, kind: str, level: int, record: dict, length: int
+  ) -> Column:
+    spec = tree_format.column_spec(kind, level, record)
+    path = f"{tree_format.folder(kind, record)}/L{level}"
+    return Column(self._store, path, spec, length)
+
+  def blocks(self, start: int, stop: int) -> np.ndarray:
+    """Token ids of blocks [start, stop): int32 [n, 32]."""
+    ids = self.tokens.read(start * BRANCHING, stop * BRANCHING)
+    return ids.astype(np.int32).reshape(-1, BRANCHING)
+
+  def grow(self, ids: np.ndarray, encoder: Encoder) -> None:
+    """Adds at most `SLICE_TOKENS` tokens and every node they complete.
+
+    Lens keys that the keyer cannot go on with are dropped.
+    """
+    if self.lens and not self._keyer_fits():
+      self._record = tree_format.with_lens(self._record, None)
+      self._drop_lens_columns()
+    old = self.cursor
+    self.tokens.append(ids)
+    self.cursor += len(ids)
+    level = 1
+    while (start := old // span_width(level)) < self.num_nodes(level):
+      stop = self.num_nodes(level)
+      rows = self._encode(encoder, level, start, stop, self.column)
+      self.column("gists", level).append(rows)
+      if level > 1:
+        self.column("keys", level).append(self._new_keys(level, start, stop))
+      if self.lens:
+        rows = self._lens_keys(self.keyer, level, start, stop, self.column)
+        self.column("lens", level).append(rows)
+      level += 1
+
+  def _keyer_fits(self) -> bool:
+    keyer, lens = self.keyer, self.lens
+    return keyer is not None and (keyer.fingerprint, keyer.key_dim) == (
+      lens["fingerprint"],
+      lens["key_dim"],
+    )
+
+  def _drop_lens_columns(self) -> None:
+    self._columns = {k: c for k, c in self._columns.items() if k[0] != "lens"}
+
+  def _encode(
+    self,
+    encoder: Encoder,
+    level: int,
+    start: int,
+    stop: int,
+    column: Callable[[str, int], Column],
+  ) -> np.ndarray:
+    """Stored gists of nodes [start, stop), from the level below."""
+    n, width = stop - start, encoder.d_model
+    self.ingested += n * BRANCHING
+    if level == 1:
+      gists = encoder.encode_tokens(self.blocks(start, stop))
+    else:
+      below = column("gists", level - 1)
+      rows = below.read(start * BRANCHING, stop * BRANCHING)
+      children = tree_format.unpack_gists(rows).reshape(n, BRANCHING, -1)
+      gists = encoder.encode_gists(children, level)
+    gists = np.asarray(gists, np.float32)
+    if gists.shape != (n, width):
+      raise ValueError(f"gists of shape {gists.shape}, not {(n, width)}")
+    if not np.isfinite(gists).all():
+      raise McjaxError(
+        f"the GistNet {encoder.fingerprint} made a gist of level {level} that"
+        " is not finite"
+      )
+    return tree_format.pack_gists(gists, self._record["gist_dtype"])
+
+  def _new_keys(self, level: int, start: int, stop: int) -> np.ndarray:
+    if lexical.key_dim(level) != lexical.key_dim(level - 1):
+      self.ingested += (stop - start) * span_width(level)
+      return self.sketch(level, start, stop)
+    self.ingested += (stop - start) * BRANCHING
+    below = self.column("keys", level - 1)
+    rows = below.read(start * BRANCHING, stop * BRANCHING)
+    return lexical.union(rows.reshape(stop - start, BRANCHING, -1))
+
+  def _lens_keys(
+    self,
+    keyer: lens_keys.Keyer,
+    level: int,
+    start: int,
+    stop: int,
+    column: Callable[[str, int], Column],
+  ) -> np.ndarray:
+    """Lens keys of nodes [start, stop), from gists or the level below."""
+    n = stop - start
+    self.ingested += n * BRANCHING
+    if level == 1:
+      gists = tree_format.unpack_gists(column("gists", 1).read(start, stop))
+      return lens_keys.block_keys(keyer, self.blocks(start, stop), gists)
+    below = column("lens", level - 1)
+    rows = below.read(start * BRANCHING, stop * BRANCHING)
+    return lens_keys.bounds(rows.reshape(n, BRANCHING, -1), keyer.key_dim)
+
+  def sketch(self, level: int, start: int, stop: int) -> np.ndarray:
+    """Keys of nodes [start, stop), from their tokens and the few before."""
+    width = span_width(level)
+    low = max(0, start * width - lexical.LOOKBACK)
+    ids = self.tokens.read(low, stop * width).astype(np.int64)
+    missing = lexical.LOOKBACK - (start * width - low)
+    ids = np.concatenate([np.full(missing, -1), ids])
+    spans = np.lib.stride_tricks.sliding_window_view(
+      ids, lexical.LOOKBACK + width
+    )[::width]
+    return lexical.sketch(spans, level)
+
+  @property
+  def has_full_shard(self) -> bool:
+    """Whether enough tokens are in RAM to write a shard."""
+    spec = self.tokens.spec
+    return self.tokens.length // spec.shard > self.tokens.flushed // spec.shard
+
+  def flush(self, everything: bool) -> None:
+    """Writes rows in RAM, or only complete shards. Raises: McjaxError."""
+    columns = [self.tokens, *self._columns.values()]
+    flush_columns(columns, self._store.url, everything=everything)
+
+  def snapshot(self) -> tuple:
+    """A state to `restore`; copies no rows."""
+    columns = {key: (c, c.snapshot()) for key, c in self._columns.items()}
+    return self.cursor, self._record, self.tokens.snapshot(), columns
+
+  def restore(self, state: tuple) -> None:
+    """Forgets every row since a snapshot."""
+    self.cursor, self._record, tokens, columns = state
+    self.tokens.restore(tokens)
+    self._columns = {key: column for key, (column, _) in columns.items()}
+    for column, column_state in columns.values():
+      column.restore(column_state)
+
+  def rebuild(
+    self,
+    record: dict,
+    encoder: Encoder | None,
+    keyer: lens_keys.Keyer | None,
+  ) -> None:
+    """Writes columns anew into the epochs of `record`, in bounded memory.
+
+    The columns in use do not change until `switch`.
+
+    Args:
+      record: the record to be.
+      encoder: makes the gists; None keeps those held.
+      keyer: makes the lens keys; None makes none.
+    """
+    new: dict[tuple[str, int], Column] = {}
+
+    def column(*key: str | int) -> Column:
+      return new[key] if key in new else self._columns[key]
+
+    makers = {}
+    if encoder is not None:
+      makers["gists"] = functools.partial(self._encode, encoder)
+    if keyer is not None:
+      makers["lens"] = functools.partial(self._lens_keys, keyer)
+    step = SLICE_TOKENS // BRANCHING
+    for kind, make in makers.items():
+      level = 1
+      while count := self.num_nodes(level):
+        made = new[kind, level] = self._make_column(kind, level, record, 0)
+        for start in range(0, count, step):
+          made.append(make(level, start, min(start + step, count), column))
+          flush_columns([made], self._store.url, everything=False)
+        flush_columns([made], self._store.url, everything=True)
+        level += 1
+    self._rebuilt = new, record, keyer
+
+  def switch(self) -> None:
+    """Takes what the last `rebuild` wrote into use."""
+    new, self._record, self.keyer = self._rebuilt
+    self._drop_lens_columns()
+    self._columns.update(new)

@@ -1,0 +1,1 @@
+"""The working context: what the LM sees, and its KV cache."""

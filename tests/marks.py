@@ -1,0 +1,14 @@
+"""Marks of the tests."""
+
+import pytest
+
+
+def further(*cases):
+  """Cases of a parametrised test that only `tools/test --slow` runs.
+
+  A case of several values is a tuple.
+  """
+  return [
+    pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=pytest.mark.slow)
+    for c in cases
+  ]

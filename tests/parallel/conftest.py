@@ -1,0 +1,3 @@
+"""The tiny base and text store of the training tests."""
+
+from training_cases import *  # noqa: F403

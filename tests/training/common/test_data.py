@@ -1,0 +1,169 @@
+"""Stores, deduplication, and the sampler's order."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from mcjax.training.common import data, prepare, sources
+from mcjax.types import McjaxError
+
+
+def test_store_round_trip(tmp_path):
+  documents = [("a", np.arange(300)), ("short", np.arange(5)),
+               ("b", np.arange(400) + 7)]
+  count, tokens = data.write_kind(tmp_path, "train", "code", documents, 1000)
+  assert (count, tokens) == (2, 700)
+  store = data.open_split(tmp_path, "train")["code"]
+  assert store.names == ("a", "b") and store.tokens.dtype == np.uint16
+  assert isinstance(store.tokens, np.memmap)
+  np.testing.assert_array_equal(store.document(1), np.arange(400) + 7)
+
+
+def test_large_vocabulary_needs_wide_tokens(tmp_path):
+  data.write_kind(tmp_path, "train", "code",
+                  [("a", np.full(300, 200_000))], 262_144)
+  assert data.open_split(tmp_path, "train")["code"].document(0)[0] == 200_000
+
+
+def test_missing_store_says_what_to_run(tmp_path):
+  with pytest.raises(McjaxError, match="tools/prepare_data"):
+    data.open_split(tmp_path, "train")
+
+
+def test_windows_never_cross_documents(tmp_path):
+  documents = [(str(i), np.full(300 + 50 * i, i)) for i in range(9)]
+  data.write_kind(tmp_path, "train", "x", documents, 100)
+  sampler = data.WindowSampler(data.open_split(tmp_path, "train"), 64)
+  seen = [sampler.sample(i) for i in range(200)]
+  assert all(len(set(w)) == 1 for w in seen)
+  assert {int(w[0]) for w in seen} == set(range(9))
+
+
+def test_an_epoch_visits_every_window_once(tmp_path):
+  tokens = np.arange(64 * 40)
+  data.write_kind(tmp_path, "train", "x", [("a", tokens)], 4000)
+  sampler = data.WindowSampler(data.open_split(tmp_path, "train"), 64, seed=4)
+  size = len(sampler._order(0, 0))
+  starts = [int(sampler.sample(i)[0]) for i in range(size)]
+  assert len(set(starts)) == size and size >= 39
+  again = [int(sampler.sample(size + i)[0]) for i in range(size - 1)]
+  assert set(again) != set(starts)  # the next epoch cuts elsewhere
+
+
+def test_mixture_follows_the_weights(tiny_stores):
+  marked = {}
+  for value, (kind, store) in enumerate(tiny_stores.items()):
+    marked[kind] = data.TokenStore(
+      np.full_like(store.tokens, value), store.offsets, store.names)
+  sampler = data.WindowSampler(marked, 64, {"code": 3.0, "prose": 1.0})
+  counts = collections.Counter(
+    int(sampler.sample(i)[0]) for i in range(400))
+  assert counts[sorted(marked).index("code")] == 300
+
+
+def test_batches_are_pure_and_split_by_process(tiny_stores):
+  one, two = (data.WindowSampler(tiny_stores, 64, seed=9) for _ in range(2))
+  whole = one.batch(12, 8)
+  for _ in range(3):
+    two.sample(1)
+  parts = [two.batch(12, 8, p, 4) for p in (3, 2, 1, 0)]
+  np.testing.assert_array_equal(np.concatenate(parts[::-1]), whole)
+  with pytest.raises(McjaxError, match="divide"):
+    one.batch(0, 8, 0, 3)
+
+
+def test_iterate_resumes(tiny_stores):
+  sampler = data.WindowSampler(tiny_stores, 64)
+  stream = data.iterate(sampler, 2)
+  first = [next(stream) for _ in range(5)]
+  np.testing.assert_array_equal(
+    next(data.iterate(sampler, 2, start_step=4)), first[4])
+
+
+def test_sampler_errors(tiny_stores):
+  with pytest.raises(McjaxError, match="unknown kinds"):
+    data.WindowSampler(tiny_stores, 64, {"poetry": 1.0})
+  with pytest.raises(McjaxError, match="no document of kind"):
+    data.WindowSampler(tiny_stores, 4096)
+
+
+def test_deduplication_works_across_documents_and_spacing():
+  seen = data.Deduplicator(shortest=20)
+  long = "The same long paragraph, told twice."
+  assert seen(f"{long}\n\nshort") == f"{long}\n\nshort"
+  assert seen("The same  LONG paragraph,\ntold twice.\n\nshort") == "short"
+  assert seen.dropped == 1
+
+
+def test_validation_documents_are_stable_and_few():
+  kept = [data.validation_document(f"document {i}") for i in range(2400)]
+  assert 150 < sum(kept) < 250
+
+
+def test_html_keeps_text_and_drops_scripts():
+  text = sources.strip_html(
+    "<head><title>t</title></head><body><script>x()</script>"
+    "<p>One &amp; two.</p><p>Three.</p></body>")
+  assert "x()" not in text and "One & two.\n\nThree." in text.strip()
+
+
+@pytest.mark.parametrize("name, foreign", [
+  ("usr/share/doc/handbook/html/de-DE/ch01.html", True),
+  ("usr/share/help/de/gnucash-guide/index.html", True),
+  ("usr/share/doc/gnucash-docs/gnucash-guide-pt/a.html", True),
+  ("usr/share/doc/gnucash-docs/gnucash-guide-en/a.html", False),
+  ("usr/share/doc/policy.html/ch-scope.de.html", True),
+  ("usr/share/doc/handbook/html/en-US/ch01.html", False),
+  ("usr/share/doc/python3.11/html/library/re.html", False)])
+def test_only_english_pages(name, foreign):
+  assert bool(sources._FOREIGN.search(name)) == foreign
+
+
+def test_held_out_sources_are_read_first_and_share_no_package(tmp_path):
+  every = sources.all_sources(tmp_path, full=True)
+  splits = [s.split for s in every]
+  assert splits == sorted(splits, key=["heldout", "train"].index)
+  held_out = {"python-django-doc", "gnucash-docs"}
+  assert not held_out & set(sources.DEBIAN_FULL)
+  assert not {"flask", "networkx", "moto"} & set(sources.TRAINING_CODE)
+
+
+def test_packages_of_another_release_are_left_out(
+    tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sources, "run_client", lambda *a: "perl-doc\nzsh-doc\n")
+  (tmp_path / "git-doc_2.39_all.deb").touch()
+  wanted = ("perl-doc", "git-doc", "linux-doc-6.12")
+  assert sources._offered(tmp_path, wanted) == ("perl-doc", "git-doc")
+  assert "left out: linux-doc-6.12" in capsys.readouterr().out
+  with pytest.raises(McjaxError, match="apt-get update"):
+    sources._offered(tmp_path, ("linux-doc-6.12",))
+
+
+def test_prepare_writes_disjoint_splits(tmp_path, monkeypatch):
+  paragraph = "word " * 60
+  made = [
+    sources.Source("heldout", "prose", lambda d: iter(
+      [(f"h{i}", f"{paragraph} held {i}") for i in range(3)])),
+    sources.Source("train", "prose", lambda d: iter(
+      [(f"t{i}", f"{paragraph} train {i}") for i in range(60)]
+      + [("copy", f"{paragraph} held 1")]))]
+  monkeypatch.setattr(sources, "all_sources", lambda books, full: made)
+
+  class Lm:
+    name, fingerprint = "x", "y"
+    config = type("C", (), {"vocab_size": 300})
+
+    class tokenizer:
+      @staticmethod
+      def encode(text):
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+  records = prepare.prepare(Lm, tmp_path, tmp_path / "none", 1.0)
+  splits = {r["split"]: r["documents"] for r in records}
+  assert splits["heldout"] == 3
+  assert splits["train"] + splits["validation"] == 60  # the copy is dropped
+  assert splits["validation"] > 0
+  assert set(data.open_split(tmp_path, "train")) == {"prose"}
+  with pytest.raises(McjaxError, match="unknown kind"):
+    prepare.prepare(Lm, tmp_path, tmp_path / "none", 1.0, kinds=["verse"])
