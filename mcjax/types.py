@@ -14,11 +14,18 @@ themselves.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+  import jax
+  import numpy as np
 
 BRANCHING = 32  # children per node, and tokens per L1 gist
 
-Array = object  # a jax or NumPy array; shapes are given in docstrings
+if TYPE_CHECKING:
+  Array: TypeAlias = jax.Array | np.ndarray
+else:
+  Array = Any  # importing this must not load JAX
 
 
 def span_width(level: int) -> int:

@@ -154,7 +154,7 @@ def _byte_level(tokens, merges, rules: _Rules) -> tokenizers.Tokenizer:
       ignore_merges=rules.whole_words,
     )
   )
-  steps = []
+  steps: list[pre_tokenizers.PreTokenizer] = []
   if rules.digits:
     steps.append(pre_tokenizers.Digits(individual_digits=True))
   if rules.pattern is not None:
@@ -204,7 +204,8 @@ def _sentence_piece(
       byte_fallback=True,
     )
   )
-  steps = [normalizers.Prepend("▁")] if prefix else []
+  steps: list[normalizers.Normalizer] = (
+    [normalizers.Prepend("▁")] if prefix else [])
   steps.append(normalizers.Replace(" ", "▁"))
   core.normalizer = normalizers.Sequence(steps)
   ends = [decoders.Strip(" ", 1, 0)] if prefix else []

@@ -94,7 +94,8 @@ def leaves_of(
   def same(x: np.ndarray) -> np.ndarray:
     return x
 
-  turns = dict(embed=((v, d), same))  # the largest first, for a low peak
+  turns: dict[str, Any] = dict(
+    embed=((v, d), same))  # the largest first, for a low peak
   if not config.tie_embeddings:
     turns.update(unembed=((v, d), np.transpose))
   turns.update(
@@ -135,14 +136,14 @@ def read_params(
   for key, leaf in leaves.items():
     stacked = "{i}" in leaf.source
     layers = range(config.n_layers) if stacked else range(1)
-    out = None
+    out = value = np.empty(0, dtype)
     for i in layers:
       source = leaf.source.replace("{i}", str(i))
       known.add(source)
       value = leaf.turn(tensors.read(source, leaf.shape))
       digest.update(f"{key} {i} {value.shape}".encode())
       digest.update(_sample(value))
-      if stacked and out is None:
+      if stacked and i == 0:
         out = aligned_empty((len(layers), *value.shape), dtype)
       if stacked:
         out[i] = value

@@ -29,12 +29,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
+import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mcjax.types import Array
 
 _NEGATIVE = -1e30  # masked score: finite, so an all-masked row stays finite
 
@@ -85,17 +87,17 @@ class Segment(NamedTuple):
   """Cached keys and values that queries may attend to.
 
   Attributes:
-    keys: [L, K, S, H], un-rotated unless `rotated`.
-    values: [L, K, S, H].
+    keys: [L, K, S, H], or L arrays [K, S, H]; un-rotated unless `rotated`.
+    values: as the keys.
     positions: [S] int32 position of each key.
     visible: [S] bool; False hides the key from every query.
     rotated: whether keys already carry their rotation (a Python bool).
   """
 
-  keys: jax.Array
-  values: jax.Array
-  positions: jax.Array
-  visible: jax.Array
+  keys: jax.Array | tuple[jax.Array, ...]
+  values: jax.Array | tuple[jax.Array, ...]
+  positions: Array
+  visible: Array
   rotated: bool = False
 
 
@@ -111,7 +113,8 @@ def _mixed_product_forward(spec, x, w):
 
 def _mixed_product_backward(spec, saved, slope):
   x, w = saved
-  left, right, out = re.fullmatch(r"(\w+),(\w+)->(\w+)", spec).groups()
+  operands, out = spec.split("->")
+  left, right = operands.split(",")
   short = slope.astype(w.dtype)
   return (
     jnp.einsum(f"{out},{right}->{left}", short, w,
@@ -143,7 +146,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def rope_tables(
-  config: DecoderConfig, positions: jax.Array
+  config: DecoderConfig, positions: Array
 ) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines [S, H/2] in float32 for integer positions [S]."""
   half = config.head_dim // 2
@@ -242,13 +245,13 @@ def _attend(config, query, segments, tables, q_positions, rope_on):
     scores.append(jnp.where(allowed[None, :, None], s, _NEGATIVE))
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
   weights = weights.reshape(k_heads, t * groups, weights.shape[-1])
-  out, offset = None, 0
+  parts, offset = [], 0
   for keys, values, *_ in segments:
     size = keys.shape[1]
     w = weights[..., offset : offset + size].astype(values.dtype)
-    part = jnp.einsum("kms,ksh->kmh", w, values)
-    out = part if out is None else out + part
+    parts.append(jnp.einsum("kms,ksh->kmh", w, values))
     offset += size
+  out = functools.reduce(operator.add, parts)
   out = out.reshape(k_heads, t, groups, h).transpose(1, 0, 2, 3)
   return out.reshape(t, n, h)
 
@@ -326,11 +329,11 @@ def forward(
   params,
   config: DecoderConfig,
   x: jax.Array,
-  positions: jax.Array,
+  positions: Array,
   segments: tuple[Segment, ...] = (),
-  visible: jax.Array | None = None,
+  visible: Array | None = None,
   remat: bool = False,
-  gists: jax.Array | None = None,
+  gists: Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Runs the decoder on T entries that also attend to cached segments.
 
@@ -399,7 +402,7 @@ def forward_branches(
   positions: jax.Array,
   visible: jax.Array,
   remat: bool = False,
-  gists: jax.Array | None = None,
+  gists: Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Runs a trunk and many branches that attend to it, in one pass.
 

@@ -77,7 +77,7 @@ class Tokenizer:
     core.no_truncation()
     self._core = core
     self._lock = threading.Lock()
-    self._template = template
+    self._template = template or ""
     self._template_tokens = template_tokens or {}
     self._vocab = core.get_vocab(with_added_tokens=True)
     added = core.get_added_tokens_decoder()
@@ -106,7 +106,7 @@ class Tokenizer:
     except Exception as e:  # the Rust side raises bare Exception
       raise McjaxError(f"tokenizer.json is damaged: {e}") from e
     settings = _optional_json(folder / "tokenizer_config.json")
-    names = {
+    names: dict[str, Any] = {
       key: value.get("content") if isinstance(value, dict) else value
       for key, value in settings.items()
       if key.endswith("_token") and isinstance(value, (str, dict))
@@ -220,7 +220,8 @@ class Tokenizer:
       return ids, np.ones(ids.shape, bool)
     before, after, trims = self._turn_frame(first)
     words = prompt.strip() if trims else prompt
-    if not any(self._core.id_to_token(i) in words for i in self.special_ids):
+    if not any(str(self._core.id_to_token(i)) in words
+               for i in self.special_ids):
       return self._encode_framed(before, words, after)
     ids = [self._encode_template(before), self.encode(words)]
     ids.append(self._encode_template(after))
@@ -342,10 +343,10 @@ def _environment():
     extensions=[Generation, jinja2.ext.loopcontrols],
   )
   environment.filters["tojson"] = tojson
-  environment.globals["raise_exception"] = fail
-  environment.globals["strftime_now"] = lambda form: (
-    datetime.datetime.now().strftime(form)
-  )
+  functions: dict[str, Any] = environment.globals
+  functions["raise_exception"] = fail
+  functions["strftime_now"] = lambda form: (
+    datetime.datetime.now().strftime(form))
   return environment
 
 

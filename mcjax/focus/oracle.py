@@ -49,7 +49,7 @@ class Oracle:
       raise McjaxError(
         "policy oracle needs the true continuation: it works in score only"
       )
-    context: ContextLM = view.context_lm
+    context = view.context_lm
     scores = age_scores(view)
     wished = self._similar.score(view)
     self.touched = self._similar.touched

@@ -21,13 +21,17 @@ class Policy(Protocol):
 
   Attributes:
     touched, bytes_read: work of the last call of `score`.
-    sources: token spans (start, stop) of the sentences that answer its
-      question; empty where it is none, or nothing answers it.
   """
 
   touched: int
   bytes_read: int
-  sources: Sequence[tuple[int, int]]
+
+  @property
+  def sources(self) -> Sequence[tuple[int, int]]:
+    """Token spans (start, stop) of the sentences that answer the question.
+
+    Empty where the last query was none, or nothing answers it.
+    """
 
   def score(self, view: FocusView) -> np.ndarray:
     """Signed score in [-1, 1] per entry, [E] float32."""

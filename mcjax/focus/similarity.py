@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from mcjax.answer import passages, questions
+from mcjax.answer.passages import Passage
 from mcjax.focus.policy import HostPolicy, age_scores
 from mcjax.tree import lexical_keys as lexical
 from mcjax.tree import lexical_rank
@@ -66,13 +67,15 @@ class Similarity(HostPolicy):
     """
     self._prepare(view)
     self.sources = ()
-    if self._search is None:
+    search = self._search
+    if search is None:
       return []
-    before = self._search.touched, self._search.bytes_read
+    before = search.touched, search.bytes_read
     strengths, answers = (
-      self._of_question(view) if view.asked else (self._of_text(view), {}))
-    self.touched = self._search.touched - before[0]
-    self.bytes_read = self._search.bytes_read - before[1]
+      self._of_question(view, search) if view.asked
+      else (self._of_text(view, search), {}))
+    self.touched = search.touched - before[0]
+    self.bytes_read = search.bytes_read - before[1]
     last = view.query_start // BRANCHING
     least = _RIVAL * max(strengths.values(), default=0.0)
     found: dict[int, float] = {}
@@ -95,7 +98,7 @@ class Similarity(HostPolicy):
     return [b for b, _ in self._search.best(4 * self._spans)]
 
   def passages(self, view: FocusView, blocks: Iterable[int]
-               ) -> dict[int, passages.Passage]:
+               ) -> dict[int, Passage]:
     """What blocks say on the question of the last call of `targets`."""
     if self._reader is None:
       self._reader = passages.PassageReader(
@@ -103,21 +106,22 @@ class Similarity(HostPolicy):
         self._weights, view.query_start)
     return self._reader.find(blocks)
 
-  def _of_text(self, view: FocusView) -> dict[int, float]:
+  def _of_text(self, view: FocusView, search: TreeSearch
+               ) -> dict[int, float]:
     """{block: share of the query that it holds}, the best few."""
-    self._search.run(self._max_nodes)
+    search.run(self._max_nodes)
     ranked = lexical_rank.rank_blocks(
       view.tree, self.candidates(), view.query_ids, self._weights)
     return dict(ranked[: self._spans])
 
-  def _of_question(self, view: FocusView
-                   ) -> tuple[dict[int, float], dict[int, passages.Passage]]:
+  def _of_question(self, view: FocusView, search: TreeSearch
+                   ) -> tuple[dict[int, float], dict[int, Passage]]:
     """As `_of_text`, of single sentences, and {block: its sentence}.
 
     A question that was asked before is no result, so within the nodes of a
     step the search goes on until it has found something else.
     """
-    search, count = self._search, 4 * self._spans
+    count = 4 * self._spans
     stop = search.touched + self._max_nodes
     while True:
       if stop - search.touched >= BRANCHING:
@@ -152,7 +156,7 @@ class Similarity(HostPolicy):
     )
 
 
-def _around(block: int, answer: passages.Passage | None) -> dict[int, float]:
+def _around(block: int, answer: Passage | None) -> dict[int, float]:
   """{block: share in what `block` is worth}: it and others beside it.
 
   For a question those that the answering sentence touches.

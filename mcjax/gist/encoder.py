@@ -13,7 +13,7 @@ from concurrent import futures
 import dataclasses
 import functools
 import os
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -102,8 +102,9 @@ def apply(params, config: GistNetConfig, children: jax.Array,
   if config.per_level:
     own = jnp.clip(level - 1, 0, config.levels - 1)
     params = jax.tree.map(lambda a: a[own], params)
-  return GistNet(config).apply(
+  gists = GistNet(config).apply(
     {"params": params}, children.astype(jnp.float32), level)
+  return cast(jax.Array, gists)
 
 
 def token_features(base_params, base_config: model.DecoderConfig,
@@ -133,11 +134,12 @@ def default_config(base_params, base_config: model.DecoderConfig,
   """The default sizes for a base, in the unit of its embeddings."""
   d = base_config.d_model
   heads = max(1, round(d / 96))
-  sizes = dict(d_model=d, heads=heads, width=32 * heads, mlp_width=36 * heads,
+  sizes: dict[str, Any] = dict(
+    d_model=d, heads=heads, width=32 * heads, mlp_width=36 * heads,
                slot_mlp_width=64 * heads,
                adapter_layers=base_config.n_layers)
   rms = float(_rms(base_params["embed"]))
-  return GistNetConfig(**{**sizes, "input_rms": rms, **overrides})
+  return GistNetConfig(**(sizes | {"input_rms": rms} | overrides))
 
 
 def configure(base_params, base_config: model.DecoderConfig,

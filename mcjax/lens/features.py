@@ -172,7 +172,8 @@ def gather(view: FocusView, rows: Rows, size: int, embed, encoder
   tail, tail_mask = read_tail(tree, embed, encoder)
   return LensInputs(
     ids, gists, state, distance, np.arange(size) < count, query_ids, weights,
-    rare, newest_ids, newest_rarity, np.float32(view.asked), tail, tail_mask,
+    rare, newest_ids, newest_rarity, np.asarray(view.asked, np.float32), tail,
+    tail_mask,
   )
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import cast
 
 from flax import linen as nn
 import jax
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax.lens.features import MARGIN, SPAN, TAIL, LensInputs
-from mcjax.types import BRANCHING
+from mcjax.types import BRANCHING, Array
 
 FEATURES = 25
 KEY_SCALE = 254.0  # of a unit vector's components before rounding to int8
@@ -158,13 +159,13 @@ def key_tables(params, config: LensNetConfig, embeddings: jax.Array):
   )
 
 
-def block_keys(tables, token_ids: jax.Array) -> jax.Array:
+def block_keys(tables, token_ids: Array) -> jax.Array:
   """Unit keys [n, K] of blocks of token ids [n, T]; -1 is no token."""
   vectors, salience, _ = tables
   return _summed(vectors, salience, token_ids, jnp.ones(token_ids.shape))
 
 
-def query_key(tables, token_ids: jax.Array, weights: jax.Array) -> jax.Array:
+def query_key(tables, token_ids: Array, weights: Array) -> jax.Array:
   """Unit query [..., K] of token ids [..., Q], -1 for none, with weights."""
   vectors, _, salience = tables
   return _summed(vectors, salience, token_ids, weights)
@@ -244,10 +245,11 @@ def logits(params, config: LensNetConfig, inputs: LensInputs,
            match: jax.Array) -> jax.Array:
   """Logits [R]: about ten times the nats a token that raw tokens are worth."""
   features = block_features(inputs, match)
-  return LensNet(config).apply(
+  found = LensNet(config).apply(
     {"params": params["score"]}, inputs.gists, features, inputs.mask,
     inputs.tail, inputs.tail_mask,
   )
+  return cast(jax.Array, found)
 
 
 @functools.partial(jax.jit, static_argnames="config")

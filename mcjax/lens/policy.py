@@ -132,7 +132,7 @@ class LensNetPolicy:
 
   def score_rows(self, view: FocusView, rows: lens_rows.Rows) -> np.ndarray:
     """Scores [R] float32 of the blocks of `rows`."""
-    context: ContextLM = view.context_lm
+    context = view.context_lm
     size = next(s for s in _sizes(context.window.window) if s >= len(rows))
     inputs = lens_rows.gather(
       view, rows, size, context.token_embeddings, self._encoder)
@@ -213,8 +213,10 @@ def empty_inputs(size: int, d_model: int) -> LensInputs:
     np.zeros((size, d_model), np.float32), np.zeros(size, np.int32),
     np.zeros(size, np.float32), np.zeros(size, bool),
     none(lens_rows.QUERY, -1, np.int32),
-    *np.zeros((2, lens_rows.QUERY), np.float32), none(BRANCHING, -1, np.int32),
-    np.zeros(BRANCHING, np.float32), np.float32(0),
+    np.zeros(lens_rows.QUERY, np.float32),
+    np.zeros(lens_rows.QUERY, np.float32),
+    none(BRANCHING, -1, np.int32), np.zeros(BRANCHING, np.float32),
+    np.zeros((), np.float32),
     np.zeros((lens_rows.TAIL, d_model), np.float32),
     np.zeros(lens_rows.TAIL, bool),
   )
@@ -306,14 +308,14 @@ def entry_scores(view: FocusView, rows: lens_rows.Rows, scores: np.ndarray,
     elif state == GIST or score > _THRESHOLD:
       # A gist costs one slot; without a wish only its age counts.
       out[at] = max(score, out[at])
-  wished = (out > _THRESHOLD) & (view.entries.level > 0)
-  room = (BRANCHING - 1) * min(_EDITS, int(np.sum(wished)))
+  finer = (out > _THRESHOLD) & (view.entries.level > 0)
+  room = (BRANCHING - 1) * min(_EDITS, int(np.sum(finer)))
   if answers:
     short, less = 2 * BRANCHING + room, _PRESSURE
   else:
     short, less = BRANCHING + room if room else 0, _TEXT_PRESSURE
   if view.context_lm.window.free < short:
-    out = np.where(wished, out, out - np.float32(less))
+    out = np.where(finer, out, out - np.float32(less))
   return out
 
 

@@ -52,7 +52,8 @@ def choose(config: Config, lm: BaseLM, encoder: GistEncoder,
     given: the LensNet; the shipped one by default.
   """
   shipped = pretrained.shipped(lm.name, "lensnet") is not None
-  name, keyer = config.policy, given and given.keyer
+  name = config.policy
+  keyer: Keyer | None = given.keyer if given else None
   if name == "lensnet" or name == "auto" and (given or shipped):
     learned = given or load_lensnet(
       lm, gistnet=encoder, max_nodes=config.search_nodes)
@@ -76,7 +77,8 @@ def for_tree(choice: Choice, config: Config, tree: MegaContextTree) -> Choice:
   """
   tree.attach_keyer(choice.keyer)
   if (choice.name != "lensnet"
-      or tree.lens_fingerprint == choice.keyer.fingerprint):
+      or choice.keyer
+      and tree.lens_fingerprint == choice.keyer.fingerprint):
     return choice
   line = f"{tree.url} holds no keys of this LensNet: run tools/rekey"
   if config.policy == "lensnet":

@@ -20,7 +20,7 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _compiles = 0
 
 
-def _on_event(event: str, duration: float, **_) -> None:
+def _on_event(event: str, duration_secs: float, **_: str | int) -> None:
   global _compiles
   if event == _COMPILE_EVENT:
     _compiles += 1

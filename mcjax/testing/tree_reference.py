@@ -1,5 +1,7 @@
 """A tiny encoder, and a plain NumPy tree to compare the stored one with."""
 
+from typing import Any
+
 import numpy as np
 
 from mcjax.tree import format as tree_format
@@ -8,7 +10,7 @@ from mcjax.tree.store import Store, io_errors
 from mcjax.tree.tree import MegaContextTree
 
 VOCAB = 300
-BASE = {"base_fingerprint": "base-1", "base_name": "tiny"}
+BASE: dict[str, Any] = {"base_fingerprint": "base-1", "base_name": "tiny"}
 
 
 class TinyEncoder:
@@ -71,7 +73,7 @@ def random_ids(n, seed=0, vocab=VOCAB):
 
 
 def create(url, encoder=None, **kwargs):
-  kwargs = {"vocab_size": VOCAB, **BASE, **kwargs}
+  kwargs = BASE | {"vocab_size": VOCAB} | kwargs
   return MegaContextTree.create(url, encoder=encoder or TinyEncoder(), **kwargs)
 
 

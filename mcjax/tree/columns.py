@@ -41,7 +41,7 @@ class Column:
       raise IndexError(f"rows {start}:{stop} of {self.length} in {self.path}")
     out = np.empty((stop - start, *self.spec.row_shape), self.spec.numpy_dtype)
     on_disk = min(stop, self.flushed)
-    if start < on_disk:
+    if start < on_disk and self._array is not None:
       with io_errors(f"read {self.path} of", self._store.url):
         out[: on_disk - start] = self._array[start:on_disk].read().result()
     at = self.flushed
@@ -52,7 +52,7 @@ class Column:
       at += len(part)
     return out
 
-  def start_flush(self, everything: bool) -> ts.Future | None:
+  def start_flush(self, everything: bool) -> ts.WriteFutures | None:
     """Begins to write the tail; `finish_flush` must follow.
 
     Args:
@@ -97,7 +97,7 @@ def flush_columns(columns: list[Column], url: str, *, everything: bool) -> None:
   their flushed length and will be overwritten.
   """
   with io_errors("write to", url):
-    pending: list[ts.Future] = []
+    pending: list[ts.WriteFutures] = []
     try:
       for column in columns:
         future = column.start_flush(everything)
@@ -189,6 +189,7 @@ class AccessCounts:
       if not len(index):
         continue
       array = self._array(level, create=True)
+      assert array is not None
       with io_errors("write access counts of", self._store.url):
         counts = array[index].read().result() + times
         counts = np.minimum(counts, 2**32 - 1).astype(np.uint32)

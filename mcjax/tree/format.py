@@ -16,6 +16,8 @@ counts the epochs that a tree ever had, so that none is used twice.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import tensorstore as ts
 
@@ -29,6 +31,19 @@ FORMAT_VERSION = 1
 GIST_DTYPES = ("bfloat16", "float32", "int8")
 _BFLOAT16 = ts.bfloat16.numpy_dtype
 _SCALE_BYTES = 4  # an int8 gist ends with its float32 scale
+
+
+class Encoder(Protocol):
+  """What the tree needs of a GistNet."""
+
+  fingerprint: str
+  d_model: int
+
+  def encode_tokens(self, token_ids: np.ndarray) -> np.ndarray:
+    """int32 [n, 32] -> float32 [n, D]."""
+
+  def encode_gists(self, gists: np.ndarray, level: int) -> np.ndarray:
+    """float32 [n, 32, D] of `level - 1` -> float32 [n, D] of `level`."""
 
 
 def tokens_spec(vocab_size: int) -> ArraySpec:
@@ -89,7 +104,7 @@ def unpack_gists(rows: np.ndarray) -> np.ndarray:
   return rows[:, :-_SCALE_BYTES].astype(np.float32) * scale
 
 
-def gistnet_fields(encoder: object) -> dict[str, object]:
+def gistnet_fields(encoder: Encoder) -> dict[str, object]:
   """What the record says of a GistNet."""
   return {
     "fingerprint": encoder.fingerprint,
@@ -113,7 +128,7 @@ def with_lens(record: dict, keyer: lens_keys.Keyer | None) -> dict:
 def new_record(
   base_fingerprint: str,
   base_name: str,
-  encoder: object,
+  encoder: Encoder,
   vocab_size: int,
   gist_dtype: str,
   keyer: lens_keys.Keyer | None,
@@ -144,7 +159,7 @@ def check_record(
   url: str,
   base_fingerprint: str,
   base_name: str,
-  encoder: object | None,
+  encoder: Encoder | None,
 ) -> None:
   """Raises McjaxError unless the record is readable and of these models."""
   if record.get("format") != FORMAT:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
-from typing import Protocol
 
 import numpy as np
 
@@ -12,23 +11,11 @@ from mcjax.tree import format as tree_format
 from mcjax.tree import learned_keys as lens_keys
 from mcjax.tree import lexical_keys as lexical
 from mcjax.tree.columns import Column, flush_columns
+from mcjax.tree.format import Encoder
 from mcjax.tree.store import Store
 from mcjax.types import BRANCHING, McjaxError, span_width
 
 SLICE_TOKENS = 2 * span_width(3)  # tokens per encoder batch of a long append
-
-
-class Encoder(Protocol):
-  """What the tree needs of a GistNet."""
-
-  fingerprint: str
-  d_model: int
-
-  def encode_tokens(self, token_ids: np.ndarray) -> np.ndarray:
-    """int32 [n, 32] -> float32 [n, D]."""
-
-  def encode_gists(self, gists: np.ndarray, level: int) -> np.ndarray:
-    """float32 [n, 32, D] of `level - 1` -> float32 [n, D] of `level`."""
 
 
 class Levels:
@@ -110,17 +97,17 @@ class Levels:
       self.column("gists", level).append(rows)
       if level > 1:
         self.column("keys", level).append(self._new_keys(level, start, stop))
-      if self.lens:
+      if self.lens and self.keyer:
         rows = self._lens_keys(self.keyer, level, start, stop, self.column)
         self.column("lens", level).append(rows)
       level += 1
 
   def _keyer_fits(self) -> bool:
     keyer, lens = self.keyer, self.lens
-    return keyer is not None and (keyer.fingerprint, keyer.key_dim) == (
-      lens["fingerprint"],
-      lens["key_dim"],
-    )
+    if keyer is None or lens is None:
+      return False
+    made_by = lens["fingerprint"], lens["key_dim"]
+    return (keyer.fingerprint, keyer.key_dim) == made_by
 
   def _drop_lens_columns(self) -> None:
     self._columns = {k: c for k, c in self._columns.items() if k[0] != "lens"}
@@ -233,7 +220,8 @@ class Levels:
     """
     new: dict[tuple[str, int], Column] = {}
 
-    def column(*key: str | int) -> Column:
+    def column(kind: str, level: int) -> Column:
+      key = kind, level
       return new[key] if key in new else self._columns[key]
 
     makers = {}

@@ -22,7 +22,7 @@ import os
 import pathlib
 import re
 import shutil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import zlib
 
 import numpy as np
@@ -145,7 +145,8 @@ class Store:
 
   def array(self, path: str, spec: ArraySpec, create: bool) -> ts.TensorStore:
     """Opens one array, creating it if asked to. Raises: McjaxError."""
-    inner = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    inner: list[dict[str, Any]] = [
+      {"name": "bytes", "configuration": {"endian": "little"}}]
     if spec.dtype in ("uint8", "int8"):
       inner = [{"name": "bytes"}]
     if spec.compress:

@@ -8,6 +8,8 @@ edits planned and undone in between cost nothing.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,16 @@ from mcjax.window.working_context import (
 
 _LOAD = 256  # padded batch of input embeddings
 _WARM: set[tuple] = set()  # shapes compiled in this process
+
+
+class Nodes(Protocol):
+  """Where the window's inputs come from: a tree, or a plain text."""
+
+  def tokens(self, start: int, stop: int) -> np.ndarray:
+    """Token ids [start, stop), int32 [n]."""
+
+  def gists(self, level: int, start: int, stop: int) -> np.ndarray:
+    """Gists [start, stop) of a level, float32 [n, D]."""
 
 
 class ContextLM:
@@ -85,7 +97,7 @@ class ContextLM:
 
   # --- inputs -------------------------------------------------------------
 
-  def load(self, entries: Entries, tree: MegaContextTree) -> None:
+  def load(self, entries: Entries, tree: Nodes) -> None:
     """Fetches the inputs of `entries` from the tree into their slots."""
     if not len(entries):
       return
@@ -100,7 +112,7 @@ class ContextLM:
       else:
         self._load_gists(slots, tree.gists(level, first, first + len(run)))
 
-  def load_unready(self, tree: MegaContextTree) -> None:
+  def load_unready(self, tree: Nodes) -> None:
     """Fetches the inputs of every entry that has no keys and values yet."""
     self.load(self._subset(np.flatnonzero(~self.window.entries.ready)), tree)
 
@@ -227,13 +239,13 @@ class ContextLM:
     self._logits = None
     for chunk in chunks:
       self._hidden, self._rows = self._run(chunk, kv_slots.splice)
-    if self._contrasts:
-      self.tokens_run += self._contrast.sync(self.window, self.state.inputs)
+    if contrast := self._contrasting:
+      self.tokens_run += contrast.sync(self.window, self.state.inputs)
 
   @property
-  def _contrasts(self) -> bool:
-    """Whether decoding is held against what the LM says without the text."""
-    return self._contrast is not None and self.window.attention is not None
+  def _contrasting(self) -> Contrast | None:
+    """The second cache, while decoding is held against it."""
+    return None if self.window.attention is None else self._contrast
 
   def _run(self, rows: np.ndarray, function) -> tuple[jax.Array, int]:
     e = self.window.entries
@@ -295,9 +307,9 @@ class ContextLM:
     first = self.window.next_position(
       self.gist_stride, self.lm.config.max_positions
     )
-    against = (None, None)
-    if self._contrasts:
-      against = self._contrast.prior(self.window, self._config.contrast)
+    against, contrast = (None, None), self._contrasting
+    if contrast:
+      against = contrast.prior(self.window, self._config.contrast)
     self.state, out = kv_slots.decode_block(
       self._layers, self.lm.config, self.state,
       self._padded(slots, BRANCHING), positions, visible, np.int32(first),
@@ -314,9 +326,9 @@ class ContextLM:
     self.window.append_tokens(slots[:count], ready=True)
     self.tokens_decoded += count
     self.tokens_run += count
-    if out.prior is not None:
-      self._contrast.take(
-        *out.prior, slots[:count], np.arange(start, start + count))
+    if contrast and out.prior is not None:
+      contrast.take(
+        out.prior, slots[:count], np.arange(start, start + count))
       self.tokens_run += count
     return tokens[:count], bool(stopped)
 
@@ -374,6 +386,7 @@ class ContextLM:
     snapshot = self.snapshot()
     positions = np.zeros(window, np.int32)
     visible = np.zeros(window, bool)
+    logits = jnp.zeros(0, jnp.float32)
     for size in self._sizes:
       slots = np.full(size, window, np.int32)
       args = (self.lm.params, self.lm.config, self.state, slots, positions,

@@ -9,6 +9,7 @@ constraint of Li et al. 2022, arXiv:2210.15097).
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 
 from mcjax.base.load import BaseLM
@@ -23,7 +24,7 @@ class Contrast:
     self._lm, self._sizes = lm, sizes
     self._state: kv_slots.KVSlots | None = None
     self._held = np.full(slots, -1, np.int64)  # token whose keys a slot holds
-    self._logits = None
+    self._logits: jax.Array | None = None
 
   def clear(self) -> None:
     """Forgets all keys and values: other text is read, or none."""
@@ -74,20 +75,23 @@ class Contrast:
   def prior(self, window: WorkingContext, weight: float
             ) -> tuple[kv_slots.KVSlots, kv_slots.Prior]:
     """What `kv_slots.decode_block` needs; valid after `sync`."""
+    assert self._state is not None and self._logits is not None
     seen = _without(window)
     first = seen.next_position(0, self._lm.config.max_positions)
+    positions, visible = self._arrays(seen)
     return self._state, kv_slots.Prior(
-      *self._arrays(seen), np.int32(first), self._logits, np.float32(weight))
+      positions, visible, np.int32(first), self._logits, np.float32(weight))
 
-  def take(self, state: kv_slots.KVSlots, logits, slots: np.ndarray,
+  def take(self, made: tuple[kv_slots.KVSlots, jax.Array], slots: np.ndarray,
            tokens: np.ndarray) -> None:
     """Takes over what `decode_block` made, for tokens [n] now in slots [n]."""
-    self._state, self._logits = state, logits
+    self._state, self._logits = made
     self._held[slots] = tokens
 
 
 def _without(window: WorkingContext) -> WorkingContext:
   """The window as it would be if nothing before the prompt were read."""
+  assert window.attention is not None
   seen = window.copy()
   seen.attention = Attention((FIRST,), window.attention.start)
   return seen

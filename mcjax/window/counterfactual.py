@@ -20,7 +20,7 @@ import numpy as np
 
 from mcjax.base import model
 from mcjax.tree.tree import MegaContextTree
-from mcjax.types import BRANCHING
+from mcjax.types import BRANCHING, Array
 from mcjax.window import kv_slots
 from mcjax.window.context_lm import ContextLM
 from mcjax.window.working_context import COLLAPSE, EXPAND, Entries
@@ -50,12 +50,12 @@ class _Batch(NamedTuple):
     own_gists: [C, n + 1 + H] bool, which of them are gists.
   """
 
-  positions: jax.Array
-  visible: jax.Array
-  inputs: jax.Array
-  own_positions: jax.Array
-  own_visible: jax.Array
-  own_gists: jax.Array
+  positions: Array
+  visible: Array
+  inputs: Array
+  own_positions: Array
+  own_visible: Array
+  own_gists: Array
 
 
 @functools.partial(jax.jit, static_argnames=("config", "together"))
@@ -137,7 +137,7 @@ def _layout(context: ContextLM, candidate: Candidate | None, tail: int,
   if candidate is not None:
     at, gone, level, first, size = _swap(e, candidate)
   inputs = np.zeros((max(1, size), context.lm.config.d_model), np.float32)
-  if size:
+  if size and tree is not None:
     inputs = context.node_inputs(tree, level, first, size)
   levels = np.concatenate([
     e.level[:at], np.full(size, level), e.level[at + gone : -1],

@@ -41,7 +41,7 @@ class FocusView:
   asked: bool
   step: int
   pressure: bool
-  context_lm: ContextLM | None = None
+  context_lm: ContextLM
   continuation: np.ndarray | None = None
   question: bool = True
 

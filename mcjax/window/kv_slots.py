@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax.base import model
-from mcjax.types import BRANCHING
+from mcjax.types import BRANCHING, Array
 
 STOP_IDS = 8  # fixed width of the stop-token list, padded with -1
 _PLAUSIBLE = 0.1  # of the likeliest token's probability, to be picked at all
@@ -60,11 +60,11 @@ class Prior(NamedTuple):
     weight: float32, how much what the text adds counts beyond itself.
   """
 
-  positions: jax.Array
-  visible: jax.Array
-  first_position: jax.Array
-  logits: jax.Array
-  weight: jax.Array
+  positions: Array
+  visible: Array
+  first_position: Array | np.integer
+  logits: Array
+  weight: Array | np.floating
 
 
 class Decoded(NamedTuple):
@@ -106,7 +106,7 @@ def init_view(config: model.DecoderConfig, slots: int, dtype) -> View:
 
 
 def look(config: model.DecoderConfig, old: View, state: KVSlots,
-         positions: jax.Array) -> View:
+         positions: Array) -> View:
   """The state's view at `positions` [S], in the memory of `old` (donated).
 
   Fresh memory would cost more than the work: the system clears every page.
@@ -236,13 +236,13 @@ class _Stream(NamedTuple):
 
   @classmethod
   def make(cls, config, state, view, positions, visible, first, logits, size):
-    if view is None:
-      view = View(
-        model.rotate_keys(config, state.keys, positions), state.values)
+    keys, values = view or (
+      model.rotate_keys(config, state.keys, positions), state.values)
     zeros = jnp.zeros(
       (config.n_layers, config.n_kv_heads, size, config.head_dim),
       state.keys.dtype)
-    return cls(model.Segment(*view, positions, visible, rotated=True), first,
+    window = model.Segment(keys, values, positions, visible, rotated=True)
+    return cls(window, first,
                zeros, zeros, zeros, logits)
 
   def carried(self):

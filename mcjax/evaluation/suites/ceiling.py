@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +70,9 @@ class Settings:
 
   @classmethod
   def quick(cls, **changes) -> Settings:
-    small = dict(documents=1, horizons=(32, 48), continuations=2, batch=2,
-                 steps=(2, 4))
+    small: dict[str, Any] = dict(
+      documents=1, horizons=(32, 48), continuations=2, batch=2,
+      steps=(2, 4))
     return cls(**{**small, **changes})
 
   def __post_init__(self):
@@ -128,7 +130,7 @@ def run(settings: Settings, folder) -> Report:
     variants[f"{steps} steps"] = bench.score(gists, encoder)
   variants[f"{steps} steps, shuffled"] = bench.score(
     bench.other_document(gists), encoder)
-  result = Report("ceiling", s)
+  result = Report("ceiling", dataclasses.asdict(s))
   result.add("gistnet", encoder.fingerprint)
   _report(result, s, variants, np.mean(kl, axis=0), excerpts.kinds)
   result.write(folder)
@@ -252,7 +254,7 @@ def _report(result: Report, s: Settings, variants, kl, kinds) -> None:
   names = [v for v in variants if v not in ("full", "drop")]
   found = {h: recovery.summarise(recovery.over_horizon(variants, h), kinds)
            for h in s.horizons}
-  rows = []
+  rows: list[tuple] = []
   for name in names:
     steps = 0 if name == "gist" else int(name.split()[0])
     cells = [

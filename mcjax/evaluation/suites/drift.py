@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -58,8 +59,9 @@ class Settings:
 
   @classmethod
   def quick(cls, **changes) -> Settings:
-    small = dict(window=512, history=4096, steps=(4, 8), probes=2,
-                 refresh=(0, 4))
+    small: dict[str, Any] = dict(
+      window=512, history=4096, steps=(4, 8), probes=2,
+      refresh=(0, 4))
     return cls(**{**small, **changes})
 
 

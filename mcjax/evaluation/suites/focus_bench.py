@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+from typing import Any
 import uuid
 
 import jax
@@ -113,7 +114,7 @@ class Settings:
   @classmethod
   def quick(cls, **changes) -> Settings:
     """A first look: every part, a little of each, without answers."""
-    small = dict(
+    small: dict[str, Any] = dict(
       policies=("similarity", "recency", "random", "oracle"), history=16384,
       histories=1, needs=4, answers=False, retriever=False, documents=1,
       document_history=2048, windows=1, candidates=8, horizon=32, lead=32,
@@ -237,7 +238,7 @@ class Bench:
     return cell(self.folder, name, whole, make)
 
 
-def identity(policy: Policy) -> str:
+def identity(policy: Policy | None) -> str:
   """A digest of a policy's weights; empty for one without."""
   leaves = jax.tree.leaves(getattr(policy, "params", ()))
   return digest(*(np.asarray(a).tobytes() for a in leaves)) if leaves else ""

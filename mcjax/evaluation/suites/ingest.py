@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from typing import Any
 
 from mcjax.base.load import load_base_lm
 from mcjax.config import Config
@@ -48,8 +49,9 @@ class Settings:
 
   @classmethod
   def quick(cls, **changes) -> Settings:
-    small = dict(window=512, tokens=8192, rag_tokens=2048, repeats=2,
-                 batches=(8,))
+    small: dict[str, Any] = dict(
+      window=512, tokens=8192, rag_tokens=2048, repeats=2,
+      batches=(8,))
     return cls(**{**small, **changes})
 
 

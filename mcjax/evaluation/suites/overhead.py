@@ -17,7 +17,7 @@ import gc
 import multiprocessing
 import pathlib
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ class Settings:
 
   @classmethod
   def quick(cls, **changes) -> Settings:
-    small = dict(
+    small: dict[str, Any] = dict(
       window=512, histories=(2048, 4096), moving_history=4096,
       exact_history=2048, blocks=1, exact_blocks=1, repeats=2,
       memory_histories=(), torch=False,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 
@@ -60,7 +61,7 @@ class Settings:
 
   @classmethod
   def quick(cls, **changes) -> Settings:
-    small = dict(
+    small: dict[str, Any] = dict(
       horizons=(32, 48), documents=2, near_documents=1, upper_documents=1,
       upper_near_documents=1, unrelated_documents=1, near=32,
       unrelated_gists=8)
@@ -99,7 +100,7 @@ def evaluate(lm: BaseLM, encoder: gistnet.GistEncoder, settings: Settings,
   """The report for one GistNet; controls are kept in `cache`."""
   s = settings
   stores = data.open_split(s.data or data.default_folder(), s.split)
-  result = Report("substitution", s)
+  result = Report("substitution", dataclasses.asdict(s))
   result.add("gistnet", encoder.fingerprint)
   result.add("trained", str(encoder.trained))
   _cost(result, lm, encoder)

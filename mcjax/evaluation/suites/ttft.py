@@ -14,6 +14,7 @@ import functools
 import pathlib
 import shutil
 import time
+from typing import Any
 
 import numpy as np
 
@@ -65,8 +66,9 @@ class Settings:
 
   @classmethod
   def quick(cls, **changes) -> Settings:
-    small = dict(window=512, lengths=(1024, 2048), repeats=2,
-                 full_limit=1024, torch_limit=0, rag_limit=1024)
+    small: dict[str, Any] = dict(
+      window=512, lengths=(1024, 2048), repeats=2,
+      full_limit=1024, torch_limit=0, rag_limit=1024)
     return cls(**{**small, **changes})
 
 
@@ -101,7 +103,7 @@ class Contestants:
   def arms(self, n: int) -> dict[str, Callable[[int], float]]:
     """Name to measurement, for documents of n tokens."""
     s = self.settings
-    out = {}
+    out: dict[str, Callable[[int], float]] = {}
     if n <= min(s.full_limit, self.lm.config.max_positions):
       out["full attention"] = self.full
       if n <= s.torch_limit:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 import uuid
 
 import numpy as np
@@ -53,7 +54,8 @@ class Settings:
 
   @classmethod
   def quick(cls, **changes) -> Settings:
-    small = dict(documents=1, history=1024, scored=32, window=512)
+    small: dict[str, Any] = dict(
+      documents=1, history=1024, scored=32, window=512)
     return cls(**{**small, **changes})
 
 
@@ -69,7 +71,7 @@ def run(settings: Settings, folder) -> Report:
   stores = data.open_split(s.data or data.default_folder(), s.split)
   excerpts = recovery.pick_excerpts(
     stores, s.history + s.scored, s.documents, s.seed)
-  result = Report("visible", s)
+  result = Report("visible", dataclasses.asdict(s))
   result.add("gistnet", encoder.fingerprint)
   result.add("trained", str(encoder.trained))
   losses: dict[str, list[float]] = {"masked": [], "visible": []}

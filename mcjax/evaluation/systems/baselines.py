@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,9 +72,7 @@ def decode_block(params, config: model.DecoderConfig, cache: Cache,
     The cache, the tokens and the logits behind them.
   """
   places = jnp.arange(cache.keys[0].shape[1], dtype=jnp.int32)
-  window = model.Segment(
-    *_segment_arrays(params, cache), places, places < start, rotated=True
-  )
+  window = _segment(params, cache, places, start)
   offsets = jnp.arange(count, dtype=jnp.int32)
 
   def step(i, carry):
@@ -111,9 +109,7 @@ def _prefill_chunk(params, config, cache: Cache, token_ids, start, prefix: int):
   """Runs ids [T] from position `start`, seeing the first `prefix` slots."""
   places = jnp.arange(prefix, dtype=jnp.int32)
   before = Cache(*(tuple(a[:, :prefix] for a in half) for half in cache))
-  segment = model.Segment(
-    *_segment_arrays(params, before), places, places < start, rotated=True
-  )
+  segment = _segment(params, before, places, start)
   positions = start + jnp.arange(token_ids.shape[0], dtype=jnp.int32)
   hidden, k, v = model.forward(
     params, config, model.embed(params, token_ids), positions, (segment,)
@@ -122,11 +118,12 @@ def _prefill_chunk(params, config, cache: Cache, token_ids, start, prefix: int):
   return _put(cache, k, v, start), hidden
 
 
-def _segment_arrays(params, cache: Cache):
+def _segment(params, cache: Cache, places, start) -> model.Segment:
   """The cache as `model.forward` wants it beside these parameters."""
+  keys, values = cache
   if isinstance(params["layers"], dict):
-    return jnp.stack(cache.keys), jnp.stack(cache.values)
-  return cache.keys, cache.values
+    keys, values = jnp.stack(keys), jnp.stack(values)
+  return model.Segment(keys, values, places, places < start, rotated=True)
 
 
 def prefill(lm: BaseLM, token_ids: np.ndarray, cache: Cache,
@@ -221,13 +218,13 @@ class TorchDecoder:
       intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
       num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
       head_dim=c.head_dim, tie_word_embeddings=c.tie_embeddings,
-      max_position_embeddings=c.max_positions, rope_theta=c.rope_theta,
+      max_position_embeddings=c.max_positions,
       rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
       rms_norm_eps=c.rms_norm_eps,
     )
     self.model = transformers.LlamaForCausalLM(config).eval()
     self.model.load_state_dict(_torch_weights(lm, torch), strict=False)
-    self._cache = None
+    self._cache: Any = None
 
   def prefill(self, token_ids: np.ndarray) -> np.ndarray:
     """Logits [V] float32 behind ids [T]; keeps the cache for `decode`."""
@@ -282,13 +279,16 @@ def _torch_weights(lm: BaseLM, torch) -> dict:
 
 
 class _Text:
-  """Token ids where a `ContextLM` looks for a tree: L0 only."""
+  """Token ids where a `ContextLM` looks for a tree."""
 
   def __init__(self, token_ids: np.ndarray):
     self._ids = token_ids
 
   def tokens(self, start: int, stop: int) -> np.ndarray:
     return self._ids[start:stop]
+
+  def gists(self, level: int, start: int, stop: int) -> np.ndarray:
+    raise ValueError("a plain text has no gists")
 
 
 def sliding_window_nll(lm: BaseLM, config: Config, token_ids: np.ndarray,

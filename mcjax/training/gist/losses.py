@@ -348,6 +348,7 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
 
   seen = layout(base_params, o, ids, gists)
   x = model.embed(base_params, ids, jnp.float32)
+  rows = None
   if o.attend:
     teacher, rows = jax.lax.stop_gradient(
       attention_match.trace(base_params, base_config, x))
@@ -360,19 +361,19 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
   weights = jnp.asarray(weights / weights.sum(), jnp.float32)
   metrics, loss = {}, jnp.float32(0)
   if o.kl or o.nll:
-    value, sums, *far = _distributions(
+    value, sums, far_keys, far_values = _distributions(
       reader, base_config, o, ids, seen, teacher, weights, key)
     loss += value
     metrics |= {"kl": sums[0], "nll": sums[1], "teacher_nll": sums[2]}
-  elif o.attend:
-    far = decode_trunk(reader, base_config, seen.trunk, seen.trunk_places,
-                       o.remat, seen.gists)
-  if o.attend:
+  else:
+    far_keys, far_values = decode_trunk(
+      reader, base_config, seen.trunk, seen.trunk_places, o.remat, seen.gists)
+  if rows is not None:
     mask = (np.arange(o.near + o.segment) >= o.near).astype(np.float32)
     full = jnp.pad(weights, ((0, 0), (o.near, 0))) * mask[None]
     attend = attention_match.loss(
-      base_params, base_config, rows, *far, jnp.asarray(o.index),
-      seen.places, seen.visible, full)
+      base_params, base_config, rows, far_keys, far_values,
+      jnp.asarray(o.index), seen.places, seen.visible, full)
     loss += o.attend * attend
     metrics["attend"] = attend
   spread = contrast(gists.reshape(-1, gists.shape[-1]), o.margin)

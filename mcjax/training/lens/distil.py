@@ -7,7 +7,7 @@ needs neither labels nor a pass of the base.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import functools
 import uuid
 
@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from mcjax.config import Config
+from mcjax.focus.policy import Policy
 from mcjax.lens import features as lens_rows
 from mcjax.lens import network as lensnet
 from mcjax.lens.features import LensInputs, Rows
@@ -35,7 +36,9 @@ class _Onlooker(Labeller):
 
   def __init__(self, lm, old, new, config: LabelConfig):
     self._lm, self._encoder, self._config = lm, old, config
-    self._new, self._policy, self._keyer = new, None, None
+    self._new = new
+    self._policy: Policy | None = None
+    self._keyer = None
     self._loop_config = Config(window=config.window)
     self._context = ContextLM(lm, self._loop_config, False)
     self._others: list[MegaContextTree] = []
@@ -50,7 +53,8 @@ class _Onlooker(Labeller):
       encoder=self._new, vocab_size=self._lm.config.vocab_size))
     return super()._loop(task, start, number)
 
-  def _window(self, loop, task, ahead, rng) -> tuple[LensInputs, LensInputs]:
+  def _window(  # pyrefly: ignore[bad-override]
+      self, loop, task, ahead, rng) -> tuple[LensInputs, LensInputs]:
     del ahead
     view, rows, _, _ = self._rows(loop, task, rng)
     keep = np.sort(rng.permutation(len(rows))[:_ROWS])
@@ -106,7 +110,7 @@ def _stacked(inputs: Sequence[LensInputs]) -> LensInputs:
   return LensInputs(*(np.stack(a) for a in zip(*inputs)))
 
 
-def distil(teacher: Mapping, student: Mapping, lens: lensnet.LensNetConfig,
+def distil(teacher: dict, student: dict, lens: lensnet.LensNetConfig,
            embed, windows: Sequence[tuple[LensInputs, LensInputs]],
            steps: int = 600, batch: int = 16, rate: float = 1e-3
            ) -> tuple[dict, dict[str, float]]:

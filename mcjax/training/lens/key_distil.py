@@ -28,7 +28,7 @@ import tqdm
 
 from mcjax.training.common.data import TokenStore
 from mcjax.training.common.settings import read_fields
-from mcjax.types import BRANCHING, McjaxError
+from mcjax.types import BRANCHING, Array, McjaxError
 
 _MARGIN = 8  # tokens beside a block that the teacher reads too
 _QUERY = 40  # tokens of a question, padded
@@ -220,10 +220,13 @@ def split(texts: Texts, blocks: int, questions: int) -> tuple[Texts, Texts]:
   t, n, m = texts, len(texts.blocks) - blocks, len(texts.questions) - questions
   if min(n, m) < 1:
     raise McjaxError("too few texts to keep some for validation")
-  return tuple(
-    Texts(t.blocks[b], t.block_vectors[b], t.questions[q],
-          t.question_vectors[q], t.token_vectors)
-    for b, q in ((slice(n), slice(m)), (slice(n, None), slice(m, None))))
+
+  def part(b: slice, q: slice) -> Texts:
+    return Texts(t.blocks[b], t.block_vectors[b], t.questions[q],
+                 t.question_vectors[q], t.token_vectors)
+
+  return (part(slice(n), slice(m)),
+          part(slice(n, None), slice(m, None)))
 
 
 def start(texts: Texts, config: KeyConfig, embeddings: np.ndarray
@@ -276,14 +279,14 @@ class Tables(NamedTuple):
   salience: jax.Array
 
 
-def tables(params, rows: jax.Array) -> Tables:
+def tables(params, rows: Array) -> Tables:
   """Tables of parameters as from `start` and `unit_rows` [V, D]."""
   own = jnp.stack([params["key"], params["query"]], axis=1)
   return Tables(params["vectors"] + rows @ params["project"],
                 jax.nn.softplus(own + rows @ params["salience"]))
 
 
-def _summed(tables: Tables, which: int, ids: jax.Array) -> jax.Array:
+def _summed(tables: Tables, which: int, ids: Array) -> jax.Array:
   """Unit vectors [n, K] of ids [n, T], -1 for none."""
   at = jnp.maximum(ids, 0)
   weight = jnp.where(ids >= 0, tables.salience[at, which], 0.0)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import dataclasses
 import json
 import pathlib
+from typing import Any
 import uuid
 
 import numpy as np
@@ -112,7 +113,8 @@ class Labeller:
   def __init__(self, lm, encoder, config: LabelConfig,
                policy: Policy | None = None, keyer=None):
     self._lm, self._encoder, self._config = lm, encoder, config
-    self._policy, self._keyer = policy, keyer
+    self._policy: Policy | None = policy
+    self._keyer = keyer
     self._loop_config = Config(window=config.window)
     self._context = ContextLM.reading(lm, self._loop_config, encoder)
     self._context.warm_up()
@@ -276,7 +278,7 @@ class Labeller:
 
 def write(path: pathlib.Path, windows: list[Labelled]) -> None:
   """Writes the windows of one task, atomically."""
-  arrays = {}
+  arrays: dict[str, Any] = {}
   for i, window in enumerate(windows):
     for field in dataclasses.fields(window):
       arrays[f"{i}.{field.name}"] = np.asarray(getattr(window, field.name))
@@ -289,11 +291,9 @@ def read(path: pathlib.Path) -> list[Labelled]:
   """Reads what `write` wrote."""
   with np.load(path) as arrays:
     count = len({name.split(".")[0] for name in arrays})
+    names = [f.name for f in dataclasses.fields(Labelled)][1:]
     return [
-      Labelled(**{
-        f.name: str(arrays[f"{i}.kind"]) if f.name == "kind"
-        else arrays[f"{i}.{f.name}"]
-        for f in dataclasses.fields(Labelled)})
+      Labelled(str(arrays[f"{i}.kind"]), *(arrays[f"{i}.{n}"] for n in names))
       for i in range(count)]
 
 

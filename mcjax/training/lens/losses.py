@@ -22,7 +22,7 @@ from mcjax.lens import features as lens_rows
 from mcjax.lens import network as lensnet
 from mcjax.lens.features import MARGIN, RAW, LensInputs
 from mcjax.training.lens.labels import Labelled
-from mcjax.types import BRANCHING, McjaxError
+from mcjax.types import BRANCHING, Array, McjaxError
 
 UNIT = 0.1  # nats a token at which the score saturates
 
@@ -178,8 +178,8 @@ def loss(params, config: lensnet.LensNetConfig, o: LensObjective,
   return total, terms | {"loss": total}
 
 
-def _real(mask: jax.Array) -> jax.Array:
-  return mask.astype(jnp.float32)
+def _real(mask: Array) -> jax.Array:
+  return jnp.asarray(mask, jnp.float32)
 
 
 def _ranking(z, worth, known, margin) -> jax.Array:

@@ -141,7 +141,7 @@ class LensTrainer:
   @property
   def step(self) -> int:
     """Optimizer steps done."""
-    return int(self.state["step"])
+    return int(np.asarray(self.state["step"]))
 
   @property
   def params(self):
