@@ -7,20 +7,20 @@ nor PyTorch is imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-import datetime
+from collections.abc import Iterable, Mapping, Sequence
 import functools
 import hashlib
 import json
 import pathlib
 import re
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 
 from mcjax.base import gguf_vocabulary
+from mcjax.base.chat_template import Ending, chat_template
 from mcjax.types import McjaxError
 
 # Texts are cut here when they are long: in every byte-level pre-tokenizer a
@@ -39,8 +39,19 @@ _ENDS = (
 # How byte-level and SentencePiece vocabularies spell blanks and newlines.
 _SPELLED = (("\u0120", " "), ("\u010a", "\n"), ("\u2581", " "),
             ("<0x0A>", "\n"))
-# Stand-ins for the words of user and model while a template is taken apart.
-_USER, _EARLIER, _ANSWER = "QzUserWordsQz", "QzEarlierQz", "QzAnswerQz"
+
+
+class Chat(NamedTuple):
+  """A conversation as the model reads it.
+
+  Attributes:
+    ids: [T] int32.
+    owner: [T] int32, the number of the message whose words a token holds; -1
+      where it belongs to the template alone.
+  """
+
+  ids: np.ndarray
+  owner: np.ndarray
 
 
 class Tokenizer:
@@ -50,7 +61,6 @@ class Tokenizer:
     vocab_size: 1 + the largest id.
     bos_id: id that belongs before the first token of a text, or None if this
       tokenizer adds none. `encode` never adds it.
-    stop_ids: ids that end a generated answer, ascending.
     special_ids: control tokens; ordinary text never encodes to them.
     has_chat_template: whether `chat_turn` has a template to fill.
   """
@@ -77,8 +87,10 @@ class Tokenizer:
     core.no_truncation()
     self._core = core
     self._lock = threading.Lock()
-    self._template = template or ""
-    self._template_tokens = template_tokens or {}
+    self._template_tokens = {
+      k: v for k, v in (template_tokens or {}).items() if isinstance(v, str)}
+    names = tuple(sorted(self._template_tokens.items()))
+    self._template = chat_template(template or "", names)
     self._vocab = core.get_vocab(with_added_tokens=True)
     added = core.get_added_tokens_decoder()
     self._cuttable = _cuttable(core, added.values())
@@ -86,9 +98,8 @@ class Tokenizer:
     self.special_ids = frozenset(i for i, t in added.items() if t.special)
     self.bos_id = bos_id
     ends = {self._vocab[t] for t in _ENDS if t in self._vocab}
-    self.stop_ids = tuple(
-      sorted({int(i) for i in stop_ids} | (ends & self.special_ids))
-    )
+    self._added = frozenset(added)
+    self._stops = {int(i) for i in stop_ids} | (ends & self.special_ids)
     self.has_chat_template = template is not None
 
   @classmethod
@@ -194,39 +205,99 @@ class Tokenizer:
 
   # --- Chat ------------------------------------------------------------------
 
+  def chat(
+    self,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    first: bool = True,
+    add_generation_prompt: bool = True,
+  ) -> Chat:
+    """Ids of a conversation, and whose words each of them holds.
+
+    The first turn of a conversation carries whatever the template puts in
+    front: its default system prompt and the BOS token, if it writes them.
+    Messages with `first=False` stand behind `end_of_turn_ids` and repeat
+    neither; where they begin with a system message, it is written as at the
+    start of a conversation. A template without a place for a system message
+    gets its words in front of the first user's, a blank line between. Without
+    a template the words stand alone, blank lines between the messages.
+
+    Args:
+      messages: {"role": "system" | "user" | "assistant" | …, "content": text}
+        in order; control tokens in a content stay plain text.
+      first: whether the conversation starts here.
+      add_generation_prompt: whether the model's next answer is opened.
+
+    Raises:
+      McjaxError: a message is malformed, the template fails, refuses the
+        order of the roles, or leaves out words.
+    """
+    roles, words = _checked(messages)
+    if not self.has_chat_template:
+      blanks = ["", *["\n\n"] * (len(words) - 1)]
+      return self._joined(_alternate(words, blanks))
+    try:
+      parts = self._laid_out(roles, words, first, add_generation_prompt)
+    except McjaxError:
+      if roles[:2] != ("system", "user"):
+        raise
+      head, *rest = self._laid_out(
+        roles[1:], words[1:], first, add_generation_prompt)
+      rest = [(text, owner + 1 if owner >= 0 else -1) for text, owner in rest]
+      parts = [head, (words[0].strip(), 0), ("\n\n", -1), *rest]
+    return self._joined(parts)
+
   def chat_turn(
     self, prompt: str, first: bool
   ) -> tuple[np.ndarray, np.ndarray]:
     """Ids of a user's turn and of the opening of the model's answer.
 
-    The first turn carries whatever the template puts in front of it: its
-    default system prompt, and the BOS token if the template writes one. A
-    later turn starts right behind `end_of_turn_ids` and repeats neither.
-    Without a template the prompt stands alone.
-
-    Args:
-      prompt: the user's words; control tokens in them stay plain text.
-      first: whether the conversation starts here.
+    See `chat`, of which this is the case of one message by the user.
 
     Returns:
       ids [T] int32, and own [T] bool: True where a token holds words of the
       user, False where it belongs to the template alone.
-
-    Raises:
-      McjaxError: the template fails or leaves out the user's words.
     """
+    turn = self.chat([{"role": "user", "content": prompt}], first=first)
+    return turn.ids, turn.owner == 0
+
+  @functools.cached_property
+  def stop_ids(self) -> tuple[int, ...]:
+    """Ids that end a generated answer, ascending.
+
+    The end-of-text ids of the model, and whichever token its chat template
+    writes behind an answer: where it closes none, the marker of the next turn.
+    """
+    return tuple(sorted(self._stops | set(self._turn_ends)))
+
+  @property
+  def stop_texts(self) -> tuple[str, ...]:
+    """Texts that end a generated answer where no single token does."""
+    if not self.has_chat_template or self._turn_ends:
+      return ()
+    ending = self._ending()
+    if ending is None or not ending.passed.strip():
+      return ()
+    return (ending.closed.strip() or ending.passed.rstrip(),)
+
+  @functools.cached_property
+  def _turn_ends(self) -> tuple[int, ...]:
+    """Tokens of the template's own that stand first behind an answer."""
+    ending = self._ending()
+    found = []
+    for text in (ending.passed, ending.last) if ending else ():
+      ids = self._encode_template(text.lstrip())[:1].tolist()
+      found += [i for i in ids if i in self._added]
+    return tuple(found)
+
+  def _ending(self) -> Ending | None:
+    """How the template ends an answer; None where it cannot be rendered."""
     if not self.has_chat_template:
-      ids = self.encode(prompt)
-      return ids, np.ones(ids.shape, bool)
-    before, after, trims = self._turn_frame(first)
-    words = prompt.strip() if trims else prompt
-    if not any(str(self._core.id_to_token(i)) in words
-               for i in self.special_ids):
-      return self._encode_framed(before, words, after)
-    ids = [self._encode_template(before), self.encode(words)]
-    ids.append(self._encode_template(after))
-    own = [np.full(part.shape, i == 1) for i, part in enumerate(ids)]
-    return np.concatenate(ids), np.concatenate(own)
+      return None
+    try:
+      return self._template.ending()
+    except McjaxError:
+      return None  # told when a turn is asked for; other uses need no template
 
   @functools.cached_property
   def end_of_turn_ids(self) -> np.ndarray:
@@ -236,14 +307,57 @@ class Tokenizer:
     """
     if not self.has_chat_template:
       return np.zeros((0,), np.int32)
-    return self._encode_template(self._answer_tail())
+    return self._encode_template(self._template.ending().closed)
 
   @functools.cached_property
   def answer_ids(self) -> np.ndarray:
     """Ids [T] int32 that open the model's answer; empty without a template."""
     if not self.has_chat_template:
       return np.zeros((0,), np.int32)
-    return self._encode_template(self._turn_frame(first=False)[1])
+    layout = self._template.later(("user",), True)
+    return self._encode_template(layout.pieces[1])
+
+  def _laid_out(self, roles, words, first: bool, opening: bool) -> list[tuple]:
+    """(text, owner) of the template's pieces and the words between them."""
+    if first or roles[0] == "system":
+      pieces, trims = self._template.layout(roles, opening)
+      if not first:
+        bos = self._template_tokens.get("bos_token")
+        pieces = (pieces[0].removeprefix(bos or ""), *pieces[1:])
+    else:
+      pieces, trims = self._template.later(roles, opening)
+    trimmed = []
+    for text, (before, behind) in zip(words, trims, strict=True):
+      text = text.lstrip() if before else text
+      trimmed.append(text.rstrip() if behind else text)
+    return [*_alternate(trimmed, pieces), (pieces[-1], -1)]
+
+  def _joined(self, parts: list[tuple[str, int]]) -> Chat:
+    """Ids of texts one after another, and the owner of each token.
+
+    Encoded as one text, like a template's rendering; but where words of a
+    message look like control tokens, each part by itself.
+    """
+    controls = [str(self._core.id_to_token(i)) for i in self.special_ids]
+    if any(owner >= 0 and any(c in text for c in controls)
+           for text, owner in parts):
+      ids = [self._encode_template(text) if owner < 0 else self.encode(text)
+             for text, owner in parts]
+      owners = [np.full(len(i), owner, np.int32)
+                for i, (_, owner) in zip(ids, parts, strict=True)]
+      return Chat(np.concatenate(ids), np.concatenate(owners))
+    with self._lock:
+      self._core.encode_special_tokens = False
+      encoded = self._core.encode(
+        "".join(text for text, _ in parts), add_special_tokens=False)
+    spans = np.asarray(encoded.offsets, np.int64).reshape(-1, 2)
+    owner, start = np.full(len(spans), -1, np.int32), 0
+    for text, whose in parts:
+      stop = start + len(text)
+      if whose >= 0:
+        owner[(spans[:, 0] < stop) & (spans[:, 1] > start)] = whose
+      start = stop
+    return Chat(np.asarray(encoded.ids, np.int32), owner)
 
   def _encode_template(self, text: str) -> np.ndarray:
     """Ids of template text, in which control tokens count as such."""
@@ -252,102 +366,28 @@ class Tokenizer:
       ids = self._core.encode(text, add_special_tokens=False).ids
     return np.asarray(ids, np.int32)
 
-  def _encode_framed(self, before: str, words: str, after: str):
-    """Ids of the whole turn, and which of them overlap the user's words."""
-    with self._lock:
-      self._core.encode_special_tokens = False
-      encoded = self._core.encode(
-        before + words + after, add_special_tokens=False
-      )
-    start, stop = len(before), len(before) + len(words)
-    spans = np.asarray(encoded.offsets, np.int64).reshape(-1, 2)
-    own = (spans[:, 0] < stop) & (spans[:, 1] > start)
-    return np.asarray(encoded.ids, np.int32), own
 
-  def _turn_frame(self, first: bool) -> tuple[str, str, bool]:
-    """Template text before and after the user's words; whether it trims."""
-    frames = []
-    for words in (_USER, f" {_USER} "):
-      messages = [{"role": "user", "content": words}]
-      if not first:
-        messages = [*_exchange(), *messages]
-      text = self._render(messages, add_generation_prompt=True)
-      if not first:
-        text = text.rpartition(_ANSWER)[2].removeprefix(self._answer_tail())
-      if text.count(_USER) != 1:
+def _checked(messages) -> tuple[tuple[str, ...], list[str]]:
+  """Roles and words of messages that have both."""
+  if isinstance(messages, (str, Mapping)) or not len(messages):
+    raise McjaxError("messages must be a list of {role, content}, not empty")
+  for i, message in enumerate(messages):
+    for field in ("role", "content"):
+      if not isinstance(message, Mapping) or field not in message:
+        raise McjaxError(f"message {i} has no {field!r}")
+      if not isinstance(message[field], str):
         raise McjaxError(
-          "the chat template does not show the user's words once"
-        )
-      frames.append(text.split(_USER))
-    (before, after), (spaced, _) = frames
-    return before, after, before == spaced
-
-  def _answer_tail(self) -> str:
-    """What the template writes behind an answer that a turn may follow."""
-    text = self._render(_exchange(), add_generation_prompt=False)
-    _, answer, tail = text.rpartition(_ANSWER)
-    if not answer:
-      raise McjaxError("the chat template does not show the model's answer")
-    return tail
-
-  def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
-    import jinja2
-
-    try:
-      return (
-        _environment()
-        .from_string(self._template)
-        .render(
-          messages=messages,
-          add_generation_prompt=add_generation_prompt,
-          tools=None,
-          documents=None,
-          **self._template_tokens,
-        )
-      )
-    except jinja2.TemplateError as e:
-      raise McjaxError(f"the model's chat template fails: {e}") from e
+          f"{field!r} of message {i} must be a string, "
+          f"got {type(message[field]).__name__}")
+  return (tuple(m["role"] for m in messages), [m["content"] for m in messages])
 
 
-def _exchange() -> list[dict]:
-  return [
-    {"role": "user", "content": _EARLIER},
-    {"role": "assistant", "content": _ANSWER},
-  ]
-
-
-@functools.cache
-def _environment():
-  """Jinja as chat templates expect it (transformers' settings)."""
-  import jinja2.ext
-  import jinja2.sandbox
-
-  class Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the model's words: rendered as it stands."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-      next(parser.stream)
-      return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-  def fail(message: str):
-    raise jinja2.TemplateError(message)
-
-  def tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True,
-    lstrip_blocks=True,
-    extensions=[Generation, jinja2.ext.loopcontrols],
-  )
-  environment.filters["tojson"] = tojson
-  functions: dict[str, Any] = environment.globals
-  functions["raise_exception"] = fail
-  functions["strftime_now"] = lambda form: (
-    datetime.datetime.now().strftime(form))
-  return environment
+def _alternate(words, pieces) -> list[tuple[str, int]]:
+  """(text, owner) of each message with the template's text before it."""
+  out = []
+  for i, text in enumerate(words):
+    out += [(pieces[i], -1), (text, i)]
+  return out
 
 
 def _pieces(text: str) -> list[str]:
