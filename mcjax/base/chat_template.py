@@ -113,8 +113,6 @@ class ChatTemplate:
     return Ending(marker.group() if marker else "", passed, last)
 
   def _render(self, keys: tuple) -> list[Layout | McjaxError]:
-    if not isinstance(self._source, str):
-      return [_error("it is no text")] * len(keys)
     if len(self._source) > MAX_TEMPLATE:
       why = f"it is longer than {MAX_TEMPLATE} characters"
       return [_error(why)] * len(keys)

@@ -89,6 +89,8 @@ class Tokenizer:
     self._lock = threading.Lock()
     self._template_tokens = {
       k: v for k, v in (template_tokens or {}).items() if isinstance(v, str)}
+    if not isinstance(template, str | None):
+      raise McjaxError("the chat template is not a text")
     names = tuple(sorted(self._template_tokens.items()))
     self._template = chat_template(template or "", names)
     self._vocab = core.get_vocab(with_added_tokens=True)
