@@ -7,8 +7,6 @@ validation text and windows: whether alternating helped.
 
 import pathlib
 
-from absl import flags, logging
-
 from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands
@@ -18,16 +16,13 @@ from mcjax.training.common import data
 from mcjax.training.gist import trainer as gist_trainer
 from mcjax.training.lens import rounds as lens_rounds
 
-_CONFIG = commands.define_config(
-  str(pathlib.Path(__file__).parent / "configs/alternate.py"))
-_WORKDIR = flags.DEFINE_string("workdir", None, "Phases and the report.")
-flags.mark_flag_as_required("workdir")
+_CONFIG = commands.ConfigFlag(__file__, "alternate")
+_WORKDIR = commands.define_workdir("Phases and the report.")
 
 
 def main(argv) -> None:
   del argv
   c = _CONFIG.value
-  logging.set_verbosity(logging.WARNING)
   workdir = pathlib.Path(_WORKDIR.value)
   use_compilation_cache(workdir / "compiled")
   g = c.gist
@@ -35,15 +30,18 @@ def main(argv) -> None:
   lens = lens_rounds.read_config(c.lens.to_dict())
   lm = load_base_lm(c.base, dtype=c.dtype)
   initial, config, _ = gistnet.start(lm, g.gistnet, c.initial, train.seed)
-  folder = pathlib.Path(c.data or data.default_folder())
   mixture = dict(g.mixture) or None
   run = alternating.Alternation(
     lm, config, train, lens, c.cycles,
-    data.open_split(folder, "train", mixture),
-    data.open_split(folder, "validation"), workdir, initial, mixture)
+    data.open_split(c.data, "train", mixture),
+    data.open_split(c.data, "validation"), workdir, initial, mixture)
   if run.run():
     print((workdir / "results.md").read_text(encoding="utf-8"))
 
 
-if __name__ == "__main__":
+def cli() -> None:
   commands.run(main, _CONFIG)
+
+
+if __name__ == "__main__":
+  cli()

@@ -1,37 +1,40 @@
-"""Runs one evaluation: python -m experiments.evaluate --suite=NAME --workdir=…
+"""Runs one evaluation.
 
-Suites: overhead, ttft, ingest, drift, substitution, ceiling, visible, focus.
-Writes results.json, results.md and plots into the workdir. `--quick` takes
-small sizes; a setting of the suite is changed by
-`--set=window=1024,histories=8192:32768`.
+  python -m experiments.evaluate --config=experiments/configs/evaluate/focus.py
+  python -m experiments.evaluate --config=evaluate/focus:quick \
+    --config.window=1024 --config.policies=lensnet,similarity
+
+":quick" takes small sizes. What was finished in the workdir is kept, so that
+the same command goes on where it stopped. Writes results.json, results.md and
+plots.
 """
 
 import pathlib
 
-from absl import app, flags
+from absl import flags
 
 from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.cli import commands
-from mcjax.evaluation import runner as suites
+from mcjax.evaluation import runner
 
-_SUITE = flags.DEFINE_enum("suite", None, sorted(suites.NAMES), "What to run.")
+_CONFIG = commands.ConfigFlag(__file__, "")
 _WORKDIR = flags.DEFINE_string(
-  "workdir", "", "Where results go; runs/SUITE if empty."
-)
-_QUICK = flags.DEFINE_boolean("quick", False, "Small sizes, a first look.")
-_SET = flags.DEFINE_list("set", [], "Settings as name=value; lists as a:b:c.")
-flags.mark_flag_as_required("suite")
+  "workdir", "", "Where results go; runs/SUITE if empty.")
 
 
 def main(argv) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown argument: {argv[1]}")
-  with commands.one_line_errors():
-    folder = pathlib.Path(_WORKDIR.value or f"runs/{_SUITE.value}")
-    use_compilation_cache(folder.parent / "compiled")
-    suites.run(_SUITE.value, folder, quick=_QUICK.value, changes=_SET.value)
-    print((folder / "results.md").read_text(encoding="utf-8"))
+  del argv
+  values = _CONFIG.value.to_dict()
+  suite = values.pop("suite")
+  folder = pathlib.Path(_WORKDIR.value or f"runs/{suite}")
+  use_compilation_cache(folder.parent / "compiled")
+  runner.run(suite, values, folder)
+  print((folder / "results.md").read_text(encoding="utf-8"))
+
+
+def cli() -> None:
+  commands.run(main, _CONFIG)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli()

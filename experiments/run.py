@@ -8,15 +8,11 @@
 Settings: --config.loop.window=1024 and so on, see experiments/configs/run.py.
 """
 
-import pathlib
-
 from absl import flags
 
 from mcjax.cli import commands, session
 
-_CONFIG = commands.define_config(
-  str(pathlib.Path(__file__).parent / "configs/run.py")
-)
+_CONFIG = commands.ConfigFlag(__file__, "run")
 _TREE = flags.DEFINE_string(
   "tree", "", "Where the history lives and is resumed; in memory if empty."
 )
@@ -49,5 +45,9 @@ def main(argv) -> None:
   )
 
 
-if __name__ == "__main__":
+def cli() -> None:
   commands.run(main, _CONFIG)
+
+
+if __name__ == "__main__":
+  cli()

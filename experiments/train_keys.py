@@ -2,15 +2,13 @@
 
   python -m experiments.train_keys --workdir=… --export=…
 
-The teacher is the sentence embedding of `evaluation/rag.py`; its vectors are
-kept in the workdir, so the same command resumes. The result is a LensNet with
-all else as it was; `tools/rekey` writes its keys into a tree.
+The teacher's vectors (`mcjax.evaluation.systems.rag`) stay in the workdir, so
+the same command resumes. All else of the LensNet stays; see `tools/rekey`.
 """
 
 import dataclasses
-import pathlib
 
-from absl import flags, logging
+from absl import flags
 import numpy as np
 
 from mcjax import pretrained
@@ -22,17 +20,15 @@ from mcjax.training.common import data
 from mcjax.training.lens import key_distil
 from mcjax.types import McjaxError
 
-_CONFIG = commands.define_config(
-  str(pathlib.Path(__file__).parent / "configs/keys.py"))
-_WORKDIR = flags.DEFINE_string("workdir", None, "The teacher's vectors.")
-_EXPORT = flags.DEFINE_string("export", None, "Write the LensNet there.")
-flags.mark_flags_as_required(["workdir", "export"])
+_CONFIG = commands.ConfigFlag(__file__, "keys")
+_WORKDIR = commands.define_workdir("The teacher's vectors.")
+_EXPORT = flags.DEFINE_string(
+  "export", None, "Write the LensNet there.", required=True)
 
 
 def main(argv) -> None:
   del argv
   c = _CONFIG.value
-  logging.set_verbosity(logging.WARNING)
   config = key_distil.read_config(c.distil)
   lm = load_base_lm(c.base)
   source = c.lensnet or pretrained.shipped(lm.name, "lensnet")
@@ -40,7 +36,7 @@ def main(argv) -> None:
     raise McjaxError(f"no LensNet is shipped for {lm.name}: name one by "
                      "--config.lensnet")
   params, fields, card = pretrained.read_weights(source, "lensnet")
-  stores = data.open_split(c.data or data.default_folder(), "train")
+  stores = data.open_split(c.data, "train")
   texts = key_distil.read(
     stores, lm.tokenizer, len(lm.params["embed"]), rag.Embedder(batch=64),
     config, _WORKDIR.value)
@@ -56,5 +52,9 @@ def main(argv) -> None:
                      "teacher": rag.MODEL, **facts}})
 
 
-if __name__ == "__main__":
+def cli() -> None:
   commands.run(main, _CONFIG)
+
+
+if __name__ == "__main__":
+  cli()

@@ -7,7 +7,7 @@ workdir, so the same command resumes; SIGTERM or Ctrl-C leaves a checkpoint.
 
 import pathlib
 
-from absl import flags, logging
+from absl import flags
 
 from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
@@ -16,27 +16,28 @@ from mcjax.gist.encoder import load_gistnet
 from mcjax.training.common import data
 from mcjax.training.lens import rounds as lens_rounds
 
-_CONFIG = commands.define_config(
-  str(pathlib.Path(__file__).parent / "configs/lensnet.py"))
-_WORKDIR = flags.DEFINE_string("workdir", None, "Labels, checkpoints, metrics.")
+_CONFIG = commands.ConfigFlag(__file__, "lensnet")
+_WORKDIR = commands.define_workdir("Labels, checkpoints, metrics.")
 _EXPORT = flags.DEFINE_string("export", None, "Write the final weights there.")
-flags.mark_flag_as_required("workdir")
 
 
 def main(argv) -> None:
   del argv
   c = _CONFIG.value
-  logging.set_verbosity(logging.WARNING)
   workdir = pathlib.Path(_WORKDIR.value)
   use_compilation_cache(workdir / "compiled")
   settings = lens_rounds.read_config(c.to_dict())
   lm = load_base_lm(c.base, dtype=c.dtype)
   encoder = load_gistnet(lm, c.gistnet or None)
-  stores = data.open_split(c.data or data.default_folder(), "train")
+  stores = data.open_split(c.data, "train")
   rounds = lens_rounds.LensRounds(lm, encoder, settings, stores, workdir)
   if rounds.run() and _EXPORT.value:
     rounds.export(_EXPORT.value, {"config": c.to_dict()})
 
 
-if __name__ == "__main__":
+def cli() -> None:
   commands.run(main, _CONFIG)
+
+
+if __name__ == "__main__":
+  cli()

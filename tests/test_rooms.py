@@ -13,9 +13,9 @@ _ROOT = pathlib.Path(mcjax.__file__).parent
 
 # From bottom to top: a room may import from itself and from rooms before it.
 ROOMS = (
-  "types", "config", "pretrained", "base", "tree", "gist", "window", "answer",
-  "focus", "lens", "parallel", "runtime", "testing", "training.common",
-  "training.gist", "training.lens", "training.alternating",
+  "types", "settings", "config", "pretrained", "base", "tree", "gist", "window",
+  "answer", "focus", "lens", "parallel", "runtime", "testing",
+  "training.common", "training.gist", "training.lens", "training.alternating",
   "evaluation.report", "evaluation.data", "evaluation.systems",
   "evaluation.suites", "evaluation.runner", "cli",
 )

@@ -9,6 +9,7 @@ Command:
 import ml_collections
 
 from experiments.configs import gistnet, lensnet
+from mcjax import pretrained
 
 
 def get_config(steps="200"):
@@ -20,9 +21,12 @@ def get_config(steps="200"):
   c.base = "smollm2-135m"
   c.dtype = "float32"
   c.data = ""
-  c.initial = "mcjax/pretrained/smollm2-135m/gistnet.safetensors"
+  c.initial = str(pretrained.shipped(c.base, "gistnet"))
   c.cycles = 2
   c.gist = gistnet.get_config(steps)
   c.lens = lensnet.get_config()
+  for name in ("base", "dtype", "data"):  # of the whole run
+    del c.gist[name], c.lens[name]
+  del c.gist.initial, c.lens.gistnet
   c.lens.rounds = [dict(tasks=48, steps=200)]
   return c

@@ -8,9 +8,17 @@ Command:
 
 import ml_collections
 
+from mcjax.cli import configs
+from mcjax.gist.network import GistNetConfig
+from mcjax.training.gist.losses import Objective
+from mcjax.training.gist.trainer import TrainConfig
+
 
 def get_config(steps="3000"):
   """The run; see `TrainConfig`, `Objective` and `GistNetConfig` for fields.
+
+  A field of `gistnet` that is None is as the base asks for it, or as in the
+  weights of `initial`. A turn of a phase says what differs from `objective`.
 
   `--config=experiments/configs/gistnet.py:900` runs 900 steps. A run may be
   resumed with another number: the last 40 % of the steps anneal the rate.
@@ -25,15 +33,15 @@ def get_config(steps="3000"):
   c.data = ""
   c.initial = ""
   c.mixture = dict(prose=1.0, docs=1.0, wiki=1.0, code=1.0, chat=0.5)
-  c.gistnet = ml_collections.ConfigDict()
-  c.objective = dict(window=512, segment=32, kl=1.0)
+  c.gistnet = configs.unset(GistNetConfig, without=("d_model",))
+  c.objective = configs.defaults(Objective)
   first = int(steps) // 2
   loop = dict(sink=True, near=64, kl_segments=6)
   upper = dict(level=2, window=1088, segment=64, kl_segments=1, nll=0.2)
   c.phases = [
     dict(steps=first, turns=[{}]),
     dict(steps=int(steps) - first, turns=[{}, loop, {}, {}, upper, {}])]
-  c.train = dict(batch=4, micro_batch=2, optimizer="muon", learning_rate=2e-3,
-                 warmup=10, decay_fraction=0.4, evaluate_every=100,
-                 save_every=20, seed=0)
+  c.train = configs.defaults(
+    TrainConfig, without=("phases",), batch=4, micro_batch=2, optimizer="muon",
+    learning_rate=2e-3, warmup=10, decay_fraction=0.4, save_every=20)
   return c

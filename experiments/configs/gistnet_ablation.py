@@ -69,7 +69,7 @@ def get_config(name="baseline", steps=80, batch=2):
     raise McjaxError(f"no ablation {name!r}; there are {', '.join(ABLATIONS)}")
   change = ABLATIONS[name]
   c = gistnet.get_config(str(steps))
-  c.gistnet = change.get("gistnet", {})
+  c.gistnet.update(change.get("gistnet", {}))
   c.objective.update(change.get("objective", {}))
   c.train.update(dict(batch=batch, log_every=1, validation_documents=20))
   c.train.update(change.get("train", {}))

@@ -20,9 +20,9 @@ def get_config(steps="4300"):
   """
   c = gistnet.get_config(steps)
   c.mixture = dict(prose=1.0, docs=1.25, wiki=0.75, code=1.5, chat=0.15)
-  c.gistnet = dict(width=192, heads=6, mlp_width=216, slot_parts=4,
-                   slot_mlp_width=384, children_layers=1, rounds=3,
-                   adapter_layers=30, adapter_rank=24)
+  c.gistnet.update(dict(
+    width=192, heads=6, mlp_width=216, slot_parts=4, slot_mlp_width=384,
+    children_layers=1, rounds=3, adapter_layers=30, adapter_rank=24))
   c.objective.nll = 0.2
   c.train.update(dict(batch=32, micro_batch=32, learning_rate=2e-3,
                       adapter_rate=1e-3, warmup=50, decay_fraction=0.7,

@@ -8,14 +8,17 @@ Command:
 
 import ml_collections
 
+from mcjax.cli import configs
+from mcjax.training.lens.key_distil import KeyConfig
+
 
 def get_config():
-  """The run; `distil` holds fields of `KeyConfig`."""
+  """The run; `distil` holds the fields of `KeyConfig`."""
   c = ml_collections.ConfigDict()
   c.base = "smollm2-135m"
   c.lensnet = ""  # whose keys; the shipped one
   c.data = ""  # the default folder
   c.held_blocks = 2000
   c.held_questions = 1000
-  c.distil = dict(key_dim=128, steps=1600, learning_rate=3e-3)
+  c.distil = configs.defaults(KeyConfig)
   return c

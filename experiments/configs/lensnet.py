@@ -8,6 +8,12 @@ Command:
 
 import ml_collections
 
+from mcjax.cli import configs
+from mcjax.lens.network import LensNetConfig
+from mcjax.training.lens.labels import LabelConfig
+from mcjax.training.lens.losses import LensObjective
+from mcjax.training.lens.trainer import LensTrainConfig
+
 
 def get_config():
   """The run; see `LensRoundsConfig` for the fields.
@@ -21,11 +27,12 @@ def get_config():
   c.dtype = "float32"
   c.gistnet = ""  # the shipped one
   c.data = ""  # the default folder
-  c.lens = ml_collections.ConfigDict()  # fields of LensNetConfig
-  c.labels = dict(window=1024, horizon=32)
-  c.objective = ml_collections.ConfigDict()
-  c.train = dict(batch=16, learning_rate=7e-4, weight_decay=0.1,
-                 evaluate_every=60)
+  c.lens = configs.defaults(LensNetConfig, without=("d_model",))
+  c.labels = configs.defaults(LabelConfig)
+  c.objective = configs.defaults(LensObjective)
+  c.train = configs.defaults(
+    LensTrainConfig, without=("steps",), learning_rate=7e-4, weight_decay=0.1,
+    evaluate_every=60)
   c.longest = 16384
   c.validation_every = 7
   c.pairs = 4096

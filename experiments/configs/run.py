@@ -6,20 +6,20 @@
 Ingests at > 5,000 tokens/s on 2 CPU cores; a short answer takes seconds.
 """
 
-import dataclasses
-
 from ml_collections import config_dict
 
+from mcjax.cli import configs
 from mcjax.config import Config
 
 
-def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """`arg` names the base model; the default one if empty."""
-  config = config_dict.ConfigDict()
-  config.base = arg or "smollm2-135m"
-  config.dtype = "float32"
-  config.max_new_tokens = 128
-  loop = dataclasses.asdict(Config())
-  loop.pop("telemetry_path")
-  config.loop = config_dict.ConfigDict(loop)
-  return config
+def get_config(base: str = "smollm2-135m") -> config_dict.ConfigDict:
+  """`--config=experiments/configs/run.py:NAME` takes another base model.
+
+  `loop` has the fields of `mcjax.Config`.
+  """
+  c = config_dict.ConfigDict()
+  c.base = base
+  c.dtype = "float32"
+  c.max_new_tokens = 128
+  c.loop = configs.defaults(Config)
+  return c

@@ -1,18 +1,33 @@
-"""What every command line shares: one-line errors, quiet libraries, configs."""
+"""What every command line shares: configurations, help, one-line errors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import contextlib
-import dataclasses
 import logging
+import pathlib
 import sys
 
 from absl import app, flags
+from absl import logging as absl_logging
+import jax
 from ml_collections import config_flags
 
-from mcjax.config import Config
+from mcjax.cli import configs
 from mcjax.types import McjaxError
+
+_HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull", "-helpfull")
+_PROFILE = flags.DEFINE_string(
+  "profile", "", "Write a trace of JAX there, for TensorBoard or Perfetto.")
+# The arguments that the configuration's overrides are taken from. They are
+# known once `run` has seen the command line; until then there is a --config,
+# so that nothing is loaded.
+_ARGUMENTS = ["", "--config="]
+
+
+def define_workdir(help_text: str):
+  """The --workdir flag of a main that keeps something."""
+  return flags.DEFINE_string("workdir", None, help_text, required=True)
 
 
 @contextlib.contextmanager
@@ -22,75 +37,137 @@ def one_line_errors() -> Iterator[None]:
   try:
     yield
   except McjaxError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(f"error: {error}")
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 
 
-@contextlib.contextmanager
-def _config_errors() -> Iterator[None]:
-  """One line for a --config file or override that cannot be used."""
-  try:
-    yield
-  except (AttributeError, KeyError, TypeError, ValueError, OSError,
-          ImportError, SyntaxError) as error:
-    text = str(error).replace("\\n", " ").replace("\\'", "'")
-    reason = " ".join(text.split())
-    print(f"error: --config: {reason}", file=sys.stderr)
-    sys.exit(1)
+class ConfigFlag:
+  """The --config flag of a main, whose configurations lie beside it."""
+
+  def __init__(self, main_file: str, default: str):
+    """`default` is a file of the folder `configs` beside `main_file`.
+
+    "" makes the user name one.
+    """
+    self.folder = pathlib.Path(main_file).parent / "configs"
+    self.default = default
+    self._flag = config_flags.DEFINE_config_file(
+      "config", default, "Settings; --config.key=value overrides one.",
+      sys_argv=_ARGUMENTS)
+
+  @property
+  def value(self):
+    """The ConfigDict, overridden."""
+    return self._flag.value
+
+  def arrange(self, arguments: list[str]) -> list[str]:
+    """The arguments with the one --config first, all overrides checked.
+
+    Raises:
+      McjaxError: names the file or the setting that is not there.
+    """
+    arguments, name = _take_config(arguments)
+    path = configs.find(name or self.default, self.folder)
+    config = configs.load(path)
+    return [f"--config={path}", *(
+      configs.override(a, config) if _is_override(a) else a
+      for a in _joined(arguments))]
+
+  def describe(self, arguments: list[str]) -> str:
+    """The settings of the configuration that the arguments name."""
+    name = _take_config(arguments)[1] or self.default
+    if not name:
+      return "configurations: " + ", ".join(configs.names(self.folder))
+    config = configs.load(configs.find(name, self.folder))
+    return "\n".join(f"  --{k}={v}" for k, v in configs.flat(config).items())
 
 
-def define_config(default: str):
-  """The --config flag of an experiment; `default` is a file beside configs."""
-  with _config_errors():
-    return config_flags.DEFINE_config_file(
-      "config", default, "Settings; --config.key=value overrides one."
-    )
+def _is_override(argument: str) -> bool:
+  return argument.startswith(("--config.", "-config.", "--noconfig."))
 
 
-def run(main: Callable[[list[str]], None], config=None) -> None:
-  """`absl.app.run` with a user's mistakes told in one line each.
+def _take_config(arguments: list[str]) -> tuple[list[str], str]:
+  """The other arguments, and what the last --config says; "" without one."""
+  rest, name, left = [], "", iter(arguments)
+  for argument in left:
+    flag, equals, value = argument.partition("=")
+    if flag in ("--config", "-config"):
+      name = value if equals else next(left, "")
+    else:
+      rest.append(argument)
+  return rest, name
+
+
+def _joined(arguments: list[str]) -> Iterator[str]:
+  """ "--config.a", "1" as "--config.a=1"."""
+  left = iter(arguments)
+  for argument in left:
+    if argument.startswith("--config.") and "=" not in argument:
+      value = next(left, "true")
+      if value.startswith("--"):
+        yield f"{argument}=true"
+        yield value
+        continue
+      argument = f"{argument}={value}"
+    yield argument
+
+
+def run(main: Callable[[list[str]], None], config: ConfigFlag | None = None
+        ) -> None:
+  """`absl.app.run` with help, --profile and one line for a user's mistake.
 
   Args:
     main: gets the arguments left over, none.
-    config: what `define_config` returned, to fail early if it does not load.
+    config: its --config flag, if it has one.
   """
-
-  def parse(argv: list[str]) -> list[str]:
-    try:
-      with _config_errors():
-        return flags.FLAGS(argv)
-    except flags.Error as error:  # may hold a traceback; its end says why
-      reason = [line for line in str(error).splitlines() if line.strip()][-1]
-      reason = reason.strip().removeprefix("mcjax.types.McjaxError: ")
-      print(f"error: {reason}", file=sys.stderr)
-      sys.exit(1)
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  jax.config.config_with_absl()
 
   def guarded(argv: list[str]) -> None:
-    if len(argv) > 1:
-      raise app.UsageError(f"unknown argument: {argv[1]}")
-    if config is not None:
-      with _config_errors():
-        config.value.keys()
-    with one_line_errors():
+    with one_line_errors(), _profile():
       main(argv)
 
-  app.run(guarded, flags_parser=parse)
+  app.run(guarded, flags_parser=lambda argv: _parse(argv, main, config))
 
 
-def loop_config(values: dict) -> Config:
-  """A `Config` from plain values.
+def _parse(argv: list[str], main, config: ConfigFlag | None) -> list[str]:
+  """The arguments left over, none; sets the flags."""
+  with one_line_errors():
+    try:
+      argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+      if set(_HELP) & set(argv):
+        _print_help(main, config, [a for a in argv[1:] if a not in _HELP])
+        sys.exit(0)
+      if config is not None:
+        argv = [argv[0], *config.arrange(argv[1:])]
+      _ARGUMENTS[:] = argv
+      left = flags.FLAGS(argv)
+    except (flags.Error, ValueError) as error:
+      raise McjaxError(" ".join(str(error).split())) from error
+    if len(left) > 1:
+      raise McjaxError(f"unknown argument: {left[1]} (--help tells the known "
+                       "ones)")
+  return left
 
-  Raises:
-    McjaxError: names an unknown field or an invalid value.
-  """
-  known = {field.name for field in dataclasses.fields(Config)}
-  unknown = sorted(set(values) - known)
-  if unknown:
-    raise McjaxError(
-      f"config.{unknown[0]} is not a setting of the loop; known are "
-      + ", ".join(sorted(known))
-    )
-  return Config(**values)
+
+def _print_help(main, config: ConfigFlag | None, arguments: list[str]) -> None:
+  module = sys.modules[main.__module__]
+  own = sys.argv[0] if main.__module__ == "__main__" else main.__module__
+  print((module.__doc__ or "").strip())
+  for name in (own, __name__):
+    print(flags.FLAGS.module_help(name))
+  print("  --jax_…: options of JAX; --flagfile=FILE: arguments, a line each")
+  if config is not None:
+    print("\nSettings:\n" + config.describe(arguments))
+
+
+@contextlib.contextmanager
+def _profile() -> Iterator[None]:
+  if not _PROFILE.value:
+    yield
+    return
+  with jax.profiler.trace(_PROFILE.value):
+    yield
+  print(f"trace: {_PROFILE.value}", file=sys.stderr)

@@ -11,11 +11,11 @@ from tqdm import tqdm
 from mcjax.base import hub
 from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import BaseLM, load_base_lm
-from mcjax.cli import commands
 from mcjax.cli.focus_map import Section, focus_map, source_lines
 from mcjax.config import Config
 from mcjax.runtime.documents import read_documents
 from mcjax.runtime.megacontext import MegaContext
+from mcjax.settings import read_fields
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import McjaxError
 
@@ -41,7 +41,7 @@ def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
   if workdir:
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
     values["telemetry_path"] = str(pathlib.Path(workdir) / "telemetry.jsonl")
-  loop = commands.loop_config(values)
+  loop = read_fields(Config, "loop", values)
   if "-" in ingest and not prompt:
     raise McjaxError("--ingest=- takes standard input, so it needs --prompt")
   documents = list(read_documents(ingest, suffixes)) if ingest else []

@@ -23,6 +23,7 @@ from mcjax import pretrained
 from mcjax.base import model
 from mcjax.base.load import BaseLM
 from mcjax.gist.network import GistNet, GistNetConfig
+from mcjax.settings import check_names
 from mcjax.types import BRANCHING, McjaxError
 
 # Padded batches, so that nothing recompiles; 64 blocks fit a CPU core's cache.
@@ -146,19 +147,21 @@ def configure(base_params, base_config: model.DecoderConfig,
               values: Mapping[str, Any]) -> GistNetConfig:
   """`default_config` with plain values of a configuration file.
 
+  Args:
+    base_params, base_config: of the base.
+    values: fields of `GistNetConfig`; None leaves one as it would be.
+
   Raises:
     McjaxError: names an unknown field or an invalid value.
   """
-  _check_names(values)
-  return default_config(base_params, base_config, **values)
+  return default_config(base_params, base_config, **_given(values))
 
 
-def _check_names(values: Mapping[str, Any]) -> None:
-  known = [field.name for field in dataclasses.fields(GistNetConfig)]
-  unknown = sorted(set(values) - set(known))
-  if unknown:
-    raise McjaxError(f"config.gistnet.{unknown[0]} is not a setting; known are "
-                     + ", ".join(known))
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+  """What is set of plain values, checked."""
+  check_names("config.gistnet", values,
+              [field.name for field in dataclasses.fields(GistNetConfig)])
+  return {k: v for k, v in values.items() if v is not None}
 
 
 def flops_per_token(config: GistNetConfig,
@@ -244,8 +247,9 @@ def start(lm: BaseLM, values: Mapping[str, Any], path: str = "", seed: int = 0
   Args:
     lm: the base.
     values: plain values of a configuration file; what is to differ from the
-      default or the trained configuration. What the trained one lacks of this,
-      as an adapter or its low-rank map, starts fresh.
+      default or the trained configuration, None where nothing is. What the
+      trained one lacks of this, as an adapter or its low-rank map, starts
+      fresh.
     path: of a gistnet.safetensors to be trained on; none if empty.
     seed: of what starts fresh.
 
@@ -261,8 +265,7 @@ def start(lm: BaseLM, values: Mapping[str, Any], path: str = "", seed: int = 0
   if not path:
     return None, configure(lm.params, lm.config, values), {}
   params, config, card = read_gistnet(path)
-  _check_names(values)
-  config = dataclasses.replace(config, **values)
+  config = dataclasses.replace(config, **_given(values))
   kept = {k: card[k] for k in ("gist_attention",) if k in card}
   return _continued(params, config, seed), config, {
     **kept, "initial_run": card}

@@ -114,12 +114,12 @@ class TokenStore:
 
 def open_split(folder, split: str, kinds: Iterable[str] | None = None
                ) -> dict[str, TokenStore]:
-  """Opens {kind: TokenStore} of a split.
+  """Opens {kind: TokenStore} of a split; of the default folder if "".
 
   Raises:
     McjaxError: nothing prepared there, or a kind is missing.
   """
-  folder = pathlib.Path(folder)
+  folder = pathlib.Path(folder or default_folder())
   found = sorted(p.name.removesuffix(".tokens.npy").removeprefix(f"{split}-")
                  for p in folder.glob(f"{split}-*.tokens.npy"))
   wanted = sorted(kinds) if kinds is not None else found

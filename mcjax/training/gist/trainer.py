@@ -21,9 +21,9 @@ import tqdm
 from mcjax.gist import encoder as gistnet
 from mcjax.parallel import sharding
 from mcjax.parallel.checkpoints import Checkpoints
+from mcjax.settings import read_fields
 from mcjax.training.common import data
 from mcjax.training.common.metrics import MetricWriter
-from mcjax.training.common.settings import read_fields
 from mcjax.training.common.stop_signal import StopSignal
 from mcjax.training.gist import foreign_loss, level_loss, losses, recovery
 from mcjax.training.gist.losses import Objective

@@ -26,8 +26,8 @@ import numpy as np
 import optax
 import tqdm
 
+from mcjax.settings import read_fields
 from mcjax.training.common.data import TokenStore
-from mcjax.training.common.settings import read_fields
 from mcjax.types import BRANCHING, Array, McjaxError
 
 _MARGIN = 8  # tokens beside a block that the teacher reads too

@@ -14,8 +14,8 @@ import tqdm
 from mcjax import pretrained
 from mcjax.lens import network as lensnet
 from mcjax.lens.policy import LensNetPolicy
+from mcjax.settings import read_fields
 from mcjax.training.common.data import TokenStore
-from mcjax.training.common.settings import read_fields
 from mcjax.training.common.stop_signal import StopSignal
 from mcjax.training.lens import labels as focus_labels
 from mcjax.training.lens import losses as lens_losses

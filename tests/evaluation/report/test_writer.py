@@ -4,9 +4,7 @@ import json
 
 import pytest
 
-from mcjax.evaluation import runner as suites
 from mcjax.evaluation.report import writer as report
-from mcjax.evaluation.suites.overhead import Settings
 from mcjax.types import McjaxError
 
 
@@ -53,22 +51,3 @@ def test_plots_need_matplotlib(tmp_path, monkeypatch, capsys):
 
 def test_ratios_are_taken_side_by_side():
   assert report.ratio_median([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
-
-
-def test_settings_change_in_the_type_they_have():
-  new = suites.changed(Settings(), [
-    "window=1024", "histories=512:1024", "torch=false", "text=a.py:b.py",
-  ])
-  assert new.window == 1024 and new.histories == (512, 1024)
-  assert new.torch is False and new.text == ("a.py", "b.py")
-
-
-@pytest.mark.parametrize("change", ["window", "nothing=1", "window=many"])
-def test_wrong_settings_are_named(change):
-  with pytest.raises(McjaxError, match=change.split("=")[0]):
-    suites.changed(Settings(), [change])
-
-
-def test_unknown_suites_are_named():
-  with pytest.raises(McjaxError, match="no suite 'speed'"):
-    suites.run("speed", "/nowhere")

@@ -1,5 +1,6 @@
 """Gists fitted by gradient: what they see, what they gain, the suite."""
 
+import dataclasses
 import json
 
 import jax
@@ -65,9 +66,9 @@ def test_the_suite_scores_what_it_did_not_fit(
     data.write_kind(tmp_path / "store", "heldout", kind, [
       (f"{kind}-{i}", rng.integers(0, 256, 300)) for i in range(2)], 300)
   monkeypatch.setattr(ceiling, "load_base_lm", lambda *a, **k: tiny_lm)
-  changes = [f"data={tmp_path / 'store'}", "blocks=2", "horizons=8:16",
-             "continued=8", "documents=1"]
-  suites.run("ceiling", tmp_path / "out", quick=True, changes=changes)
+  values = dataclasses.asdict(ceiling.Settings.quick(
+    data=str(tmp_path / "store"), blocks=2, horizons=(8, 16), continued=8))
+  suites.run("ceiling", values, tmp_path / "out")
   record = (tmp_path / "out/results.json").read_text()
   figures = json.loads(record)["figures"]
   for name in ("gist", "2 steps", "4 steps", "4 steps, shuffled"):
@@ -76,6 +77,6 @@ def test_the_suite_scores_what_it_did_not_fit(
   assert figures["kl/4 steps"]["value"] < figures["kl/gist"]["value"]
   assert "4 steps, shuffled" in (tmp_path / "out/results.md").read_text()
   monkeypatch.setattr(ceiling, "fit", None)  # kept: a second run fits nothing
-  suites.run("ceiling", tmp_path / "out", quick=True, changes=changes)
+  suites.run("ceiling", values, tmp_path / "out")
   assert json.loads((tmp_path / "out/results.json").read_text())[
     "figures"] == figures

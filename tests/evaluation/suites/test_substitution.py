@@ -145,8 +145,8 @@ def test_several_vectors_a_gist(tiny_lm, stores, slots):
 def test_the_suite_reports_every_setting(
     tiny_lm, store, tmp_path, monkeypatch):
   monkeypatch.setattr(substitution, "load_base_lm", lambda *a, **k: tiny_lm)
-  suites.run("substitution", tmp_path, quick=True,
-             changes=[f"data={store}", "horizons=16:24"])
+  suites.run("substitution", dataclasses.asdict(substitution.Settings.quick(
+    data=str(store), horizons=(16, 24))), tmp_path)
   figures = json.loads((tmp_path / "results.json").read_text())["figures"]
   for name in ("L1", "L1, 32 recent", "L2", "L2, 32 recent"):
     for variant in sub.VARIANTS:
@@ -163,7 +163,8 @@ def test_the_suite_reports_every_setting(
 def test_the_visible_suite_compares_both_arms(
     tiny_lm, store, tmp_path, monkeypatch):
   monkeypatch.setattr(visible, "load_base_lm", lambda *a, **k: tiny_lm)
-  suites.run("visible", tmp_path, quick=True, changes=[f"data={store}"])
+  suites.run("visible", dataclasses.asdict(
+    visible.Settings.quick(data=str(store))), tmp_path)
   figures = json.loads((tmp_path / "results.json").read_text())["figures"]
   arms = [figures[f"all/nll/{arm}"]["value"] for arm in ("masked", "visible")]
   assert min(arms) > 0 and arms[0] != arms[1]

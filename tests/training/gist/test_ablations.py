@@ -83,7 +83,8 @@ def test_accelerator_config():
   assert {config.objective(s).level for s in range(20)} == {1}
   turns = [config.objective(s) for s in range(20, 24)]
   assert {t.level for t in turns} == {1, 2} and any(t.near for t in turns)
-  network = gistnet.GistNetConfig(d_model=576, **c.gistnet)
+  sizes = {k: v for k, v in c.gistnet.items() if v is not None}
+  network = gistnet.GistNetConfig(d_model=576, **sizes)
   params = jax.eval_shape(lambda: gistnet.init_params(network))
   assert max(gistnet.params_per_layer(params).values()) <= 500_000
 

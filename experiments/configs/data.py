@@ -1,0 +1,19 @@
+"""The text that GistNet and LensNet learn from and are measured on.
+
+Command, a few minutes:
+  python -m experiments.prepare_data
+"""
+
+from ml_collections import config_dict
+
+
+def get_config():
+  """What is fetched, and where it goes."""
+  c = config_dict.ConfigDict()
+  c.base = "smollm2-135m"  # whose tokenizer
+  c.folder = ""  # the user's cache
+  c.books = "../shared/data/public-domain-books.jsonl.xz"  # JSON lines
+  c.million_tokens = config_dict.placeholder(float)  # a kind; 3, or all if full
+  c.full = False  # all packages
+  c.kinds = ()  # only these kinds of text
+  return c
