@@ -15,7 +15,13 @@ os.environ["XLA_FLAGS"] = " ".join([
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+# Shapes and dtypes of signatures are checked at every call, in tests alone.
+jaxtyping.install_import_hook(
+  ["mcjax.base", "mcjax.tree", "mcjax.gist", "mcjax.window", "mcjax.lens"],
+  "shapes.check")
 from runtime_cases import SMALL  # noqa: E402
 
 from mcjax import Config, MegaContext  # noqa: E402

@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Key
 import numpy as np
 
 from mcjax.types import Array
@@ -96,8 +97,8 @@ class Segment(NamedTuple):
 
   keys: jax.Array | tuple[jax.Array, ...]
   values: jax.Array | tuple[jax.Array, ...]
-  positions: Array
-  visible: Array
+  positions: Int[Array, " S"]
+  visible: Bool[Array, " S"]
   rotated: bool = False
 
 
@@ -137,7 +138,9 @@ def product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
   return _mixed_product(spec, x, w)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(
+  x: Float[jax.Array, "... D"], scale: Float[Array, " D"], eps: float
+) -> Float[jax.Array, "... D"]:
   """Root-mean-square norm over the last axis, computed in float32."""
   y = x.astype(jnp.float32)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
@@ -146,8 +149,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def rope_tables(
-  config: DecoderConfig, positions: Array
-) -> tuple[jax.Array, jax.Array]:
+  config: DecoderConfig, positions: Int[Array, " S"]
+) -> tuple[Float[jax.Array, "S half"], Float[jax.Array, "S half"]]:
   """Cosines and sines [S, H/2] in float32 for integer positions [S]."""
   half = config.head_dim // 2
   exponents = jnp.arange(half, dtype=jnp.float32) / half
@@ -170,7 +173,11 @@ def rope_tables(
   return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(
+  x: Float[Array, "... S H"],
+  cos: Float[Array, "S half"],
+  sin: Float[Array, "S half"],
+) -> Float[jax.Array, "... S H"]:
   """Rotates x [..., S, H] by tables [S, H/2]; half-split convention."""
   lead = (1,) * (x.ndim - 2)
   cos = cos.reshape(lead + cos.shape)
@@ -182,8 +189,10 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def rotate_keys(
-  config: DecoderConfig, keys: jax.Array, positions: jax.Array
-) -> jax.Array:
+  config: DecoderConfig,
+  keys: Float[Array, "L K S H"],
+  positions: Int[Array, " S"],
+) -> Float[jax.Array, "L K S H"]:
   """Rotates a cache [L, K, S, H] to `positions` [S], once for many queries."""
   tables = rope_tables(config, positions)
 
@@ -198,13 +207,15 @@ def rotate_keys(
   return jax.lax.map(layer, (on, keys))
 
 
-def _rope_on(config: DecoderConfig) -> jax.Array:
+def _rope_on(config: DecoderConfig) -> Bool[jax.Array, " L"]:
   return jnp.array(
     [i not in config.nope_layers for i in range(config.n_layers)], bool
   )
 
 
-def embed(params, token_ids: jax.Array, dtype=None) -> jax.Array:
+def embed(
+  params, token_ids: Int[Array, "*shape"], dtype=None
+) -> Float[jax.Array, "*shape D"]:
   """Token embeddings [..., D] of ids [...], in the parameters' dtype.
 
   `dtype=jnp.float32` beside bfloat16 parameters makes `forward` keep the
@@ -214,7 +225,9 @@ def embed(params, token_ids: jax.Array, dtype=None) -> jax.Array:
   return rows if dtype is None else rows.astype(dtype)
 
 
-def unembed(params, hidden: jax.Array) -> jax.Array:
+def unembed(
+  params, hidden: Float[Array, "... D"]
+) -> Float[jax.Array, "... V"]:
   """Logits [..., V] in float32 from final hidden states [..., D]."""
   w = params["unembed"] if "unembed" in params else params["embed"]
   spec = "...d,dv->...v" if "unembed" in params else "...d,vd->...v"
@@ -328,13 +341,14 @@ def _layer(config, layer, rope_on, x, positions, own_table, segments, tables,
 def forward(
   params,
   config: DecoderConfig,
-  x: jax.Array,
-  positions: Array,
+  x: Float[jax.Array, "T D"],
+  positions: Int[Array, " T"],
   segments: tuple[Segment, ...] = (),
-  visible: Array | None = None,
+  visible: Bool[Array, " T"] | None = None,
   remat: bool = False,
-  gists: Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  gists: Bool[Array, " T"] | None = None,
+) -> tuple[Float[jax.Array, "T D"], Float[jax.Array, "L K T H"],
+           Float[jax.Array, "L K T H"]]:
   """Runs the decoder on T entries that also attend to cached segments.
 
   Args:
@@ -396,14 +410,15 @@ def forward(
 def forward_branches(
   params,
   config: DecoderConfig,
-  trunk: jax.Array,
-  trunk_positions: jax.Array,
-  branches: jax.Array,
-  positions: jax.Array,
-  visible: jax.Array,
+  trunk: Float[Array, "S D"],
+  trunk_positions: Int[Array, " S"],
+  branches: Float[Array, "n T D"],
+  positions: Int[Array, "n T"],
+  visible: Bool[Array, "n S"],
   remat: bool = False,
-  gists: Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  gists: Bool[Array, " S"] | None = None,
+) -> tuple[Float[jax.Array, "n T D"], Float[jax.Array, "L K S H"],
+           Float[jax.Array, "L K S H"]]:
   """Runs a trunk and many branches that attend to it, in one pass.
 
   As `forward` on the trunk and then on every branch with the trunk as its
@@ -491,7 +506,9 @@ def unstacked(params):
   return {**params, "layers": layers}
 
 
-def token_nll(params, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+def token_nll(
+  params, hidden: Float[Array, "T D"], targets: Int[Array, " T"]
+) -> Float[jax.Array, " T"]:
   """Negative log likelihood [T] in nats of targets [T] given hidden [T, D]."""
   logits = unembed(params, hidden)
   picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
@@ -499,7 +516,9 @@ def token_nll(params, hidden: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def logits(params, config: DecoderConfig, token_ids: jax.Array) -> jax.Array:
+def logits(
+  params, config: DecoderConfig, token_ids: Int[Array, " T"]
+) -> Float[jax.Array, "T V"]:
   """Plain causal logits [T, V] for ids [T]: the parity reference."""
   positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
   hidden, _, _ = forward(params, config, embed(params, token_ids), positions)
@@ -507,8 +526,10 @@ def logits(params, config: DecoderConfig, token_ids: jax.Array) -> jax.Array:
 
 
 def sample(
-  logits: jax.Array, temperature: jax.Array, key: jax.Array
-) -> jax.Array:
+  logits: Float[Array, " V"],
+  temperature: Float[Array, ""],
+  key: Key[jax.Array, ""],
+) -> Int[jax.Array, ""]:
   """Token id from logits [V]: greedy at temperature 0, else categorical."""
   def noisy():
     noise = jax.random.gumbel(key, logits.shape, logits.dtype)

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 import numpy as np
 
 from mcjax import pretrained
@@ -24,7 +25,7 @@ from mcjax.base import model
 from mcjax.base.load import BaseLM
 from mcjax.gist.network import GistNet, GistNetConfig
 from mcjax.settings import check_names
-from mcjax.types import BRANCHING, McjaxError
+from mcjax.types import BRANCHING, Array, McjaxError
 
 # Padded batches, so that nothing recompiles; 64 blocks fit a CPU core's cache.
 BATCH_SIZES = (1, 16, 64)
@@ -95,8 +96,8 @@ def _continued(params, config: GistNetConfig, seed: int) -> dict:
   return whole
 
 
-def apply(params, config: GistNetConfig, children: jax.Array,
-          level: jax.Array | int = 1) -> jax.Array:
+def apply(params, config: GistNetConfig, children: Float[Array, "n 32 D"],
+          level: Int[Array, ""] | int = 1) -> Float[jax.Array, "n M D"]:
   """Gists [n, m, D] float32 of children [n, 32, D]; `level` is the gists'."""
   level = jnp.asarray(level, jnp.int32)
   params = without_adapter(params)
@@ -109,7 +110,8 @@ def apply(params, config: GistNetConfig, children: jax.Array,
 
 
 def token_features(base_params, base_config: model.DecoderConfig,
-                   token_ids: jax.Array, input_layer: int = 0) -> jax.Array:
+                   token_ids: Int[Array, "n 32"], input_layer: int = 0
+                   ) -> Float[jax.Array, "n 32 D"]:
   """What GistNet reads of blocks of ids [n, 32]: [n, 32, D] float32."""
   x = model.embed(base_params, token_ids)
   if input_layer:
@@ -346,7 +348,7 @@ class GistEncoder:
         list(pool.map(fill, starts))
     return out
 
-  def encode(self, token_ids) -> np.ndarray:
+  def encode(self, token_ids) -> Float[np.ndarray, "n M D"]:
     """Gists [N, m, D] float32 of complete blocks of token ids [N, 32].
 
     Raises:
@@ -365,11 +367,11 @@ class GistEncoder:
         self.params, self._base, batch, config=self.config,
         base_config=self._base_config))
 
-  def encode_tokens(self, token_ids) -> np.ndarray:
+  def encode_tokens(self, token_ids) -> Float[np.ndarray, "n D"]:
     """L1 gists [n, D] float32 of ids [n, 32]; one vector per gist."""
     return self._single(self.encode(token_ids))
 
-  def encode_gists(self, gists, level: int) -> np.ndarray:
+  def encode_gists(self, gists, level: int) -> Float[np.ndarray, "n D"]:
     """Parents [n, D] float32 of gists [n, 32, D]; `level` is the parents'.
 
     Raises:

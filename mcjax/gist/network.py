@@ -20,10 +20,11 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 import numpy as np
 
 from mcjax.base import model
-from mcjax.types import BRANCHING, McjaxError
+from mcjax.types import BRANCHING, Array, McjaxError
 
 _COPY_UNIT = 8.0  # gains move as fast as the residual under one learning rate
 
@@ -172,7 +173,9 @@ class GistNet(nn.Module):
   config: GistNetConfig
 
   @nn.compact
-  def __call__(self, children: jax.Array, level: jax.Array) -> jax.Array:
+  def __call__(self, children: Float[jax.Array, "n 32 D"],
+               level: Int[Array, ""]
+               ) -> Float[jax.Array, "n M D"]:
     """Compresses complete blocks.
 
     Args:
@@ -217,7 +220,9 @@ class GistNet(nn.Module):
         gists, jnp.full((c.d_model,), c.input_rms, jnp.float32), 1e-6)
     return gists
 
-  def _copies(self, x: jax.Array, children: jax.Array) -> jax.Array:
+  def _copies(self, x: Float[jax.Array, "n 32 w"],
+              children: Float[Array, "n 32 D"]
+              ) -> Float[jax.Array, "n M D"]:
     """Mixtures [n, m, D] of children [n, 32, D] by their states x."""
     c = self.config
     m, heads = c.slots_per_gist, c.copy_heads

@@ -24,6 +24,7 @@ from typing import cast
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 import numpy as np
 
 from mcjax.lens.features import MARGIN, SPAN, TAIL, LensInputs
@@ -85,7 +86,14 @@ class LensNet(nn.Module):
   config: LensNetConfig
 
   @nn.compact
-  def __call__(self, gists, features, mask, tail, tail_mask):
+  def __call__(
+    self,
+    gists: Float[Array, "R D"],
+    features: Float[Array, "R F"],
+    mask: Bool[Array, " R"],
+    tail: Float[Array, "T D"],
+    tail_mask: Bool[Array, " T"],
+  ) -> Float[jax.Array, " R"]:
     """Scores every block.
 
     Args:
@@ -159,13 +167,17 @@ def key_tables(params, config: LensNetConfig, embeddings: jax.Array):
   )
 
 
-def block_keys(tables, token_ids: Array) -> jax.Array:
+def block_keys(
+  tables, token_ids: Int[Array, "n T"]
+) -> Float[jax.Array, "n K"]:
   """Unit keys [n, K] of blocks of token ids [n, T]; -1 is no token."""
   vectors, salience, _ = tables
   return _summed(vectors, salience, token_ids, jnp.ones(token_ids.shape))
 
 
-def query_key(tables, token_ids: Array, weights: Array) -> jax.Array:
+def query_key(
+  tables, token_ids: Int[Array, "... Q"], weights: Float[Array, "... Q"]
+) -> Float[jax.Array, "... K"]:
   """Unit query [..., K] of token ids [..., Q], -1 for none, with weights."""
   vectors, _, salience = tables
   return _summed(vectors, salience, token_ids, weights)
@@ -179,7 +191,9 @@ def _summed(vectors, salience, token_ids, weights) -> jax.Array:
   return total / length
 
 
-def block_features(inputs: LensInputs, match: jax.Array) -> jax.Array:
+def block_features(
+  inputs: LensInputs, match: Float[Array, " R"]
+) -> Float[jax.Array, "R F"]:
   """What token statistics say of every block, [R, FEATURES] float32.
 
   Args:
@@ -199,7 +213,7 @@ def block_features(inputs: LensInputs, match: jax.Array) -> jax.Array:
   ending, ending_pairs, _ = _overlap(
     ids, x.newest_ids, rare * fading, x.newest_rarity)
 
-  def best(v: jax.Array) -> jax.Array:
+  def best(v):
     return v / (jnp.max(jnp.where(x.mask, v, 0.0)) + 1e-3)
 
   strong = [cover, pairs, best(cover), best(pairs), match, best(match)]
@@ -242,7 +256,7 @@ def _overlap(ids, query_ids, weights, rarity):
 
 
 def logits(params, config: LensNetConfig, inputs: LensInputs,
-           match: jax.Array) -> jax.Array:
+           match: Float[Array, " R"]) -> Float[jax.Array, " R"]:
   """Logits [R]: about ten times the nats a token that raw tokens are worth."""
   features = block_features(inputs, match)
   found = LensNet(config).apply(

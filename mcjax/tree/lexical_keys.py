@@ -15,6 +15,7 @@ boundary is seen whole by one block.
 
 from __future__ import annotations
 
+from jaxtyping import Float64, Int, UInt8
 import numpy as np
 
 from mcjax.types import BRANCHING
@@ -49,7 +50,8 @@ def _pair_hash(first: np.ndarray, second: np.ndarray) -> np.ndarray:
   return _mix(pair | second.astype(np.uint64))
 
 
-def sketch(spans: np.ndarray, level: int) -> np.ndarray:
+def sketch(spans: Int[np.ndarray, "n T"], level: int
+           ) -> UInt8[np.ndarray, "n bytes"]:
   """Keys of spans of tokens.
 
   Args:
@@ -71,7 +73,8 @@ def sketch(spans: np.ndarray, level: int) -> np.ndarray:
   return np.packbits(flags, axis=1, bitorder="little")
 
 
-def union(children: np.ndarray) -> np.ndarray:
+def union(children: UInt8[np.ndarray, "n 32 bytes"]
+          ) -> UInt8[np.ndarray, "n bytes"]:
   """Keys of parents: uint8 [n, 32, key_dim] -> uint8 [n, key_dim]."""
   return np.bitwise_or.reduce(children, axis=1)
 
@@ -101,7 +104,8 @@ class LexicalScorer:
     # Integers in float64 add up exactly: bounds hold and ties are ties.
     self._weights = np.rint([_SCALE * w for _, w in kept]).astype(np.float64)
 
-  def __call__(self, keys: np.ndarray) -> np.ndarray:
+  def __call__(self, keys: UInt8[np.ndarray, "n bytes"]
+               ) -> Float64[np.ndarray, " n"]:
     """uint8 [n, key_dim of any level] -> float64 [n]."""
     bucket = self._hashes & np.uint32(8 * keys.shape[1] - 1)
     held = keys[:, bucket >> 3] >> (bucket & 7).astype(np.uint8) & 1

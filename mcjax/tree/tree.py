@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 
+from jaxtyping import Float32, Int8, Int32, UInt8, UInt32
 import numpy as np
 
 from mcjax.tree import format as tree_format
@@ -298,13 +299,14 @@ class MegaContextTree:
 
   # Reading.
 
-  def tokens(self, start: int, stop: int) -> np.ndarray:
+  def tokens(self, start: int, stop: int) -> Int32[np.ndarray, " n"]:
     """Token ids [start, stop), int32 [n]. Raises: IndexError."""
     self._check_open()
     self._reads["tokens"] += max(0, stop - start)
     return self._levels.tokens.read(start, stop).astype(np.int32)
 
-  def gists(self, level: int, start: int, stop: int) -> np.ndarray:
+  def gists(self, level: int, start: int, stop: int
+            ) -> Float32[np.ndarray, "n D"]:
     """Gists of nodes [start, stop) of a level >= 1, float32 [n, D]."""
     self._check_nodes(level, start, stop)
     self._reads["gists"] += stop - start
@@ -312,7 +314,8 @@ class MegaContextTree:
       self._levels.column("gists", level).read(start, stop)
     )
 
-  def keys(self, level: int, start: int, stop: int) -> np.ndarray:
+  def keys(self, level: int, start: int, stop: int
+           ) -> UInt8[np.ndarray, "n bytes"]:
     """Keys of nodes [start, stop) of a level >= 1, uint8 [n, key_dim(level)].
 
     Those of level 1 are not stored: they are made from the tokens.
@@ -323,7 +326,8 @@ class MegaContextTree:
       return self._levels.sketch(1, start, stop)
     return self._levels.column("keys", level).read(start, stop)
 
-  def lens_keys(self, level: int, start: int, stop: int) -> np.ndarray:
+  def lens_keys(self, level: int, start: int, stop: int
+                ) -> Int8[np.ndarray, "n bytes"]:
     """Lens keys of nodes [start, stop) of a level >= 1.
 
     Returns:
@@ -360,7 +364,8 @@ class MegaContextTree:
       raise IndexError("access to a node that is not complete")
     self._access.add(level, index)
 
-  def access_counts(self, level: int, start: int, stop: int) -> np.ndarray:
+  def access_counts(self, level: int, start: int, stop: int
+                    ) -> UInt32[np.ndarray, " n"]:
     """Access counts of nodes [start, stop) of a level >= 0: uint32 [n]."""
     self._check_nodes(level, start, stop, lowest=0)
     self._reads["access"] += stop - start

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Key
 import numpy as np
 
 from mcjax.base import model
@@ -32,9 +33,9 @@ class KVSlots(NamedTuple):
     values: [L, K, S, H].
   """
 
-  inputs: jax.Array
-  keys: jax.Array
-  values: jax.Array
+  inputs: Float[jax.Array, "S D"]
+  keys: Float[jax.Array, "L K S H"]
+  values: Float[jax.Array, "L K S H"]
 
 
 class View(NamedTuple):
@@ -45,8 +46,8 @@ class View(NamedTuple):
     values: as in the state.
   """
 
-  keys: tuple[jax.Array, ...]
-  values: tuple[jax.Array, ...]
+  keys: tuple[Float[jax.Array, "K S H"], ...]
+  values: tuple[Float[jax.Array, "K S H"], ...]
 
 
 class Prior(NamedTuple):
@@ -60,11 +61,11 @@ class Prior(NamedTuple):
     weight: float32, how much what the text adds counts beyond itself.
   """
 
-  positions: Array
-  visible: Array
-  first_position: Array | np.integer
-  logits: Array
-  weight: Array | np.floating
+  positions: Int[Array, " S"]
+  visible: Bool[Array, " S"]
+  first_position: Int[Array, ""] | np.integer
+  logits: Float[Array, " V"]
+  weight: Float[Array, ""] | np.floating
 
 
 class Decoded(NamedTuple):
@@ -78,11 +79,11 @@ class Decoded(NamedTuple):
     prior: state and logits of the same without the text, where it was asked.
   """
 
-  tokens: jax.Array
-  count: jax.Array
-  stopped: jax.Array
-  logits: jax.Array
-  prior: tuple[KVSlots, jax.Array] | None = None
+  tokens: Int[jax.Array, " T"]
+  count: Int[jax.Array, ""]
+  stopped: Bool[jax.Array, ""]
+  logits: Float[jax.Array, " V"]
+  prior: tuple[KVSlots, Float[jax.Array, " V"]] | None = None
 
 
 def init(config: model.DecoderConfig, slots: int, dtype) -> KVSlots:
@@ -106,7 +107,7 @@ def init_view(config: model.DecoderConfig, slots: int, dtype) -> View:
 
 
 def look(config: model.DecoderConfig, old: View, state: KVSlots,
-         positions: Array) -> View:
+         positions: Int[Array, " S"]) -> View:
   """The state's view at `positions` [S], in the memory of `old` (donated).
 
   Fresh memory would cost more than the work: the system clears every page.
@@ -134,21 +135,22 @@ def _look(config, old, state, tables):
 
 
 @jax.jit
-def embed(params, token_ids: jax.Array) -> jax.Array:
+def embed(params, token_ids: Int[Array, " n"]) -> Float[jax.Array, "n D"]:
   """Token embeddings [n, D] of ids [n]."""
   return model.embed(params, token_ids)
 
 
 @functools.partial(jax.jit, donate_argnums=1)
-def load_tokens(params, inputs: jax.Array, slots: jax.Array,
-                token_ids: jax.Array) -> jax.Array:
+def load_tokens(params, inputs: Float[jax.Array, "S D"],
+                slots: Int[Array, " T"], token_ids: Int[Array, " T"]
+                ) -> Float[jax.Array, "S D"]:
   """Puts token embeddings into inputs [S, D] at slots [T]; S drops padding."""
   return inputs.at[slots].set(model.embed(params, token_ids), mode="drop")
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def load_gists(inputs: jax.Array, slots: jax.Array,
-               gists: jax.Array) -> jax.Array:
+def load_gists(inputs: Float[jax.Array, "S D"], slots: Int[Array, " T"],
+               gists: Float[Array, "T D"]) -> Float[jax.Array, "S D"]:
   """Puts gists [T, D] into inputs [S, D] at slots [T]; S drops padding."""
   return inputs.at[slots].set(gists.astype(inputs.dtype), mode="drop")
 
@@ -171,9 +173,9 @@ def _run(params, config, state, slots, positions, visible, gists):
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=2)
 def splice(params, config: model.DecoderConfig, state: KVSlots,
-           slots: jax.Array, positions: jax.Array,
-           visible: jax.Array, gists: jax.Array | None = None,
-           ) -> tuple[KVSlots, jax.Array]:
+           slots: Int[Array, " T"], positions: Int[Array, " S"],
+           visible: Bool[Array, " S"], gists: Bool[Array, " T"] | None = None,
+           ) -> tuple[KVSlots, Float[jax.Array, "T D"]]:
   """Computes keys and values of the entries in `slots` and stores them.
 
   Args:
@@ -198,20 +200,23 @@ def splice(params, config: model.DecoderConfig, state: KVSlots,
 
 @functools.partial(jax.jit, static_argnames="config")
 def peek(params, config: model.DecoderConfig, state: KVSlots,
-         slots: jax.Array, positions: jax.Array,
-         visible: jax.Array, gists: jax.Array | None = None) -> jax.Array:
+         slots: Int[Array, " T"], positions: Int[Array, " S"],
+         visible: Bool[Array, " S"], gists: Bool[Array, " T"] | None = None,
+         ) -> Float[jax.Array, "T D"]:
   """As `splice`, but stores nothing: hidden states [T, D] only."""
   return _run(params, config, state, slots, positions, visible, gists)[0]
 
 
 @jax.jit
-def next_logits(params, hidden: jax.Array, row: jax.Array) -> jax.Array:
+def next_logits(params, hidden: Float[Array, "T D"], row: Int[Array, ""]
+                ) -> Float[jax.Array, " V"]:
   """Logits [V] float32 from row `row` of hidden [T, D]."""
   return model.unembed(params, hidden[row])
 
 
 @jax.jit
-def nll(params, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+def nll(params, hidden: Float[Array, "T D"], targets: Int[Array, " T"]
+        ) -> Float[jax.Array, " T"]:
   """NLL [T] in nats: targets[t] given hidden[t] (the entry before it)."""
   return model.token_nll(params, hidden, targets)
 
@@ -242,8 +247,7 @@ class _Stream(NamedTuple):
       (config.n_layers, config.n_kv_heads, size, config.head_dim),
       state.keys.dtype)
     window = model.Segment(keys, values, positions, visible, rotated=True)
-    return cls(window, first,
-               zeros, zeros, zeros, logits)
+    return cls(window, first, zeros, zeros, zeros, logits)
 
   def carried(self):
     """What a token changes."""
@@ -274,15 +278,15 @@ def decode_block(
   params,
   config: model.DecoderConfig,
   state: KVSlots,
-  slots: jax.Array,
-  positions: jax.Array,
-  visible: jax.Array,
-  first_position: jax.Array,
-  logits: jax.Array,
-  limit: jax.Array,
-  stop_ids: jax.Array,
-  temperature: jax.Array,
-  key: jax.Array,
+  slots: Int[Array, " T"],
+  positions: Int[Array, " S"],
+  visible: Bool[Array, " S"],
+  first_position: Int[Array, ""],
+  logits: Float[Array, " V"],
+  limit: Int[Array, ""],
+  stop_ids: Int[Array, " stops"],
+  temperature: Float[Array, ""],
+  key: Key[jax.Array, ""],
   view: View | None = None,
   prior_state: KVSlots | None = None,
   prior: Prior | None = None,
