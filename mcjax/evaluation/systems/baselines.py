@@ -139,18 +139,27 @@ def prefill(lm: BaseLM, token_ids: np.ndarray, cache: Cache,
   Returns:
     The cache and the logits [V] for the token after the last one.
   """
-  count, size = len(token_ids), cache.keys[0].shape[1]
+  count = len(token_ids)
   padded = np.zeros(-(-count // chunk) * chunk, np.int32)
   padded[:count] = token_ids
   hidden = None
   for a in range(0, len(padded), chunk):
-    prefix = min(-(-a // _PREFIX) * _PREFIX, size)
-    cache, hidden = _prefill_chunk(
-      lm.params, lm.config, cache, padded[a : a + chunk], np.int32(a), prefix
-    )
+    cache, hidden = prefill_chunk(lm, cache, padded[a : a + chunk], a)
   return cache, _last_logits(
     lm.params, hidden, np.int32((count - 1) % chunk)
   )
+
+
+def prefill_chunk(lm: BaseLM, cache: Cache, token_ids: np.ndarray, start: int
+                  ) -> tuple[Cache, jax.Array]:
+  """Runs ids [T] from position `start`, seeing what the cache holds before.
+
+  Returns:
+    The cache, donated and written, and the hidden states [T, D].
+  """
+  prefix = min(-(-start // _PREFIX) * _PREFIX, cache.keys[0].shape[1])
+  return _prefill_chunk(
+    lm.params, lm.config, cache, token_ids, np.int32(start), prefix)
 
 
 @jax.jit

@@ -1,0 +1,115 @@
+"""The questions suite, end to end on a tiny base."""
+
+import json
+
+import pytest
+
+from mcjax.evaluation import runner
+from mcjax.evaluation.data import natural
+from mcjax.evaluation.suites import questions
+from mcjax.evaluation.systems import make
+from mcjax.testing import tiny_base
+from mcjax.types import McjaxError
+
+
+def documents():
+  out = []
+  for n in range(4):
+    parts = tuple(f"{tiny_base.text(150, 10 * n + i)} The KEY{n}{i} is gold{i}."
+                  " \n\n" for i in range(6))
+    out.append(natural.Document(f"T{n}", parts, tuple(
+      natural.Asked(f"What is the KEY{n}{i}?", (f"gold{i}",), (i,))
+      for i in range(6))))
+  return out
+
+
+SETTINGS = questions.Settings(
+  systems=("sink", "bm25", "evidence", "none", "megacontext/oracle",
+           "megacontext/similarity"),
+  reference="megacontext/similarity", window=512, history=2000, histories=1,
+  questions=4, others=2, answer_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def lm():
+  return tiny_base.make_lm(chat=True)
+
+
+@pytest.fixture(scope="module")
+def ran(lm, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("questions")
+  report = questions.measure(lm, documents(), SETTINGS, folder, "gold1")
+  report.write(folder)
+  return folder, {k: v.value for k, v in report.figures.items()}
+
+
+def test_told_systems_have_all_the_evidence(ran):
+  _, figures = ran
+  for name in ("evidence", "megacontext/oracle"):
+    assert figures[f"evidence/{name}/view_recall"] == 1
+    assert figures[f"evidence/{name}/view_found/low"] == 1
+  assert figures["evidence/none/view_recall"] == 0
+  assert figures["questions"] == 4
+  assert figures["evidence/bm25/view_found/n"] == 4
+
+
+def test_rivals_get_as_many_tokens_as_the_reference(ran):
+  _, figures = ran
+  wanted = figures["evidence/megacontext/similarity/view_tokens"]
+  for name in ("sink", "bm25"):
+    assert figures[f"equal/{name}/equal_tokens"] == wanted
+    assert figures[f"evidence/{name}/view_tokens"] > wanted
+
+
+def test_answers_floors_and_what_cannot_be_known(ran):
+  folder, figures = ran
+  assert figures["answers/most frequent: gold1/f1"] >= 0
+  assert figures["answers/constant: I do not know./declines"] == 1
+  assert "unanswerable/bm25/declines" in figures
+  assert figures["answers/sink/forwarded"] > 400
+  text = (folder / "results.md").read_text()
+  assert "fairytale validation" in text and "− megacontext/similarity" in text
+
+
+def test_a_second_run_measures_nothing_and_says_the_same(
+    ran, lm, monkeypatch):
+  folder, figures = ran
+  before = json.loads((folder / "results.json").read_text())["figures"]
+  monkeypatch.setattr(questions, "_ask_all", pytest.fail)
+  questions.measure(lm, documents(), SETTINGS, folder, "gold1").write(folder)
+  assert json.loads((folder / "results.json").read_text())["figures"] == before
+
+
+def test_the_same_seed_finds_the_same(ran, lm, tmp_path):
+  _, figures = ran
+  few = questions.dataclasses.replace(
+    SETTINGS, evidence_only=True, systems=SETTINGS.systems[-1:])
+  report = questions.measure(lm, documents(), few, tmp_path)
+  for name, figure in report.figures.items():
+    if name.startswith("evidence/"):
+      assert figure.value == figures[name], name
+  assert not any(n.startswith("answers") for n in report.figures)
+
+
+def test_a_conversation_goes_on(lm, tmp_path):
+  talk = questions.dataclasses.replace(
+    SETTINGS, conversation=True, others=0,
+    systems=("megacontext/similarity", "sink"))
+  report = questions.measure(lm, documents(), talk, tmp_path)
+  assert report.figures["answers/sink/f1/n"].value == 4
+
+
+def test_mistakes_are_told_in_one_line():
+  with pytest.raises(McjaxError, match="no system 'rag'"):
+    questions.Settings(systems=("rag",))
+  with pytest.raises(McjaxError, match="none of the systems"):
+    questions.Settings(systems=("bm25",))
+  with pytest.raises(McjaxError, match="needs its answers"):
+    questions.Settings(conversation=True, evidence_only=True)
+  with pytest.raises(McjaxError, match="cannot read"):
+    runner.run("questions", {"data": "/nowhere/at/all.xz"}, "unused")
+
+
+def test_the_default_systems_are_known():
+  for name in questions.Settings().systems:
+    make.check(name)
