@@ -1,6 +1,7 @@
 """Alternates GistNet and LensNet: python -m experiments.alternate --workdir=…
 
-Every phase resumes from the workdir; SIGTERM or Ctrl-C leaves a checkpoint.
+Every phase resumes from the workdir; SIGTERM or Ctrl-C leaves a checkpoint
+and exits with status 75.
 At the end results.md tells, per cycle, what both networks reach on the same
 validation text and windows: whether alternating helped.
 """
@@ -9,8 +10,9 @@ import pathlib
 
 from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
-from mcjax.cli import commands
+from mcjax.cli import commands, training
 from mcjax.gist import encoder as gistnet
+from mcjax.parallel import processes
 from mcjax.training import alternating
 from mcjax.training.common import data
 from mcjax.training.gist import trainer as gist_trainer
@@ -20,7 +22,7 @@ _CONFIG = commands.ConfigFlag(__file__, "alternate")
 _WORKDIR = commands.define_workdir("Phases and the report.")
 
 
-def main(argv) -> None:
+def main(argv) -> bool:
   del argv
   c = _CONFIG.value
   workdir = pathlib.Path(_WORKDIR.value)
@@ -35,12 +37,14 @@ def main(argv) -> None:
     lm, config, train, lens, c.cycles,
     data.open_split(c.data, "train", mixture),
     data.open_split(c.data, "validation"), workdir, initial, mixture)
-  if run.run():
+  done = run.run()
+  if done and processes.is_first():
     print((workdir / "results.md").read_text(encoding="utf-8"))
+  return done
 
 
 def cli() -> None:
-  commands.run(main, _CONFIG)
+  training.run(main, _CONFIG)
 
 
 if __name__ == "__main__":

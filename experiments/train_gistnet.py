@@ -1,17 +1,16 @@
 """Trains a GistNet: python -m experiments.train_gistnet --config=… --workdir=…
 
 Resumes from the newest checkpoint of the workdir; SIGTERM or Ctrl-C leaves a
-checkpoint and exits.
+checkpoint and exits with status 75. With --distributed one of many processes.
 """
 
 import pathlib
 
 from absl import flags
-import jax
 
 from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
-from mcjax.cli import commands
+from mcjax.cli import commands, training
 from mcjax.gist import encoder as gistnet
 from mcjax.training.common import data
 from mcjax.training.gist import trainer as gist_trainer
@@ -19,14 +18,11 @@ from mcjax.training.gist import trainer as gist_trainer
 _CONFIG = commands.ConfigFlag(__file__, "gistnet")
 _WORKDIR = commands.define_workdir("Checkpoints and metrics.")
 _EXPORT = flags.DEFINE_string("export", None, "Write the final weights there.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of many processes.")
 
 
-def main(argv) -> None:
+def main(argv) -> bool:
   del argv
   c = _CONFIG.value
-  if _DISTRIBUTED.value:
-    jax.distributed.initialize()
   use_compilation_cache(pathlib.Path(_WORKDIR.value) / "compiled")
   train = gist_trainer.read_config(c.train, c.objective, c.phases)
   lm = load_base_lm(c.base, dtype=c.dtype)
@@ -40,10 +36,11 @@ def main(argv) -> None:
                      if train.validation_documents else None)
   if done and _EXPORT.value:
     trainer.export(_EXPORT.value, {"config": c.to_dict(), **lineage})
+  return done
 
 
 def cli() -> None:
-  commands.run(main, _CONFIG)
+  training.run(main, _CONFIG)
 
 
 if __name__ == "__main__":

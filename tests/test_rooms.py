@@ -13,8 +13,8 @@ _ROOT = pathlib.Path(mcjax.__file__).parent
 
 # From bottom to top: a room may import from itself and from rooms before it.
 ROOMS = (
-  "types", "settings", "config", "pretrained", "base", "tree", "gist", "window",
-  "answer", "focus", "lens", "parallel", "runtime", "testing",
+  "types", "settings", "config", "parallel", "pretrained", "base", "tree",
+  "gist", "window", "answer", "focus", "lens", "runtime", "testing",
   "training.common", "training.gist", "training.lens", "training.alternating",
   "evaluation.report", "evaluation.data", "evaluation.systems",
   "evaluation.suites", "evaluation.runner", "cli",

@@ -114,13 +114,14 @@ def _joined(arguments: list[str]) -> Iterator[str]:
     yield argument
 
 
-def run(main: Callable[[list[str]], None], config: ConfigFlag | None = None
-        ) -> None:
+def run(main: Callable[[list[str]], None], config: ConfigFlag | None = None,
+        flags_of: tuple[str, ...] = ()) -> None:
   """`absl.app.run` with help, --profile and one line for a user's mistake.
 
   Args:
     main: gets the arguments left over, none.
     config: its --config flag, if it has one.
+    flags_of: further modules whose flags --help tells.
   """
   absl_logging.set_verbosity(absl_logging.WARNING)
   jax.config.config_with_absl()
@@ -129,16 +130,19 @@ def run(main: Callable[[list[str]], None], config: ConfigFlag | None = None
     with one_line_errors(), _profile():
       main(argv)
 
-  app.run(guarded, flags_parser=lambda argv: _parse(argv, main, config))
+  app.run(guarded, flags_parser=lambda argv: _parse(
+    argv, main, config, flags_of))
 
 
-def _parse(argv: list[str], main, config: ConfigFlag | None) -> list[str]:
+def _parse(argv: list[str], main, config: ConfigFlag | None,
+           flags_of: tuple[str, ...]) -> list[str]:
   """The arguments left over, none; sets the flags."""
   with one_line_errors():
     try:
       argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
       if set(_HELP) & set(argv):
-        _print_help(main, config, [a for a in argv[1:] if a not in _HELP])
+        _print_help(main, config, flags_of,
+                    [a for a in argv[1:] if a not in _HELP])
         sys.exit(0)
       if config is not None:
         argv = [argv[0], *config.arrange(argv[1:])]
@@ -152,11 +156,12 @@ def _parse(argv: list[str], main, config: ConfigFlag | None) -> list[str]:
   return left
 
 
-def _print_help(main, config: ConfigFlag | None, arguments: list[str]) -> None:
+def _print_help(main, config: ConfigFlag | None, flags_of: tuple[str, ...],
+                arguments: list[str]) -> None:
   module = sys.modules[main.__module__]
   own = sys.argv[0] if main.__module__ == "__main__" else main.__module__
   print((module.__doc__ or "").strip())
-  for name in (own, __name__):
+  for name in (own, *flags_of, __name__):
     print(flags.FLAGS.module_help(name))
   print("  --jax_…: options of JAX; --flagfile=FILE: arguments, a line each")
   if config is not None:

@@ -7,9 +7,10 @@ process that is told to stop leaves a whole checkpoint.
 
 from __future__ import annotations
 
-import pathlib
+import os
 from typing import Any
 
+from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
@@ -20,6 +21,25 @@ def _shapes(tree) -> dict[str, list]:
   """{path: [dtype, sizes…]} of a pytree of arrays."""
   return {jax.tree_util.keystr(path): [str(leaf.dtype), *leaf.shape]
           for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _absolute(folder) -> epath.Path:
+  """A folder anywhere, local ones by their full path."""
+  return epath.Path(os.path.abspath(folder) if "://" not in str(folder)
+                    else folder)
+
+
+def _change(old, new, name: str) -> str | None:
+  """The first difference of two plain values: "name=old, not new"."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    pairs = [(f"{name}.{k}", old.get(k), new.get(k))
+             for k in sorted(set(old) | set(new))]
+  elif isinstance(old, list) and isinstance(new, list) and (
+      len(old) == len(new)):
+    pairs = [(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(old, new))]
+  else:
+    return None if old == new else f"{name}={old}, this run has {new}"
+  return next((c for n, a, b in pairs if (c := _change(a, b, n))), None)
 
 
 class Checkpoints:
@@ -34,7 +54,7 @@ class Checkpoints:
   def __init__(self, folder, config: dict[str, Any], keep: int = 3):
     self._config = config
     self._manager = ocp.CheckpointManager(
-      pathlib.Path(folder).absolute(),
+      _absolute(folder),
       options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
 
   def latest_step(self) -> int | None:
@@ -51,12 +71,15 @@ class Checkpoints:
     if wait:
       self._manager.wait_until_finished()
 
-  def restore(self, like, must_match: tuple[str, ...] = ()):
+  def restore(self, like, must_match: tuple[str, ...] = (),
+              may_not_change: tuple[str, ...] = ()):
     """The newest state, laid out and sharded as `like`; None if there is none.
 
     Args:
       like: pytree of arrays with the wanted shapes, dtypes and shardings.
       must_match: names of configuration entries that may not have changed.
+      may_not_change: as `must_match`, for those that a user may choose to
+        change (`accept_changes`); what older checkpoints lack is not compared.
 
     Raises:
       McjaxError: the run in this folder had another configuration or shape.
@@ -66,11 +89,16 @@ class Checkpoints:
       return None
     saved = self._manager.restore(
       step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-    for name in must_match:
-      if saved["run"].get(name) != self._config.get(name):
-        raise McjaxError(f"the checkpoint was written with {name}="
-                         f"{saved['run'].get(name)}, this run has "
-                         f"{self._config.get(name)}; use another workdir")
+    for name in must_match + may_not_change:
+      optional = name in may_not_change
+      if optional and name not in saved["run"]:
+        continue
+      change = _change(saved["run"].get(name), self._config.get(name), name)
+      if change:
+        raise McjaxError(
+          f"the checkpoint of step {step} was written with {change}; " + (
+            "set accept_changes to go on from it all the same, or use another "
+            "workdir" if optional else "use another workdir"))
     wanted = _shapes(like)
     for name in sorted(set(wanted) | set(saved["shapes"])):
       if wanted.get(name) != saved["shapes"].get(name):

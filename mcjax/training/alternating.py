@@ -19,6 +19,7 @@ import numpy as np
 
 from mcjax import pretrained
 from mcjax.gist import encoder as gistnet
+from mcjax.parallel import processes
 from mcjax.training.common.data import TokenStore
 from mcjax.training.gist.trainer import GistTrainer, TrainConfig
 from mcjax.training.lens import losses as lens_losses
@@ -79,7 +80,7 @@ class Alternation:
       if not trainer.run(self._validation):
         return False
       trainer.export(done.gistnet, {"cycle": number})
-      gist_params, encoder = trainer.state["params"], trainer.encoder()
+      gist_params, encoder = trainer.params(), trainer.encoder()
       rounds = LensRounds(self._lm, encoder, self._lens, self._train,
                           folder / "lensnet", lens_params)
       if not rounds.run():
@@ -88,7 +89,9 @@ class Alternation:
       lens_params = rounds.params
       self._held += rounds.held
       cycles.append(done)
-    self._report(cycles)
+    if processes.is_first():
+      self._report(cycles)
+    processes.barrier("reported")
     return True
 
   def _report(self, cycles: list[Cycle]) -> None:

@@ -10,7 +10,7 @@ resumes from its step number and a process reads only its own samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import hashlib
 import json
@@ -137,6 +137,27 @@ def open_split(folder, split: str, kinds: Iterable[str] | None = None
   return stores
 
 
+def fingerprint(stores: Mapping[str, TokenStore],
+                weights: Mapping[str, float] | None = None) -> dict:
+  """Names data and mixture in a checkpoint, without reading all of it.
+
+  Returns:
+    {"kinds": {kind: hex digest of sizes, document starts and a sample of the
+    tokens}, "mixture": {kind: weight}}.
+  """
+  digests = {}
+  for kind, store in sorted(stores.items()):
+    digest = hashlib.blake2b(digest_size=8)
+    for values in (store.tokens, store.offsets):
+      digest.update(str(len(values)).encode())
+      step = max(1, len(values) // 4096)
+      digest.update(np.asarray(values[::step], "<i8").tobytes())
+    digests[kind] = digest.hexdigest()
+  weights = weights or {k: 1.0 for k in stores}
+  return {"kinds": digests,
+          "mixture": {k: float(v) for k, v in sorted(weights.items())}}
+
+
 class WindowSampler:
   """Windows of tokens from a weighted mixture of kinds, without state.
 
@@ -221,25 +242,6 @@ class WindowSampler:
     tokens = self._stores[self._kinds[kind]].tokens
     return np.asarray(tokens[start : start + self._window], np.int32)
 
-  def batch(self, step: int, size: int, process: int = 0,
-            processes: int = 1) -> np.ndarray:
-    """Ids [size / processes, window] int32, this process's part of a batch.
-
-    Raises:
-      McjaxError: the batch does not divide among the processes.
-    """
-    if size % processes:
-      raise McjaxError(f"batch size {size} does not divide among {processes} "
-                       "processes")
-    own = size // processes
-    first = step * size + process * own
-    return np.stack([self.sample(first + i) for i in range(own)])
-
-
-def iterate(sampler: WindowSampler, size: int, start_step: int = 0,
-            process: int = 0, processes: int = 1) -> Iterator[np.ndarray]:
-  """Endless batches from `start_step` on."""
-  step = start_step
-  while True:
-    yield sampler.batch(step, size, process, processes)
-    step += 1
+  def batch(self, step: int, size: int) -> np.ndarray:
+    """Ids [size, window] int32 of one batch."""
+    return np.stack([self.sample(step * size + i) for i in range(size)])

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax.base import model
+from mcjax.parallel import processes, sharding
 from mcjax.training.common.data import TokenStore
 from mcjax.types import BRANCHING, McjaxError
 
@@ -179,7 +180,7 @@ class Bench:
     self.excerpts = excerpts
     self.setting = setting
     self._lm = lm
-    self._ids = jnp.asarray(excerpts.ids, jnp.int32)
+    self._ids = np.asarray(excerpts.ids, np.int32)
     self._cache = cache
     self.controls = {v: self._control(v) for v in controls}
 
@@ -193,17 +194,21 @@ class Bench:
     key = f"{self._lm.fingerprint} {self._lm.params['embed'].dtype} {s}"
     digest = hashlib.sha256(key.encode() + self.excerpts.ids.tobytes())
     path = self._cache / f"{variant}-{digest.hexdigest()[:16]}.npy"
-    if not path.exists():
+    processes.barrier("controls")  # all find the same
+    if path.exists():
+      return np.load(path)
+    found = self._run(empty, variant)
+    if processes.is_first():
       path.parent.mkdir(parents=True, exist_ok=True)
       partial = path.with_suffix(".partial.npy")
-      np.save(partial, self._run(empty, variant))
+      np.save(partial, found)
       partial.replace(path)
-    return np.load(path)
+    return found
 
   def _run(self, gists: np.ndarray, variant: str, params=None) -> np.ndarray:
-    return np.asarray(_losses(
-      params or self._lm.params, self._lm.config, self._ids, jnp.asarray(gists),
-      self.setting, variant), np.float64)
+    return sharding.fetch(_losses(
+      params or self._lm.params, self._lm.config, self._ids,
+      np.asarray(gists, np.float32), self.setting, variant)).astype(np.float64)
 
   def gists(self, encoder) -> np.ndarray:
     """Gists [n, blocks * m, D] float32 of the far tokens, by a GistNet."""

@@ -19,6 +19,7 @@ import pathlib
 from typing import Any
 import uuid
 
+import jax
 import numpy as np
 
 from mcjax.config import Config
@@ -28,6 +29,7 @@ from mcjax.focus.policy import Policy
 from mcjax.focus.similarity import Similarity
 from mcjax.lens import features as lens_rows
 from mcjax.lens.features import BURIED, GIST, RAW, Rows
+from mcjax.parallel import processes
 from mcjax.runtime.focus_loop import FocusLoop, Query
 from mcjax.runtime.telemetry import Telemetry
 from mcjax.training.lens.tasks import Task
@@ -297,22 +299,38 @@ def read(path: pathlib.Path) -> list[Labelled]:
       for i in range(count)]
 
 
+def _path(folder: pathlib.Path, task: int) -> pathlib.Path:
+  return folder / f"{task:06d}.npz"
+
+
 def make(folder, labeller: Labeller, tasks, count: int, first: int = 0,
-         settings: dict | None = None) -> Iterator[tuple[int, list[Labelled]]]:
+         settings: dict | None = None) -> Iterator[int]:
   """Labels tasks `first` to `first + count`; what is in `folder` is kept.
 
+  Many processes share the tasks that are missing, and take one each at a time,
+  so that all of them can stop together. All see one folder.
+
   Yields:
-    (number, windows) of each task, made now or before.
+    as often in every process: how many tasks are labelled.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  if settings is not None:
+  if settings is not None and processes.is_first():
     (folder / "settings.json").write_text(json.dumps(settings, indent=1))
+  processes.barrier("labelling begins")
+  missing = [n for n in range(first, first + count)
+             if not _path(folder, n).exists()]
+  processes.barrier("all know what is missing")
+  many = jax.process_count()
+  for start in range(0, len(missing), many):
+    for number in missing[start:][jax.process_index() : many : many]:
+      write(_path(folder, number), labeller.label(tasks.task(number), number))
+    processes.barrier("one task each is labelled")
+    yield count - len(missing) + min(start + many, len(missing))
+
+
+def read_tasks(folder, count: int, first: int = 0
+               ) -> Iterator[tuple[int, list[Labelled]]]:
+  """(number, windows) of tasks that `make` has labelled, in order."""
   for number in range(first, first + count):
-    path = folder / f"{number:06d}.npz"
-    if path.exists():
-      yield number, read(path)
-      continue
-    windows = labeller.label(tasks.task(number), number)
-    write(path, windows)
-    yield number, windows
+    yield number, read(_path(pathlib.Path(folder), number))

@@ -14,9 +14,9 @@ import tqdm
 from mcjax import pretrained
 from mcjax.lens import network as lensnet
 from mcjax.lens.policy import LensNetPolicy
+from mcjax.parallel import processes
 from mcjax.settings import read_fields
 from mcjax.training.common.data import TokenStore
-from mcjax.training.common.stop_signal import StopSignal
 from mcjax.training.lens import labels as focus_labels
 from mcjax.training.lens import losses as lens_losses
 from mcjax.training.lens import tasks as focus_tasks
@@ -89,6 +89,7 @@ class LensRounds:
     stores: {kind: TokenStore} of the training split.
     workdir: of labels, checkpoints and metrics.
     initial: LensNet parameters to start from.
+    mesh: of the training; all devices of all processes if None.
 
   Attributes:
     params: the best parameters of the last round; `initial` before.
@@ -96,8 +97,10 @@ class LensRounds:
   """
 
   def __init__(self, lm, encoder, config: LensRoundsConfig,
-               stores: Mapping[str, TokenStore], workdir, initial=None):
+               stores: Mapping[str, TokenStore], workdir, initial=None,
+               mesh=None):
     self._lm, self._encoder, self._config = lm, encoder, config
+    self._mesh = mesh
     self.workdir = pathlib.Path(workdir)
     self._tasks = focus_tasks.TaskSource(
       stores, lm.tokenizer, config.longest, config.train.seed)
@@ -140,13 +143,15 @@ class LensRounds:
     made = focus_labels.make(
       self.workdir / f"labels-{number}", labeller, self._tasks, one.tasks,
       first, dataclasses.asdict(self._config.labels))
-    with StopSignal() as stop:
-      for task, labelled in tqdm.tqdm(
-          made, total=one.tasks, unit="task", dynamic_ncols=True):
-        kept = task % self._config.validation_every == 1
-        (self.held if kept else windows).extend(labelled)
-        if stop.raised:
+    with processes.StopSignal() as stop:
+      for _ in tqdm.tqdm(made, unit="task", dynamic_ncols=True,
+                         disable=not processes.is_first()):
+        if stop.reached():
           return False
+    for task, labelled in focus_labels.read_tasks(
+        self.workdir / f"labels-{number}", one.tasks, first):
+      kept = task % self._config.validation_every == 1
+      (self.held if kept else windows).extend(labelled)
     return True
 
   def _make_trainer(self, number: int, one: Round, windows) -> LensTrainer:
@@ -157,7 +162,7 @@ class LensRounds:
     return LensTrainer(
       self._lm, self._encoder, self.lens,
       dataclasses.replace(c.train, steps=one.steps), c.objective, windows,
-      pairs, self.workdir / f"round-{number}", self.params)
+      pairs, self.workdir / f"round-{number}", self.params, self._mesh)
 
   def export(self, path, card: Mapping[str, Any]) -> None:
     """Writes the last round's weights with the facts of `card`.

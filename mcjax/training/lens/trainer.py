@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -20,10 +19,11 @@ from mcjax import pretrained
 from mcjax.lens import network as lensnet
 from mcjax.lens import policy as lensnet_policy
 from mcjax.lens.features import RAW, LensInputs
+from mcjax.parallel import processes, sharding
 from mcjax.parallel.checkpoints import Checkpoints
-from mcjax.training.common.metrics import MetricWriter
+from mcjax.parallel.sharding import RULES
+from mcjax.training.common import loop
 from mcjax.training.common.ranks import spearman
-from mcjax.training.common.stop_signal import StopSignal
 from mcjax.training.lens import losses as lens_losses
 from mcjax.training.lens.labels import Labelled
 from mcjax.training.lens.losses import LensObjective, Pairs, Windows
@@ -43,6 +43,8 @@ class LensTrainConfig:
     weight_decay, clip: of AdamW and the global norm.
     seed: of order and initialisation.
     log_every, evaluate_every, save_every: steps between records.
+    keep: checkpoints kept, the newest.
+    mesh_data, mesh_fsdp: mesh sizes; data -1 takes what is left.
   """
 
   steps: int = 1500
@@ -56,13 +58,22 @@ class LensTrainConfig:
   log_every: int = 20
   evaluate_every: int = 100
   save_every: int = 100
+  keep: int = 3
+  mesh_data: int = -1
+  mesh_fsdp: int = 1
 
   def __post_init__(self):
     for name in ("steps", "batch", "pairs", "log_every", "evaluate_every",
-                 "save_every"):
+                 "save_every", "keep"):
       if getattr(self, name) < 1:
         raise McjaxError(f"config.train.{name} must be ≥ 1, got "
                          f"{getattr(self, name)}")
+
+  def schedule(self) -> dict[str, Any]:
+    """What the course of training depends on, as plain values."""
+    idle = ("log_every", "evaluate_every", "save_every", "keep", "mesh_data",
+            "mesh_fsdp")
+    return {k: v for k, v in dataclasses.asdict(self).items() if k not in idle}
 
 
 def optimizer(c: LensTrainConfig) -> optax.GradientTransformation:
@@ -76,20 +87,16 @@ def optimizer(c: LensTrainConfig) -> optax.GradientTransformation:
                 mask=lambda p: jax.tree.map(lambda a: np.ndim(a) > 1, p)))
 
 
-@functools.partial(
-  jax.jit, static_argnames=("config", "lens", "objective"), donate_argnums=0)
-def train_step(state, embed, windows: Windows, pairs: Pairs, rows, asked, *,
+def train_step(state, embed, windows: Windows, pairs: Pairs, *,
                config: LensTrainConfig, lens: lensnet.LensNetConfig,
                objective: LensObjective):
-  """One step on windows `rows` [B] and pairs `asked` [P] of the data.
+  """One step on a batch of windows and pairs.
 
   Returns:
     the next state and [] float32 metrics.
   """
-  batch = jax.tree.map(lambda a: a[rows], windows)
-  chosen = Pairs(pairs.questions[asked], pairs.blocks[asked], pairs.others)
   (_, terms), gradient = jax.value_and_grad(
-    lambda p: lens_losses.loss(p, lens, objective, embed, batch, chosen),
+    lambda p: lens_losses.loss(p, lens, objective, embed, windows, pairs),
     has_aux=True)(state["params"])
   with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and counts
     updates, moments = optimizer(config).update(
@@ -106,105 +113,121 @@ class LensTrainer:
     encoder: its GistNet.
     lens: sizes of LensNet.
     config, objective: see there.
-    windows: labelled, for training.
+    windows: labelled, for training; the same in all processes.
     pairs: made-up questions, at least `config.pairs`.
     workdir: of checkpoints and metrics.
     initial: parameters to start from; fresh ones if None.
+    mesh: of the run; all devices of all processes if None.
+
+  Attributes:
+    step: optimizer steps launched.
+    state: parameters, optimizer state and step, on the mesh.
   """
 
   def __init__(self, lm, encoder, lens: lensnet.LensNetConfig,
                config: LensTrainConfig, objective: LensObjective,
                windows: Sequence[Labelled], pairs: Pairs, workdir,
-               initial=None):
+               initial=None, mesh=None):
     self.config, self.lens, self.objective = config, lens, objective
     self.workdir = pathlib.Path(workdir)
     self._lm, self._encoder = lm, encoder
-    self._embed = jnp.asarray(lm.params["embed"], jnp.float32)
-    self._windows = jax.device_put(lens_losses.stack(
-      windows, np.asarray(self._embed), encoder))
-    self._pairs = jax.device_put(pairs)
+    self.mesh = sharding.make_mesh(
+      config.mesh_data, config.mesh_fsdp) if mesh is None else mesh
+    if config.batch % RULES.batch_devices(self.mesh):
+      raise McjaxError(f"config.train.batch={config.batch} does not divide "
+                       f"among {RULES.batch_devices(self.mesh)} devices")
+    self._embed_host = np.asarray(lm.params["embed"], np.float32)
+    self._windows = lens_losses.stack(windows, self._embed_host, encoder)
+    self._pairs = pairs
+    self._held: Windows | None = None
+    whole = sharding.replicated(self.mesh)
+    self._embed = sharding.put(self._embed_host, whole)
     start = initial or lensnet.init_params(lens, config.seed)
     start = {name: start[name] for name in ("score", "keys")}  # and no table
     start = jax.tree.map(lambda a: jnp.array(a, copy=True), start)
-    self.state = {"params": start, "optimizer": optimizer(config).init(start),
-                  "step": jnp.zeros((), jnp.int32)}
+    state = {"params": start, "optimizer": optimizer(config).init(start),
+             "step": jnp.zeros((), jnp.int32)}
+    self._state_sharding = RULES.shardings("lensnet", state, self.mesh)
+    self.state = sharding.put(state, self._state_sharding)
     plain = json.loads(json.dumps({
       "lens": dataclasses.asdict(lens), "base": lm.fingerprint,
-      "windows": len(windows), "train": dataclasses.asdict(config),
+      "windows": len(windows), "train": config.schedule(),
       "objective": dataclasses.asdict(objective)}))
-    self._checkpoints = Checkpoints(self.workdir / "checkpoints", plain)
+    self._checkpoints = Checkpoints(
+      self.workdir / "checkpoints", plain, config.keep)
     restored = self._checkpoints.restore(
       self.state, must_match=tuple(plain))
     if restored is not None:
       self.state = restored
-
-  @property
-  def step(self) -> int:
-    """Optimizer steps done."""
-    return int(np.asarray(self.state["step"]))
+    self.step = int(self.state["step"])
+    self._run = jax.jit(
+      functools.partial(train_step, config=config, lens=lens,
+                        objective=objective),
+      donate_argnums=0, out_shardings=(self._state_sharding, whole))
 
   @property
   def params(self):
-    """Current parameters on the host."""
-    return jax.device_get(self.state["params"])
+    """Current parameters on the host; all processes ask for them."""
+    return sharding.fetch(self.state["params"])
 
-  def one_step(self) -> dict[str, float]:
-    """Runs the next step; its data are a function of the seed and the step."""
+  def launch(self) -> dict[str, jax.Array]:
+    """Starts the next step; its data are a function of the seed and the step.
+    """
     c = self.config
     rng = np.random.default_rng([c.seed, 5, self.step])
-    count = self._windows.worth.shape[0]
+    count = len(self._windows.worth)
     rows = rng.choice(count, c.batch, replace=count < c.batch)
     asked = rng.choice(len(self._pairs.questions), c.pairs, replace=False)
-    self.state, terms = train_step(
-      self.state, self._embed, self._windows, self._pairs,
-      rows.astype(np.int32), asked.astype(np.int32), config=c, lens=self.lens,
-      objective=self.objective)
-    return {k: float(v) for k, v in jax.device_get(terms).items()}
+    batch = jax.tree.map(lambda a: a[rows], self._windows)
+    chosen = Pairs(self._pairs.questions[asked], self._pairs.blocks[asked],
+                   self._pairs.others)
+    split = RULES.batch_sharding(self.mesh)
+    whole = sharding.replicated(self.mesh)
+    self.state, terms = self._run(
+      self.state, self._embed,
+      sharding.put(batch, jax.tree.map(lambda _: split, batch)),
+      sharding.put(chosen, jax.tree.map(lambda _: whole, chosen)))
+    self.step += 1
+    return terms
+
+  def one_step(self) -> dict[str, float]:
+    """Runs the next step; returns its metrics."""
+    return {k: float(v) for k, v in jax.device_get(self.launch()).items()}
+
+  def rates(self, step: int, seconds: float) -> dict[str, float]:
+    """Steps a second."""
+    del step
+    return {"steps_per_second": 1 / seconds}
 
   def run(self, validation: Sequence[Labelled] = (),
           report: Callable[[str], None] = tqdm.tqdm.write) -> bool:
     """Trains to the last step, or to a signal; False if it was stopped."""
     c = self.config
-    held = None
     if validation:
-      held = lens_losses.stack(
-        validation, np.asarray(self._embed), self._encoder)
-    metrics = MetricWriter(self.workdir, self.step)
-    best_path = self.workdir / "best.json"
-    best = json.loads(best_path.read_text()) if best_path.exists() else {}
-    bar = tqdm.tqdm(total=c.steps, initial=self.step, unit="step",
-                    dynamic_ncols=True)
-    with StopSignal() as stop:
-      while self.step < c.steps and not stop.raised:
-        began = time.perf_counter()
-        values = self.one_step()
-        step = self.step
-        bar.update()
-        bar.set_postfix_str(f"loss {values['loss']:.3f}")
-        if not np.isfinite(values["loss"]):
-          raise McjaxError(f"loss is not finite at step {step}")
-        if step % c.log_every == 0:
-          metrics.write(step, values | {
-            "steps_per_second": 1 / (time.perf_counter() - began)})
-        last = step == c.steps or stop.raised
-        if step % c.save_every == 0 or last:
-          self._checkpoints.save(step, self.state, wait=last)
-        if held is not None and (step % c.evaluate_every == 0 or last):
-          found = evaluate(self.params, self.lens, self._embed, held)
-          metrics.write(step, {f"validation/{k}": v for k, v in found.items()})
-          report(f"step {step}: " + ", ".join(
-            f"{k} {v:.3f}" for k, v in found.items()))
-          if found["regret"] < best.get("regret", np.inf):
-            best = {"step": step, **found}
-            self._keep_best(best)
-    bar.close()
-    metrics.close()
-    self._checkpoints.close()
-    return self.step >= c.steps
+      self._held = lens_losses.stack(
+        validation, self._embed_host, self._encoder)
+    return loop.run(
+      self, loop.Cadence(c.steps, c.log_every, c.save_every,
+                         c.evaluate_every),
+      self.workdir, self._checkpoints,
+      self._validate if validation else None, report)
 
-  def _keep_best(self, facts: dict[str, float]) -> None:
+  def _validate(self, step: int) -> tuple[dict[str, float], str]:
+    """Metrics and a line; the best weights so far are kept."""
+    params = self.params
+    found = evaluate(params, self.lens, self._embed_host, self._held)
+    path = self.workdir / "best.json"
+    if processes.is_first():
+      best = json.loads(path.read_text()) if path.exists() else {}
+      if found["regret"] < best.get("regret", np.inf):
+        self._keep_best(params, {"step": step, **found})
+    processes.barrier("the best so far is kept")
+    return {f"validation/{k}": v for k, v in found.items()}, ", ".join(
+      f"{k} {v:.3f}" for k, v in found.items())
+
+  def _keep_best(self, params, facts: dict[str, float]) -> None:
     lensnet_policy.save_lensnet(
-      self.workdir / "best.safetensors", self.params, self.lens, {})
+      self.workdir / "best.safetensors", params, self.lens, {})
     (self.workdir / "best.json").write_text(json.dumps(facts))
 
   def best_params(self):
@@ -218,12 +241,15 @@ class LensTrainer:
     return pretrained.read_weights(path, "lensnet")[0]
 
   def export(self, path, card: Mapping[str, Any]) -> None:
-    """Writes the best weights with the facts of `card`."""
+    """Writes the best weights with the facts of `card`, on process 0."""
+    params = self.best_params()
+    if not processes.is_first():
+      return
     lensnet_policy.save_lensnet(
-      path, self.best_params(), self.lens,
+      path, params, self.lens,
       {"base": self._lm.name, "base_fingerprint": self._lm.fingerprint,
        "gistnet": self._encoder.fingerprint, "steps": self.step,
-       "windows": int(self._windows.worth.shape[0]), **card})
+       "windows": len(self._windows.worth), **card})
 
 
 def window_scores(params, lens: lensnet.LensNetConfig, embed,

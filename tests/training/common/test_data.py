@@ -62,23 +62,24 @@ def test_mixture_follows_the_weights(tiny_stores):
   assert counts[sorted(marked).index("code")] == 300
 
 
-def test_batches_are_pure_and_split_by_process(tiny_stores):
+def test_batches_are_pure(tiny_stores):
   one, two = (data.WindowSampler(tiny_stores, 64, seed=9) for _ in range(2))
   whole = one.batch(12, 8)
   for _ in range(3):
     two.sample(1)
-  parts = [two.batch(12, 8, p, 4) for p in (3, 2, 1, 0)]
-  np.testing.assert_array_equal(np.concatenate(parts[::-1]), whole)
-  with pytest.raises(McjaxError, match="divide"):
-    one.batch(0, 8, 0, 3)
+  for place in (7, 0, 3):
+    np.testing.assert_array_equal(two.sample(12 * 8 + place), whole[place])
 
 
-def test_iterate_resumes(tiny_stores):
-  sampler = data.WindowSampler(tiny_stores, 64)
-  stream = data.iterate(sampler, 2)
-  first = [next(stream) for _ in range(5)]
-  np.testing.assert_array_equal(
-    next(data.iterate(sampler, 2, start_step=4)), first[4])
+def test_fingerprint_tells_data_and_mixture_apart(tiny_stores):
+  own = data.fingerprint(tiny_stores)
+  assert own == data.fingerprint(tiny_stores, {"code": 1.0, "prose": 1.0})
+  assert own != data.fingerprint(tiny_stores, {"code": 1.0, "prose": 2.0})
+  store = tiny_stores["code"]
+  changed = data.TokenStore(store.tokens[:-1], store.offsets, store.names)
+  other = data.fingerprint({**tiny_stores, "code": changed})
+  assert other["kinds"]["prose"] == own["kinds"]["prose"]
+  assert other["kinds"]["code"] != own["kinds"]["code"]
 
 
 def test_sampler_errors(tiny_stores):

@@ -10,6 +10,7 @@ from experiments.configs import gistnet as default
 from experiments.configs import gistnet_ablation
 from experiments.configs import gistnet_accelerator as accelerator
 from mcjax.gist import encoder as gistnet
+from mcjax.parallel import sharding
 from mcjax.training.gist import trainer as gist_trainer
 from mcjax.types import McjaxError
 
@@ -28,16 +29,13 @@ def _trainer(c, tiny_lm, tiny_stores, workdir):
     phases=(gist_trainer.Phase(2, *turns),))
   network = gistnet.configure(tiny_lm.params, tiny_lm.config, c.gistnet)
   return gist_trainer.GistTrainer(
-    tiny_lm, network, config, tiny_stores, workdir, {"code": 1.0})
+    tiny_lm, network, config, tiny_stores, workdir, {"code": 1.0},
+    mesh=sharding.make_mesh(1, devices=jax.devices()[:1]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(gistnet_ablation.ABLATIONS))
-def test_takes_a_step(
-    name, tiny_lm, tiny_stores, tmp_path, monkeypatch):
-  real = gist_trainer.sharding.make_mesh
-  monkeypatch.setattr(gist_trainer.sharding, "make_mesh",
-                      lambda *n: real(*n, jax.devices()[:1]))
+def test_takes_a_step(name, tiny_lm, tiny_stores, tmp_path):
   if name == "features_4":
     pytest.skip("the tiny base has two layers")
   trainer = _trainer(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mcjax.gist import encoder as gistnet
+from mcjax.parallel import sharding
 from mcjax.training.gist import trainer as gist_trainer
 from mcjax.training.gist.losses import Objective
 from mcjax.types import McjaxError
@@ -25,16 +26,16 @@ _CONFIG = gist_trainer.TrainConfig(
 
 
 @pytest.fixture
-def make(tiny_lm, tiny_gist_config, tiny_stores, monkeypatch):
+def make(tiny_lm, tiny_gist_config, tiny_stores):
   """Builds trainers on one device."""
-  one = jax.devices()[:1]
-  real = gist_trainer.sharding.make_mesh
-  monkeypatch.setattr(gist_trainer.sharding, "make_mesh",
-                      lambda data, model: real(data, model, one))
 
-  def build(workdir, config=_CONFIG, **kwargs):
+  def build(workdir, config=_CONFIG, devices=1, **kwargs):
+    mesh = sharding.make_mesh(
+      config.mesh_data, config.mesh_fsdp, config.mesh_tensor,
+      jax.devices()[:devices])
     return gist_trainer.GistTrainer(
-      tiny_lm, tiny_gist_config, config, tiny_stores, workdir, **kwargs)
+      tiny_lm, tiny_gist_config, config, tiny_stores, workdir, mesh=mesh,
+      **kwargs)
 
   return build
 
@@ -137,15 +138,15 @@ def test_killed_and_resumed_equals_uninterrupted(make, tmp_path, stop_after):
 
 def test_sigterm_leaves_a_checkpoint(make, tmp_path):
   trainer = make(tmp_path)
-  real = trainer.one_step
+  real = trainer.launch
 
-  def step():
+  def launch():
     values = real()
     if trainer.step == 2:
       os.kill(os.getpid(), signal.SIGTERM)
     return values
 
-  trainer.one_step = step
+  trainer.launch = launch
   assert not trainer.run()
   assert make(tmp_path).step == 2
 
@@ -183,18 +184,18 @@ def test_evaluation_keeps_the_best_weights(
   assert loaded.card["tokens"] == loaded.card["steps"] * 4 * 128
 
 
-@pytest.mark.slow
-def test_mesh_gives_the_same_step(make, tmp_path, monkeypatch):
-  alone = make(tmp_path / "a").one_step()
-  monkeypatch.undo()
-  real = gist_trainer.sharding.make_mesh
-  monkeypatch.setattr(
-    gist_trainer.sharding, "make_mesh",
-    lambda data, model: real(data, model, jax.devices()[:4]))
-  config = dataclasses.replace(_CONFIG, mesh_data=2, mesh_model=2)
-  spread = make(tmp_path / "b", config).one_step()
-  for name in ("loss", "kl", "gradient_norm"):
-    assert spread[name] == pytest.approx(float(alone[name]), rel=1e-3)
+@pytest.mark.parametrize("data, fsdp, tensor", [
+  (1, 2, 2), *(pytest.param(*m, marks=pytest.mark.slow)
+               for m in ((4, 1, 1), (1, 4, 1), (1, 1, 4)))])
+def test_any_mesh_gives_the_same_losses(make, tmp_path, data, fsdp, tensor):
+  alone = make(tmp_path / "a", dataclasses.replace(_CONFIG, micro_batch=4))
+  spread = make(tmp_path / "b", dataclasses.replace(
+    _CONFIG, micro_batch=4, mesh_data=data, mesh_fsdp=fsdp,
+    mesh_tensor=tensor), devices=4)
+  for _ in range(2):
+    one, many = alone.one_step(), spread.one_step()
+    for name in ("loss", "kl", "gradient_norm"):
+      assert many[name] == pytest.approx(one[name], rel=1e-5)
 
 
 @pytest.mark.parametrize("field, value", [
@@ -202,6 +203,20 @@ def test_mesh_gives_the_same_step(make, tmp_path, monkeypatch):
 def test_configuration_errors_name_the_field(field, value):
   with pytest.raises(McjaxError, match=field):
     dataclasses.replace(_CONFIG, **{field: value})
+
+
+def test_another_schedule_or_data_is_named_and_refused(
+    make, tmp_path, tiny_stores):
+  trainer = make(tmp_path)
+  trainer.one_step()
+  trainer._checkpoints.save(1, trainer.state, wait=True)
+  other = dataclasses.replace(_CONFIG, learning_rate=0.5)
+  with pytest.raises(McjaxError, match=r"schedule.learning_rate=0.001.*0.5"):
+    make(tmp_path, other)
+  with pytest.raises(McjaxError, match="data.mixture.code"):
+    make(tmp_path, weights={"code": 2.0, "prose": 1.0})
+  assert make(
+    tmp_path, dataclasses.replace(other, accept_changes=True)).step == 1
 
 
 def test_schedule_rises_stays_and_falls():

@@ -11,6 +11,7 @@ from mcjax.evaluation.data import planted
 from mcjax.lens import features as lens_rows
 from mcjax.lens import network as lensnet
 from mcjax.lens.features import BURIED, RAW
+from mcjax.parallel import sharding
 from mcjax.testing import tiny_base
 from mcjax.training.common.data import TokenStore
 from mcjax.training.lens import distil as lens_distil
@@ -203,10 +204,13 @@ def test_labels_are_kept_and_not_made_again(lm, encoder, tasks, tmp_path):
       return super().label(task, number)
 
   labeller = Counted(lm, encoder, _LABELS)
-  first = list(focus_labels.make(tmp_path, labeller, tasks, 1, 3))
-  again = list(focus_labels.make(tmp_path, labeller, tasks, 1, 3))
+  assert list(focus_labels.make(tmp_path, labeller, tasks, 1, 3)) == [1]
+  first = dict(focus_labels.read_tasks(tmp_path, 1, 3))
+  assert list(focus_labels.make(tmp_path, labeller, tasks, 1, 3)) == []
   assert Counted.made == 1
-  for a, b in zip(first[0][1], again[0][1], strict=True):
+  again = dict(focus_labels.read_tasks(tmp_path, 1, 3))
+  assert first[3]
+  for a, b in zip(first[3], again[3], strict=True):
     for field in dataclasses.fields(a):
       np.testing.assert_array_equal(
         getattr(a, field.name), getattr(b, field.name))
@@ -272,6 +276,10 @@ def test_every_parameter_learns_and_the_base_is_frozen(batch, lm):
 # --- Trainer -----------------------------------------------------------------
 
 
+def _mesh():
+  return sharding.make_mesh(1, devices=jax.devices()[:1])
+
+
 def _losses(folder):
   rows = [json.loads(line) for line in
           (folder / "metrics.jsonl").read_text().splitlines()]
@@ -283,7 +291,7 @@ def test_a_killed_run_resumes_with_the_same_losses(
     lm, encoder, windows, batch, tmp_path):
   def make(folder):
     return LensTrainer(lm, encoder, _LENS, _TRAIN, lens_losses.LensObjective(),
-                       windows, batch[2], folder)
+                       windows, batch[2], folder, mesh=_mesh())
 
   whole = make(tmp_path / "whole")
   assert whole.run(windows, report=lambda _: None)
@@ -327,7 +335,8 @@ def test_rounds_label_with_the_policy_they_trained(
     "train": {**dataclasses.asdict(_TRAIN)}, "longest": 2600, "pairs": 8,
     "validation_every": 2,
     "lens": {"width": 16, "heads": 2, "layers": 1, "key_dim": 16}})
-  rounds = lens_rounds.LensRounds(lm, encoder, config, stores, tmp_path)
+  rounds = lens_rounds.LensRounds(
+    lm, encoder, config, stores, tmp_path, mesh=_mesh())
   assert rounds.run()
   assert len(list((tmp_path / "labels-1").glob("*.npz"))) == 1
   assert (tmp_path / "round-1" / "best.json").exists()

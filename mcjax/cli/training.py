@@ -1,0 +1,70 @@
+"""What the training mains share: many processes, and how a run ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import contextlib
+import functools
+import signal
+import sys
+
+from absl import flags, logging
+
+from mcjax.cli import commands
+from mcjax.parallel import processes
+from mcjax.types import McjaxError
+
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "One of many processes; the three flags below are "
+  "found by themselves on a TPU pod, under Slurm, Open MPI and Kubernetes.")
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "HOST:PORT at which process 0 is found.")
+_COUNT = flags.DEFINE_integer(
+  "num_processes", None, "How many processes the run has.", 1)
+_PROCESS = flags.DEFINE_integer(
+  "process_id", None, "The number of this one, from 0.", 0)
+
+
+def run(main: Callable[[list[str]], bool], config: commands.ConfigFlag
+        ) -> None:
+  """Runs the main of a training program and ends the process.
+
+  Exit status 0: finished. 75: stopped by SIGTERM or Ctrl-C, in whichever
+  process, and saved; the same command goes on. 76: another process of the run
+  is gone. 1: a mistake, told in one line.
+
+  Args:
+    main: returns whether the run is finished.
+    config: its --config flag.
+  """
+
+  @functools.wraps(main)  # whose module is asked for help
+  def guarded(argv: list[str]) -> None:
+    with _membership():
+      done = main(argv)
+    if not done:
+      print("stopped and saved; the same command goes on", file=sys.stderr)
+      sys.exit(processes.STOPPED)
+
+  commands.run(guarded, config, flags_of=(__name__,))
+
+
+@contextlib.contextmanager
+def _membership() -> Iterator[None]:
+  """The process as a member of the run, from joining to parting."""
+  if not _DISTRIBUTED.value:
+    # Outside the loops there is nothing to save.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(processes.STOPPED))
+    yield
+    return
+  processes.join(_COORDINATOR.value, _COUNT.value, _PROCESS.value)
+  try:
+    yield
+  except McjaxError as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    processes.leave(str(error))
+  except Exception as error:
+    logging.exception("process failed")
+    processes.lost_peer(error)
+    processes.leave(f"{type(error).__name__}: {error}")
+  processes.leave()
