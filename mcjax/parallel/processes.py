@@ -59,7 +59,7 @@ def join(coordinator: str | None = None, count: int | None = None,
       f"the processes of this run did not come together: {reason}; see "
       "--coordinator, --num_processes and --process_id") from error
   if not is_first():
-    _told_of_aborts()
+    _told_of_aborts(str(distributed.global_state.coordinator_address))
   _Watch().start()
 
 
@@ -121,7 +121,7 @@ class _Watch(threading.Thread):
     return None
 
 
-def _told_of_aborts() -> None:
+def _told_of_aborts(coordinator: str) -> None:
   """Makes the loss of process 0 an error in one line.
 
   JAX's runtime aborts at once where the coordinating process is gone, and
@@ -129,7 +129,7 @@ def _told_of_aborts() -> None:
   """
 
   def aborted(number: int) -> None:
-    host, port = distributed.global_state.coordinator_address.rsplit(":", 1)
+    host, port = coordinator.rsplit(":", 1)
     try:
       socket.create_connection((host.strip("[]"), int(port)), 5).close()
     except OSError:

@@ -130,13 +130,13 @@ def run(job: Job, cadence: Cadence, workdir, checkpoints: Checkpoints,
         records.add(step, metrics)
         last = stop.reached() or step == cadence.steps
         due = step % cadence.evaluate_every == 0 or step == cadence.steps
-        evaluates = evaluate is not None and due and not stop.raised
-        if last or evaluates:
+        judge = evaluate if due and not stop.raised else None
+        if last or judge is not None:
           records.finish()
         if step % cadence.save_every == 0 or last:
           checkpoints.save(step, job.state, wait=last)
-        if evaluates:
-          values, line = evaluate(step)
+        if judge is not None:
+          values, line = judge(step)
           records.write(step, values)
           if processes.is_first():
             report(f"step {step}: {line}")

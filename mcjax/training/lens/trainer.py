@@ -139,7 +139,6 @@ class LensTrainer:
     self._embed_host = np.asarray(lm.params["embed"], np.float32)
     self._windows = lens_losses.stack(windows, self._embed_host, encoder)
     self._pairs = pairs
-    self._held: Windows | None = None
     whole = sharding.replicated(self.mesh)
     self._embed = sharding.put(self._embed_host, whole)
     start = initial or lensnet.init_params(lens, config.seed)
@@ -203,19 +202,19 @@ class LensTrainer:
           report: Callable[[str], None] = tqdm.tqdm.write) -> bool:
     """Trains to the last step, or to a signal; False if it was stopped."""
     c = self.config
+    judge = None
     if validation:
-      self._held = lens_losses.stack(
-        validation, self._embed_host, self._encoder)
+      judge = functools.partial(self._validate, lens_losses.stack(
+        validation, self._embed_host, self._encoder))
     return loop.run(
       self, loop.Cadence(c.steps, c.log_every, c.save_every,
                          c.evaluate_every),
-      self.workdir, self._checkpoints,
-      self._validate if validation else None, report)
+      self.workdir, self._checkpoints, judge, report)
 
-  def _validate(self, step: int) -> tuple[dict[str, float], str]:
+  def _validate(self, held: Windows, step: int) -> tuple[dict[str, float], str]:
     """Metrics and a line; the best weights so far are kept."""
     params = self.params
-    found = evaluate(params, self.lens, self._embed_host, self._held)
+    found = evaluate(params, self.lens, self._embed_host, held)
     path = self.workdir / "best.json"
     if processes.is_first():
       best = json.loads(path.read_text()) if path.exists() else {}
