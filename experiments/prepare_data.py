@@ -4,6 +4,7 @@
   python -m experiments.prepare_data --config.full      all, about 170 Mtok
   python -m experiments.prepare_data --config.full --config.million_tokens=12
   python -m experiments.prepare_data --config.kinds=code,wiki
+  python -m experiments.prepare_data --config.text=notes/ --config.folder=STORE
 
 tools/prepare_data does the same in an environment of its own, and takes the
 settings without the "config.".
@@ -13,7 +14,9 @@ import pathlib
 
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands
+from mcjax.runtime.documents import read_documents
 from mcjax.training.common import data, prepare
+from mcjax.types import McjaxError
 
 _CONFIG = commands.ConfigFlag(__file__, "data")
 
@@ -25,9 +28,15 @@ def main(argv) -> None:
   budget = c.million_tokens
   if budget is None and not c.full:
     budget = 3.0
-  records = prepare.prepare(
-    load_base_lm(c.base), folder, pathlib.Path(c.books), budget, c.full,
-    list(c.kinds))
+  lm = load_base_lm(c.base)
+  if c.text:
+    if not c.folder:
+      raise McjaxError("own text needs a store of its own: --config.folder=DIR")
+    records = prepare.prepare_own(lm, folder, (
+      (d.name, d.text) for d in read_documents(c.text, c.suffixes)))
+  else:
+    records = prepare.prepare(
+      lm, folder, pathlib.Path(c.books), budget, c.full, list(c.kinds))
   for r in records:
     print(f"{r['split']:<11}{r['kind']:<8}{r['documents']:>6} documents "
           f"{r['tokens'] / 1e6:8.2f} Mtok")

@@ -43,6 +43,13 @@ hypothesis.settings.register_profile("mcjax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("mcjax")
 
 
+def pytest_collection_modifyitems(items):
+  """Marks what needs the default base; `-m "not network"` runs the rest."""
+  for item in items:
+    if "smollm2" in item.fixturenames:
+      item.add_marker(pytest.mark.network)
+
+
 @pytest.fixture(scope="session")
 def tiny_lm():
   """A random two-layer base; one token a byte, no stop token, no template."""

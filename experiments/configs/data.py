@@ -2,6 +2,8 @@
 
 Command, a few minutes:
   python -m experiments.prepare_data
+Your own text, seconds:
+  python -m experiments.prepare_data --config.text=notes/ --config.folder=STORE
 """
 
 from ml_collections import config_dict
@@ -12,6 +14,8 @@ def get_config():
   c = config_dict.ConfigDict()
   c.base = "smollm2-135m"  # whose tokenizer
   c.folder = ""  # the user's cache
+  c.text = ()  # your own files and folders instead of what is fetched
+  c.suffixes = ()  # in folders only files that end so
   c.books = "../shared/data/public-domain-books.jsonl.xz"  # JSON lines
   c.million_tokens = config_dict.placeholder(float)  # a kind; 3, or all if full
   c.full = False  # all packages

@@ -20,6 +20,8 @@ def get_config(base: str = "smollm2-135m") -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   c.base = base
   c.dtype = "float32"
+  c.gistnet = ""  # weights of your own; the shipped ones of the base
+  c.lensnet = ""  # weights of your own; the shipped ones of the base
   c.max_new_tokens = 128
   c.loop = configs.defaults(Config)
   return c

@@ -13,6 +13,8 @@ from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import BaseLM, load_base_lm
 from mcjax.cli.focus_map import Section, focus_map, source_lines
 from mcjax.config import Config
+from mcjax.gist.encoder import load_gistnet
+from mcjax.lens.policy import load_lensnet
 from mcjax.runtime.documents import read_documents
 from mcjax.runtime.megacontext import MegaContext
 from mcjax.settings import read_fields
@@ -25,7 +27,8 @@ def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
   """Opens or creates the history, ingests, then answers or chats.
 
   Args:
-    config: ConfigDict with base, dtype, max_new_tokens and loop.
+    config: ConfigDict with base, dtype, gistnet, lensnet, max_new_tokens and
+      loop.
     tree: url of the history; in memory if empty.
     ingest: files, folders and "-".
     suffixes: of files in folders.
@@ -46,7 +49,7 @@ def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
     raise McjaxError("--ingest=- takes standard input, so it needs --prompt")
   documents = list(read_documents(ingest, suffixes)) if ingest else []
   lm = load_base_lm(config.base, dtype=config.dtype)
-  with _history(tree, lm, loop) as mc:
+  with _history(tree, lm, loop, **_weights(config, lm)) as mc:
     sections = [Section("(earlier)", 0, mc.cursor)]
     sections += _ingest(mc, documents)
     if not mc.cursor:
@@ -58,14 +61,23 @@ def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
       _chat(mc, config.max_new_tokens, sections, show_focus)
 
 
-def _history(tree: str, lm: BaseLM, loop: Config) -> MegaContext:
+def _weights(config, lm: BaseLM) -> dict:
+  """GistNet and LensNet of the user's own, as `MegaContext` takes them."""
+  gistnet = load_gistnet(lm, config.gistnet or None)
+  lensnet = None
+  if config.lensnet:
+    lensnet = load_lensnet(lm, config.lensnet, gistnet=gistnet)
+  return {"gistnet": gistnet, "lensnet": lensnet}
+
+
+def _history(tree: str, lm: BaseLM, loop: Config, **weights) -> MegaContext:
   if not tree:
-    return MegaContext.create("memory://session/", lm, loop)
+    return MegaContext.create("memory://session/", lm, loop, **weights)
   if MegaContextTree.exists(tree):
-    mc = MegaContext.open(tree, lm, loop)
+    mc = MegaContext.open(tree, lm, loop, **weights)
     print(f"Resumed {tree}: {mc.cursor:,} tokens.", file=sys.stderr)
     return mc
-  return MegaContext.create(tree, lm, loop)
+  return MegaContext.create(tree, lm, loop, **weights)
 
 
 def _ingest(mc: MegaContext, documents) -> list[Section]:

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-_GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
+_GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
 
 @pytest.fixture(scope="session")

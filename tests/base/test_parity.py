@@ -16,7 +16,7 @@ from mcjax.base.load import load_base_lm
 from mcjax.testing import tiny_models
 
 _BOUND = 1e-4
-_TEXT = pathlib.Path(__file__).parents[1] / "goldens" / "text.txt"
+_TEXT = pathlib.Path(__file__).parent / "goldens" / "text.txt"
 
 
 def _relative(got, want) -> float:

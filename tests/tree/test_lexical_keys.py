@@ -80,6 +80,7 @@ def test_few_false_positives():
 
 def test_query_weights_fall_with_the_number_of_blocks():
   ids = np.concatenate([np.full(64, 1), random_ids(960) % 200 + 3])
+  ids[64::32] = 3
   ids[100] = 250
   tree = tree_of(ids)
   weights = lexical_rank.query_weights(

@@ -27,6 +27,7 @@ import optax
 from mcjax.base import model
 from mcjax.base.load import BaseLM, load_base_lm
 from mcjax.evaluation.report.writer import Report, Table, make_folder, progress
+from mcjax.evaluation.suites.on_text import OnText
 from mcjax.gist import encoder as gistnet
 from mcjax.training.common import data
 from mcjax.training.gist import losses, recovery
@@ -34,14 +35,10 @@ from mcjax.types import McjaxError
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-  """What is measured; `quick` makes it small.
+class Settings(OnText):
+  """What is measured; `quick` makes it small. See `OnText` besides.
 
   Attributes:
-    base: the base LM, and its dtype below.
-    weights: a gistnet.safetensors; the shipped ones if empty.
-    data: folder of the token store; the user's cache if empty.
-    split: of the store.
     horizons: scored tokens (H).
     blocks: L1 gists substituted.
     documents: a kind of text; the excerpts of the substitution suite's L1.
@@ -50,14 +47,8 @@ class Settings:
     batch: continuations of a gradient step, in turn.
     steps: gradient steps after which the gists are scored.
     rate: of Adam, in the units of the gists' channels.
-    seed: of excerpts and samples.
   """
 
-  base: str = "smollm2-135m"
-  dtype: str = "float32"
-  weights: str = ""
-  data: str = ""
-  split: str = "heldout"
   horizons: tuple[int, ...] = (32, 48, 64, 128)
   blocks: int = 8
   documents: int = 12
@@ -66,7 +57,6 @@ class Settings:
   batch: int = 4
   steps: tuple[int, ...] = (4, 16, 36)
   rate: float = 0.02
-  seed: int = 0
 
   @classmethod
   def quick(cls, **changes) -> Settings:

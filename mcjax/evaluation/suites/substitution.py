@@ -16,20 +16,17 @@ import jax
 
 from mcjax.base.load import BaseLM, load_base_lm
 from mcjax.evaluation.report.writer import Report, Table, progress
+from mcjax.evaluation.suites.on_text import OnText
 from mcjax.gist import encoder as gistnet
 from mcjax.training.common import data
 from mcjax.training.gist import recovery
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-  """What is measured; `quick` makes it small.
+class Settings(OnText):
+  """What is measured; `quick` makes it small. See `OnText` besides.
 
   Attributes:
-    base: the base LM, and its dtype below.
-    weights: a gistnet.safetensors; the shipped ones if empty.
-    data: folder of the token store; the user's cache if empty.
-    split: of the store.
     horizons: scored tokens (H).
     blocks: L1 gists substituted.
     near: recent raw tokens, in the settings that have them.
@@ -40,14 +37,8 @@ class Settings:
     upper_near_documents: one L2 gist with recent tokens between.
     unrelated_documents: gists of another text in the window.
     unrelated_gists: how many gists of another text.
-    seed: of the excerpts.
   """
 
-  base: str = "smollm2-135m"
-  dtype: str = "float32"
-  weights: str = ""
-  data: str = ""
-  split: str = "heldout"
   horizons: tuple[int, ...] = (32, 48, 64, 128)
   blocks: int = 8
   near: int = 256
@@ -57,7 +48,6 @@ class Settings:
   upper_near_documents: int = 3
   unrelated_documents: int = 4
   unrelated_gists: int = 64
-  seed: int = 0
 
   @classmethod
   def quick(cls, **changes) -> Settings:

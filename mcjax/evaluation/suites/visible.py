@@ -17,6 +17,7 @@ import numpy as np
 from mcjax.base.load import BaseLM, load_base_lm
 from mcjax.config import Config
 from mcjax.evaluation.report.writer import Report, Table, progress
+from mcjax.evaluation.suites.on_text import OnText
 from mcjax.gist import encoder as gistnet
 from mcjax.runtime.megacontext import MegaContext
 from mcjax.training.common import data
@@ -24,33 +25,22 @@ from mcjax.training.gist import recovery
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-  """What is measured; `quick` makes it small.
+class Settings(OnText):
+  """What is measured; `quick` makes it small. See `OnText` besides.
 
   Attributes:
-    base: the base LM, and its dtype below.
-    weights: a gistnet.safetensors; the shipped ones if empty.
-    data: folder of the token store; the user's cache if empty.
-    split: of the store.
     documents: a kind of text.
     history: tokens ingested.
     scored: tokens scored after them.
     window: W.
     policy: of the loop.
-    seed: of the excerpts.
   """
 
-  base: str = "smollm2-135m"
-  dtype: str = "float32"
-  weights: str = ""
-  data: str = ""
-  split: str = "heldout"
   documents: int = 3
   history: int = 8192
   scored: int = 128
   window: int = 1024
   policy: str = "recency"
-  seed: int = 0
 
   @classmethod
   def quick(cls, **changes) -> Settings:

@@ -1,8 +1,8 @@
-"""Prepares the token store: fetch, clean, deduplicate, tokenise, once."""
+"""Prepares a token store: fetch or read, clean, deduplicate, tokenise, once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import json
 import pathlib
 
@@ -10,8 +10,11 @@ import numpy as np
 import tqdm
 
 from mcjax.training.common import data, sources
+from mcjax.training.common.sources import Document
 from mcjax.types import McjaxError
 
+OWN = "own"  # the kind of a user's own text
+_SCORED = 512  # tokens of a text kept for validation at least, half at most
 CHARS_PER_TOKEN = 3.7  # to turn a token budget into characters
 
 
@@ -86,7 +89,47 @@ def prepare(lm, folder: pathlib.Path, books: pathlib.Path,
         _tokenise(lm, part, f"{split} {source.kind}"), lm.config.vocab_size)
       records.append({"split": split, "kind": source.kind,
                       "documents": count, "tokens": tokens})
-  summary = {"base": lm.name, "tokenizer": lm.fingerprint, "full": full,
-             "million_tokens": million_tokens, "stores": records}
-  (folder / "store.json").write_text(json.dumps(summary, indent=1))
+  _summarise(lm, folder, records, full=full, million_tokens=million_tokens)
   return records
+
+
+def prepare_own(lm, folder: pathlib.Path, documents: Iterable[Document]
+                ) -> list[dict]:
+  """Writes a store of a user's own texts; the end of each is for validation.
+
+  Args:
+    lm: the base whose tokenizer is used.
+    folder: where the store goes.
+    documents: name and text of each.
+
+  Returns:
+    One record {split, kind, documents, tokens} for training and validation.
+
+  Raises:
+    McjaxError: no text is long enough to learn from.
+  """
+  deduplicate = data.Deduplicator()
+  cleaned = [(name, _clean(deduplicate(text))) for name, text in documents]
+  ids = list(_tokenise(lm, cleaned, "own text"))
+  cuts = [len(part) - min(max(len(part) // 10, _SCORED), len(part) // 2)
+          for _, part in ids]
+  splits = {
+    "train": [(n, part[:cut]) for (n, part), cut in zip(ids, cuts)],
+    "validation": [(n, part[cut:]) for (n, part), cut in zip(ids, cuts)]}
+  records = []
+  for split, parts in splits.items():
+    count, tokens = data.write_kind(
+      folder, split, OWN, parts, lm.config.vocab_size)
+    records.append({"split": split, "kind": OWN, "documents": count,
+                    "tokens": tokens})
+  if not all(r["documents"] for r in records):
+    raise McjaxError("no text is long enough to learn from: one of 1,000 "
+                     "tokens is needed at least")
+  _summarise(lm, folder, records)
+  return records
+
+
+def _summarise(lm, folder: pathlib.Path, records: list[dict], **made) -> None:
+  summary = {"base": lm.name, "tokenizer": lm.fingerprint, **made,
+             "stores": records}
+  (folder / "store.json").write_text(json.dumps(summary, indent=1))

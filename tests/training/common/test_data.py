@@ -141,6 +141,16 @@ def test_packages_of_another_release_are_left_out(
     sources._offered(tmp_path, ("linux-doc-6.12",))
 
 
+class Lm:
+  name, fingerprint = "x", "y"
+  config = type("C", (), {"vocab_size": 300})
+
+  class tokenizer:
+    @staticmethod
+    def encode(text):
+      return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+
 def test_prepare_writes_disjoint_splits(tmp_path, monkeypatch):
   paragraph = "word " * 60
   made = [
@@ -151,15 +161,6 @@ def test_prepare_writes_disjoint_splits(tmp_path, monkeypatch):
       + [("copy", f"{paragraph} held 1")]))]
   monkeypatch.setattr(sources, "all_sources", lambda books, full: made)
 
-  class Lm:
-    name, fingerprint = "x", "y"
-    config = type("C", (), {"vocab_size": 300})
-
-    class tokenizer:
-      @staticmethod
-      def encode(text):
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-
   records = prepare.prepare(Lm, tmp_path, tmp_path / "none", 1.0)
   splits = {r["split"]: r["documents"] for r in records}
   assert splits["heldout"] == 3
@@ -168,3 +169,22 @@ def test_prepare_writes_disjoint_splits(tmp_path, monkeypatch):
   assert set(data.open_split(tmp_path, "train")) == {"prose"}
   with pytest.raises(McjaxError, match="unknown kind"):
     prepare.prepare(Lm, tmp_path, tmp_path / "none", 1.0, kinds=["verse"])
+
+
+def test_the_end_of_every_own_text_is_for_validation(tmp_path):
+  texts = {"long": "ab " * 4000, "middling": "cd " * 400, "short": "ef"}
+  records = prepare.prepare_own(Lm, tmp_path, texts.items())
+  assert [r["documents"] for r in records] == [2, 2]  # no third of two bytes
+  train, validation = (
+    data.open_split(tmp_path, split)["own"] for split in
+    ("train", "validation"))
+  for i, name in enumerate(("long", "middling")):
+    whole = np.concatenate([s.document(i) for s in (train, validation)])
+    assert bytes(whole.astype(np.uint8)).decode() == texts[name].strip()
+  assert len(validation.document(0)) == 1199  # a tenth of the stripped text
+  assert len(validation.document(1)) == 512
+
+
+def test_own_text_that_is_too_short_is_told(tmp_path):
+  with pytest.raises(McjaxError, match="no text is long enough"):
+    prepare.prepare_own(Lm, tmp_path, [("a", "ab " * 90)])
