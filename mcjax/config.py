@@ -15,7 +15,7 @@ MIN_WINDOW = 512
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Constants of the loop (design brief, section 3).
+  """Constants of the loop.
 
   Attributes:
     window: W_max, slots of the working context; one slot per entry.

@@ -1,6 +1,6 @@
 """GistNet as the runtime and the trainer use it: parameters, costs, files.
 
-`gist_network.py` is the network, a Flax Linen module used as a pure function
+`network.py` is the network, a Flax Linen module used as a pure function
 of its parameters. `GistEncoder` binds it to a base model. Beside the network's
 stages the parameters may hold an "adapter", which does not write gists: the
 base reads them through it (`with_adapter`).

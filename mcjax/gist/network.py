@@ -7,7 +7,8 @@ network's narrow width, which together make up the base's wide vector.
 
 The output starts as the last-token control, the last child's own vector:
   gist = scale * last child + copies + residual
-with a learnable scale that nothing clamps (design 2.6, 2.7). The copies are
+with a learnable scale that nothing clamps: optimal soft tokens are up to a
+hundred times as long as a token's embedding. The copies are
 full-width mixtures of the children themselves, picked by attention heads, so
 that salient tokens reach the base in vectors it knows; the residual is what
 the slot writes. Both are zero at initialisation.

@@ -1,4 +1,6 @@
-"""Lens keys: small learned keys whose elementwise bounds rise up the tree.
+"""Learned keys: small vectors whose elementwise bounds rise up the tree.
+
+The stored tree calls them lens keys, after LensNet, which makes them.
 
 A block's key is int8 [K] and its score for a query is their inner product. A
 node above holds the elementwise minimum and maximum of the keys below it, so a

@@ -18,7 +18,7 @@ _SCAN = 8192  # blocks of a brute-force chunk
 class TreeSearch:
   """Finds the L1 blocks with the best keys, from the roots downwards.
 
-  Searches lexical keys, or lens keys with their `read_keys` and a `floor` of
+  Searches lexical keys, or learned keys with their `read_keys` and a `floor` of
   -inf, since their scores may be negative.
 
   The roots are the maximal complete nodes, at most 31 per level. A node's
@@ -153,7 +153,7 @@ def brute_force(
   k: int = 16,
   stop_block: int | None = None,
 ) -> list[tuple[int, float]]:
-  """The best blocks by their own lens keys, all of which are read, in chunks.
+  """The best blocks by their own learned keys, all of which are read, in chunks.
 
   Args:
     tree: the history.
@@ -165,7 +165,7 @@ def brute_force(
     Up to k (block, score); best first, ties newer first.
 
   Raises:
-    McjaxError: the tree keeps no lens keys.
+    McjaxError: the tree keeps no learned keys.
   """
   blocks, scores = np.zeros(0, np.int64), np.zeros(0)
   stop = _blocks_before(tree, stop_block)

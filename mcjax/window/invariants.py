@@ -1,4 +1,4 @@
-"""One checker of every invariant of window, cache and tree (brief, section 4).
+"""One checker of every invariant of window, cache and tree.
 
 Used by the tests and by `Config(check_invariants=True)`.
 """

@@ -51,7 +51,7 @@ class View(NamedTuple):
 
 
 class Prior(NamedTuple):
-  """What decoding is held against: the LM without the text it answers from.
+  """The LM without the text it answers from, for context-aware decoding.
 
   Attributes:
     positions: [S] int32, in a cache of its own.

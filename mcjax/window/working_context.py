@@ -15,7 +15,7 @@ import numpy as np
 from mcjax.types import BRANCHING, Entry, McjaxError, span_width
 
 EXPAND, COLLAPSE = 1, -1
-FIRST = (0, 1)  # span of the token that attention rests on
+FIRST = (0, 1)  # span of the history's first token, an attention sink
 _NEVER = -(1 << 30)
 
 

@@ -1,6 +1,6 @@
 """Teaches keys what a sentence embedding finds alike.
 
-The table of `lens_keyer.LensKeyer` has a vector and two saliences per
+The table of `mcjax.lens.keyer.LensKeyer` has a vector and two saliences per
 vocabulary entry. It starts as the teacher's embeddings of the single tokens,
 their principal components, and learns, for questions and sentences of training
 text, the order in which the teacher likes blocks: the cross-entropy of softmax

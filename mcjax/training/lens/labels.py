@@ -75,7 +75,7 @@ class Labelled:
   Attributes:
     kind: of the task.
     ids, state, distance, query_ids, query_weights, query_rarity, newest_ids,
-      newest_rarity, asked: see `lens_rows.LensInputs`.
+      newest_rarity, asked: see `lens.features.LensInputs`.
     tail: [TAIL_GISTS + 1, D] float16 the tail's gists.
     tail_mask: [TAIL] bool.
     worth: [R] float32 nats a token; NaN where not labelled.
