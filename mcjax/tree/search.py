@@ -153,7 +153,7 @@ def brute_force(
   k: int = 16,
   stop_block: int | None = None,
 ) -> list[tuple[int, float]]:
-  """The best blocks by their own learned keys, all of which are read, in chunks.
+  """The best blocks by their learned keys, all of which are read, in chunks.
 
   Args:
     tree: the history.
