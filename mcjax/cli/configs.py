@@ -88,8 +88,9 @@ def find(name: str, folder: pathlib.Path) -> str:
   for found in (pathlib.Path(path), folder / inside):
     if path and found.is_file():
       return f"{found.resolve()}{colon}{argument}"
-  raise McjaxError(f"--config: no file {path!r} here; configurations that come "
-                   "with mcjax are " + ", ".join(names(folder)))
+  what = f"no file {path!r} here" if path else "name one"
+  raise McjaxError(f"--config: {what}; configurations that come with mcjax are "
+                   + ", ".join(names(folder)))
 
 
 def names(folder: pathlib.Path) -> list[str]:

@@ -25,18 +25,18 @@ import numpy as np
 import optax
 
 from mcjax.base import model
-from mcjax.base.load import BaseLM, load_base_lm
+from mcjax.base.load import BaseLM
 from mcjax.evaluation.report.writer import Report, Table, make_folder, progress
-from mcjax.evaluation.suites.on_text import OnText
+from mcjax.evaluation.systems.models import TextSettings
 from mcjax.gist import encoder as gistnet
-from mcjax.training.common import data
 from mcjax.training.gist import losses, recovery
 from mcjax.types import McjaxError
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(OnText):
-  """What is measured; `quick` makes it small. See `OnText` besides.
+class Settings(TextSettings):
+  """What is measured; `quick` makes it small. See `TextSettings`
+  besides.
 
   Attributes:
     horizons: scored tokens (H).
@@ -99,9 +99,8 @@ def run(settings: Settings, folder) -> Report:
   """
   s = settings
   folder = make_folder(folder)
-  lm = load_base_lm(s.base, dtype=s.dtype)
-  encoder = gistnet.load_gistnet(lm, s.weights or None)
-  stores = data.open_split(s.data or data.default_folder(), s.split)
+  lm, encoder, _ = s.load()
+  stores = s.stores(lm)
   excerpts = recovery.pick_excerpts(
     stores, s.setting.length, s.documents, s.seed)
   bench = recovery.Bench(lm, excerpts, s.setting, ("full", "drop"),

@@ -15,22 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from mcjax.base.load import load_base_lm
 from mcjax.config import Config
 from mcjax.evaluation.data import texts
 from mcjax.evaluation.report import writer as report
 from mcjax.evaluation.report.writer import Report, Table, progress
 from mcjax.evaluation.systems.loop_arm import make_loop, make_tree
+from mcjax.evaluation.systems.models import Models, ModelSettings
 from mcjax.runtime.focus_loop import FocusLoop
 from mcjax.types import BRANCHING
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(ModelSettings):
   """Sizes.
 
   Attributes:
-    base: the base LM, and its dtype below.
     window: W.
     policy: of the loop; any but oracle.
     history: tokens in the tree before the first step.
@@ -44,8 +43,6 @@ class Settings:
     text: files; the standard library if empty.
   """
 
-  base: str = "smollm2-135m"
-  dtype: str = "float32"
   window: int = 1024
   policy: str = "auto"
   history: int = 32768
@@ -68,12 +65,12 @@ class Settings:
 def run(settings: Settings, folder) -> Report:
   """Measures every refresh setting; what is in `folder` already is kept."""
   folder = report.make_folder(folder)
-  lm = load_base_lm(settings.base, dtype=settings.dtype)
+  models = settings.load()
   cells = {
     every: report.cell(
       folder, f"refresh-{every}",
       {**dataclasses.asdict(settings), "refresh": every},
-      functools.partial(_measure, settings, lm, folder, every),
+      functools.partial(_measure, settings, models, folder, every),
     )
     for every in settings.refresh
   }
@@ -106,17 +103,18 @@ def run(settings: Settings, folder) -> Report:
   return out
 
 
-def _measure(settings: Settings, lm, folder, every: int) -> dict:
+def _measure(settings: Settings, models: Models, folder, every: int) -> dict:
   config = Config(
     window=settings.window, refresh_every=every,
     renew_tokens=settings.renew, policy=settings.policy,
     gist_attention=settings.gist_attention,
   )
-  tree = make_tree(lm, folder, settings.history, settings.text)
-  loop = make_loop(lm, tree, config)
+  tree = make_tree(models, folder, settings.history, settings.text)
+  loop = make_loop(models, tree, config)
   last = max(settings.steps)
   count = (last + 2) * BRANCHING + settings.horizon
-  ids = texts.tokens(lm.tokenizer, count, settings.text, settings.history)
+  ids = texts.tokens(
+    models.lm.tokenizer, count, settings.text, settings.history)
   loop.warm_up()
   loop.cold_start(config.window // 2)
   loop.sync()

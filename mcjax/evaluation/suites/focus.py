@@ -33,7 +33,6 @@ from mcjax.evaluation.suites import (
 )
 from mcjax.evaluation.suites.focus_bench import Bench, Settings
 from mcjax.evaluation.systems import rag
-from mcjax.training.common import data
 from mcjax.training.common.data import TokenStore
 
 __all__ = ["Settings", "measure", "run"]
@@ -43,10 +42,10 @@ def run(settings: Settings, folder) -> Report:
   """Measures on the held-out store and writes the report into `folder`.
 
   Raises:
-    McjaxError: there is no held-out text; tools/prepare_data makes it.
+    McjaxError: there is no such text; tools/prepare_data makes it.
   """
   lm = load_base_lm(settings.base, dtype=settings.dtype)
-  stores = data.open_split(data.default_folder(), "heldout")
+  stores = settings.stores(lm)
   retriever = _embedding_similarities if settings.retriever else None
   report = measure(lm, stores, settings, folder, retriever)
   report.write(folder)

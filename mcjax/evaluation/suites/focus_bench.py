@@ -21,6 +21,7 @@ import numpy as np
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.evaluation.report.writer import Report, cell, make_folder, progress
+from mcjax.evaluation.systems.models import TextSettings
 from mcjax.focus.policy import Policy
 from mcjax.gist.encoder import GistEncoder, load_gistnet
 from mcjax.lens.policy import LensNetPolicy, load_lensnet
@@ -35,15 +36,13 @@ _SLICE = 1 << 17  # tokens ingested between two commits
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(TextSettings):
   """What is measured.
 
   Attributes:
-    base: named model, folder or file, and its dtype below.
     parts: of the suite, see PARTS.
     policies: to compare; the first sets the retriever's budget and leads the
       window whose edits are labelled.
-    lensnet: a lensnet.safetensors; the shipped weights if empty.
     window: slots.
     seed: of documents, facts, places and candidates.
     history: planted: tokens of each history.
@@ -72,12 +71,9 @@ class Settings:
     topic: shift: tokens of the first document before the second begins.
   """
 
-  base: str = "smollm2-135m"
-  dtype: str = "float32"
   parts: tuple[str, ...] = PARTS
   policies: tuple[str, ...] = ("similarity", "lensnet", "recency", "random",
                                "oracle")
-  lensnet: str = ""
   window: int = 1024
   seed: int = 0
   history: int = 32768
@@ -140,7 +136,7 @@ class Bench:
                settings: Settings, folder: str | os.PathLike):
     self.lm, self.stores, self.settings = lm, stores, settings
     self.folder = make_folder(folder)
-    self.encoder: GistEncoder = load_gistnet(lm)
+    self.encoder: GistEncoder = load_gistnet(lm, settings.gistnet or None)
     # Its keys are written with every history, whoever leads the window.
     self._lensnet = None
     if "lensnet" in settings.policies:
@@ -234,6 +230,7 @@ class Bench:
       **key, "base": self.lm.fingerprint, "gistnet": self.encoder.fingerprint,
       "dtype": str(self.lm.params["embed"].dtype),
       "window": self.settings.window, "seed": self.settings.seed,
+      "data": self.settings.data, "split": self.settings.split,
     }
     return cell(self.folder, name, whole, make)
 

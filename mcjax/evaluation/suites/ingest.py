@@ -13,23 +13,20 @@ import shutil
 import time
 from typing import Any
 
-from mcjax.base.load import load_base_lm
 from mcjax.config import Config
 from mcjax.evaluation.data import texts
 from mcjax.evaluation.report import writer as report
 from mcjax.evaluation.report.writer import Report, Table, median, progress
 from mcjax.evaluation.systems import rag
+from mcjax.evaluation.systems.models import Models, ModelSettings
 from mcjax.gist import encoder as gistnet
-from mcjax.gist.encoder import load_gistnet
-from mcjax.runtime.megacontext import MegaContext
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(ModelSettings):
   """Sizes.
 
   Attributes:
-    base: the base LM, and its dtype below.
     window: of the working context, which ingest retiles at its end.
     tokens: ingested per repeat.
     rag_tokens: indexed per repeat; fewer, as it is slow.
@@ -38,8 +35,6 @@ class Settings:
     text: files; the standard library if empty.
   """
 
-  base: str = "smollm2-135m"
-  dtype: str = "float32"
   window: int = 1024
   tokens: int = 131072
   rag_tokens: int = 32768
@@ -58,8 +53,8 @@ class Settings:
 def run(settings: Settings, folder) -> Report:
   """Measures both and writes the report into `folder`."""
   folder = report.make_folder(folder)
-  lm = load_base_lm(settings.base, dtype=settings.dtype)
-  encoder = load_gistnet(lm)
+  models = settings.load()
+  lm, encoder, _ = models
   ours = texts.text(lm.tokenizer, settings.tokens, settings.text)
   theirs = texts.text(lm.tokenizer, settings.rag_tokens, settings.text)
   known = len(lm.tokenizer.encode(theirs))
@@ -69,7 +64,7 @@ def run(settings: Settings, folder) -> Report:
   for repeat in range(-1, settings.repeats):  # the first one compiles
     progress(f"ingest: repeat {repeat + 1} of {settings.repeats}")
     seconds, phases = _ingest(
-      lm, encoder, Config(window=settings.window), folder / "tree", ours
+      models, Config(window=settings.window), folder / "tree", ours
     )
     for batch, embedder in embedders.items():
       begin = time.perf_counter()
@@ -101,19 +96,19 @@ def run(settings: Settings, folder) -> Report:
   return out
 
 
-def _ingest(lm, encoder, config, place, text: str
+def _ingest(models: Models, config: Config, place, text: str
             ) -> tuple[float, dict[str, float]]:
   """Seconds per token into a fresh tree, and the shares of its parts."""
   if place.exists():
     shutil.rmtree(place)
-  with MegaContext.create(str(place), lm, config, encoder) as mc:
+  with models.create(str(place), config) as mc:
     begin = time.perf_counter()
     stats = mc.ingest(text)
     seconds = time.perf_counter() - begin
     gist = mc.telemetry.seconds["gist"]
   shutil.rmtree(place)
   begin = time.perf_counter()
-  lm.tokenizer.encode(text)
+  models.lm.tokenizer.encode(text)
   tokenise = time.perf_counter() - begin
   shares = {"tokenising": tokenise / seconds,
             "gists, keys and storage": gist / seconds}

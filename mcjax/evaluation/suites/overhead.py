@@ -23,23 +23,22 @@ import jax
 import jax.numpy as jnp
 
 from mcjax.base.compilation_cache import use_compilation_cache
-from mcjax.base.load import BaseLM, load_base_lm
 from mcjax.config import Config
 from mcjax.evaluation.data import texts
 from mcjax.evaluation.report import writer as report
 from mcjax.evaluation.report.writer import Report, Table, median, progress
 from mcjax.evaluation.systems import baselines
 from mcjax.evaluation.systems.loop_arm import PHASES, LoopArm, make_tree
+from mcjax.evaluation.systems.models import Models, ModelSettings
 from mcjax.runtime.telemetry import peak_memory_mib
 from mcjax.types import BRANCHING, McjaxError
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(ModelSettings):
   """What is measured; `quick` makes it small.
 
   Attributes:
-    base: the base LM, and its dtype below.
     window: W.
     policy: of the loop; any but oracle.
     histories: history lengths in tokens.
@@ -55,8 +54,6 @@ class Settings:
     text: files of the history; the standard library if empty.
   """
 
-  base: str = "smollm2-135m"
-  dtype: str = "float32"
   window: int = 2048
   policy: str = "auto"
   histories: tuple[int, ...] = (8192, 32768, 131072, 1 << 20)
@@ -83,7 +80,8 @@ class Settings:
 def run(settings: Settings, folder) -> Report:
   """Measures everything; what is finished in `folder` already is kept."""
   folder = report.make_folder(folder)
-  lm = load_base_lm(settings.base, dtype=settings.dtype)
+  models = settings.load()
+  lm = models.lm
   asked = dataclasses.asdict(settings)
 
   def cell(name: str, measure):
@@ -94,7 +92,7 @@ def run(settings: Settings, folder) -> Report:
             functools.partial(_own_peak, settings, folder, h))
     for h in settings.memory_histories
   }
-  decoding = cell("decoding", lambda: _decoding(settings, lm, folder))
+  decoding = cell("decoding", lambda: _decoding(settings, models, folder))
   times, before = (
     {name: Times(*values) for name, values in decoding[key].items()}
     for key in ("times", "before")
@@ -110,9 +108,9 @@ def run(settings: Settings, folder) -> Report:
   return out
 
 
-def _decoding(settings: Settings, lm: BaseLM, folder) -> dict:
+def _decoding(settings: Settings, models: Models, folder) -> dict:
   """Times of every arm and of plain decoding beside it; the arms' phases."""
-  arms, plain = _make_arms(settings, lm, folder)
+  arms, plain = _make_arms(settings, models, folder)
   for arm in arms.values():
     arm.decode(1)
     arm.reset()
@@ -135,19 +133,20 @@ def _facts(arm: LoopArm) -> dict:
   }
 
 
-def _make_arms(settings: Settings, lm: BaseLM, folder):
+def _make_arms(settings: Settings, models: Models, folder):
   def arm(history: int, kv: str = "splice", moving: bool = False) -> LoopArm:
     config = Config(
       window=settings.window, kv=kv, refocus_every=settings.refocus_every,
       policy=settings.policy,
     )
-    tree = make_tree(lm, folder, history, settings.text)
+    tree = make_tree(models, folder, history, settings.text)
     progress(f"preparing the loop at {history:,} tokens, {kv}")
-    return LoopArm(lm, tree, config, moving)
+    return LoopArm(models, tree, config, moving)
 
   arms = {f"splice {h}": arm(h) for h in settings.histories}
   arms["moving"] = arm(settings.moving_history, moving=True)
   arms["exact"] = arm(settings.exact_history, kv="exact")
+  lm = models.lm
   ids = texts.tokens(lm.tokenizer, settings.window, settings.text)
   plain = baselines.PlainDecoder(lm, ids)
   gc.collect()
@@ -315,9 +314,9 @@ def _add_torch(out: Report, pairs: list | str) -> None:
 def memory_probe(settings: Settings, folder: str, history: int, pipe) -> None:
   """Body of a process of its own: decodes a while, sends its peak memory."""
   use_compilation_cache(pathlib.Path(folder) / "compiled")
-  lm = load_base_lm(settings.base, dtype=settings.dtype)
-  tree = make_tree(lm, pathlib.Path(folder), history, settings.text)
-  arm = LoopArm(lm, tree, Config(window=settings.window), moving=True)
+  models = settings.load()
+  tree = make_tree(models, pathlib.Path(folder), history, settings.text)
+  arm = LoopArm(models, tree, Config(window=settings.window), moving=True)
   arm.decode(settings.blocks)
   arm.close()
   pipe.send((peak_memory_mib(), _device_peak_mib()))
@@ -332,9 +331,9 @@ def _device_peak_mib() -> float | None:
 def _own_peak(settings: Settings, folder, history: int):
   """Peak memory of a process of its own that compiles nothing."""
   progress(f"peak memory at {history:,} tokens")
-  lm = load_base_lm(settings.base, dtype=settings.dtype)
-  make_tree(lm, folder, history, settings.text).close()  # ingest apart
-  del lm
+  models = settings.load()
+  make_tree(models, folder, history, settings.text).close()  # ingest apart
+  del models
   _in_own_process(settings, folder, history)  # fills the compilation cache
   return _in_own_process(settings, folder, history)
 

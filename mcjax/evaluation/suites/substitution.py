@@ -14,17 +14,17 @@ from typing import Any
 
 import jax
 
-from mcjax.base.load import BaseLM, load_base_lm
+from mcjax.base.load import BaseLM
 from mcjax.evaluation.report.writer import Report, Table, progress
-from mcjax.evaluation.suites.on_text import OnText
+from mcjax.evaluation.systems.models import TextSettings
 from mcjax.gist import encoder as gistnet
-from mcjax.training.common import data
 from mcjax.training.gist import recovery
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(OnText):
-  """What is measured; `quick` makes it small. See `OnText` besides.
+class Settings(TextSettings):
+  """What is measured; `quick` makes it small. See `TextSettings`
+  besides.
 
   Attributes:
     horizons: scored tokens (H).
@@ -78,8 +78,7 @@ def run(settings: Settings, folder) -> Report:
   Raises:
     McjaxError: no token store, no such weights, or the base cannot be loaded.
   """
-  lm = load_base_lm(settings.base, dtype=settings.dtype)
-  encoder = gistnet.load_gistnet(lm, settings.weights or None)
+  lm, encoder, _ = settings.load()
   result = evaluate(lm, encoder, settings, pathlib.Path(folder) / "controls")
   result.write(folder)
   return result
@@ -89,7 +88,7 @@ def evaluate(lm: BaseLM, encoder: gistnet.GistEncoder, settings: Settings,
              cache: pathlib.Path | None = None) -> Report:
   """The report for one GistNet; controls are kept in `cache`."""
   s = settings
-  stores = data.open_split(s.data or data.default_folder(), s.split)
+  stores = s.stores(lm)
   result = Report("substitution", dataclasses.asdict(s))
   result.add("gistnet", encoder.fingerprint)
   result.add("trained", str(encoder.trained))

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from mcjax.base.load import BaseLM, load_base_lm
 from mcjax.config import Config
 from mcjax.evaluation.data import texts
 from mcjax.evaluation.report import writer as report
 from mcjax.evaluation.report.writer import Report, Table, median, progress
 from mcjax.evaluation.systems import baselines, rag
-from mcjax.gist.encoder import load_gistnet
+from mcjax.evaluation.systems.models import Models, ModelSettings
 from mcjax.runtime.megacontext import MegaContext
 from mcjax.types import McjaxError
 
@@ -38,11 +37,10 @@ _FROM_TREE = "MegaContext, from its tree"
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(ModelSettings):
   """Sizes.
 
   Attributes:
-    base: the base LM, and its dtype below.
     window: W, for MegaContext, the sliding window and RAG alike.
     lengths: N.
     repeats: interleaved repeats.
@@ -53,8 +51,6 @@ class Settings:
     text: files; the standard library if empty.
   """
 
-  base: str = "smollm2-135m"
-  dtype: str = "float32"
   window: int = 1024
   lengths: tuple[int, ...] = (2048, 8192, 32768, 131072)
   repeats: int = 5
@@ -79,10 +75,11 @@ class Contestants:
     tokens_run: token-forwards that a length and a question took.
   """
 
-  def __init__(self, settings: Settings, lm: BaseLM, folder: pathlib.Path):
-    self.settings, self.lm, self._folder = settings, lm, folder
+  def __init__(self, settings: Settings, models: Models,
+               folder: pathlib.Path):
+    self.settings, self._models, self._folder = settings, models, folder
+    self.lm = lm = models.lm
     self._config = Config(window=settings.window)
-    self._encoder = load_gistnet(lm)
     self._prompt = self._prompt_ids()
     self._embedder = rag.Embedder()
     self._torch = None
@@ -178,7 +175,7 @@ class Contestants:
     place = self._folder / "fresh"
     shutil.rmtree(place, ignore_errors=True)
     begin = time.perf_counter()
-    mc = MegaContext.create(str(place), self.lm, self._config, self._encoder)
+    mc = self._models.create(str(place), self._config)
     mc.ingest(self._texts[n])
     seconds = _answer(mc) - begin
     mc.close()
@@ -193,13 +190,13 @@ class Contestants:
     """Open a tree that was closed, settle, read the window."""
     kept, place = self._folder / f"tree-{n}", self._folder / "opened"
     if not kept.exists():
-      mc = MegaContext.create(str(kept), self.lm, self._config, self._encoder)
+      mc = self._models.create(str(kept), self._config)
       mc.ingest(self._texts[n])
       mc.close()
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(kept, place)
     begin = time.perf_counter()
-    mc = MegaContext.open(str(place), self.lm, self._config, self._encoder)
+    mc = self._models.open(str(place), self._config)
     seconds = _answer(mc, question) - begin
     self.tokens_run[n, question] = mc.telemetry.counters["lm_tokens"]
     mc.close()
@@ -220,8 +217,7 @@ def _answer(mc: MegaContext, question: str = _QUESTION) -> float:
 def run(settings: Settings, folder) -> Report:
   """Measures every contestant; what is finished in `folder` is kept."""
   folder = report.make_folder(folder)
-  lm = load_base_lm(settings.base, dtype=settings.dtype)
-  field = Contestants(settings, lm, folder)
+  field = Contestants(settings, settings.load(), folder)
   asked = dataclasses.asdict(settings)
   asked.pop("lengths")
   out = Report("ttft", dataclasses.asdict(settings))

@@ -14,19 +14,16 @@ import uuid
 
 import numpy as np
 
-from mcjax.base.load import BaseLM, load_base_lm
 from mcjax.config import Config
 from mcjax.evaluation.report.writer import Report, Table, progress
-from mcjax.evaluation.suites.on_text import OnText
-from mcjax.gist import encoder as gistnet
-from mcjax.runtime.megacontext import MegaContext
-from mcjax.training.common import data
+from mcjax.evaluation.systems.models import Models, TextSettings
 from mcjax.training.gist import recovery
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(OnText):
-  """What is measured; `quick` makes it small. See `OnText` besides.
+class Settings(TextSettings):
+  """What is measured; `quick` makes it small. See `TextSettings`
+  besides.
 
   Attributes:
     documents: a kind of text.
@@ -56,9 +53,8 @@ def run(settings: Settings, folder) -> Report:
     McjaxError: no token store, no such weights, or the base cannot be loaded.
   """
   s = settings
-  lm = load_base_lm(s.base, dtype=s.dtype)
-  encoder = gistnet.load_gistnet(lm, s.weights or None)
-  stores = data.open_split(s.data or data.default_folder(), s.split)
+  models = s.load()
+  stores, encoder = s.stores(models.lm), models.encoder
   excerpts = recovery.pick_excerpts(
     stores, s.history + s.scored, s.documents, s.seed)
   result = Report("visible", dataclasses.asdict(s))
@@ -68,20 +64,20 @@ def run(settings: Settings, folder) -> Report:
   for number, ids in enumerate(excerpts.ids):
     progress(f"document {number + 1} of {len(excerpts.ids)}")
     for arm, found in losses.items():
-      found.append(_score(lm, encoder, s, arm, ids))
+      found.append(_score(models, s, arm, ids))
   _report(result, {k: np.array(v) for k, v in losses.items()}, excerpts.kinds)
   result.write(pathlib.Path(folder))
   return result
 
 
-def _score(lm: BaseLM, encoder, s: Settings, arm: str, ids) -> float:
+def _score(models: Models, s: Settings, arm: str, ids) -> float:
   """Mean loss of the end of `ids` [history + scored], nats per token."""
   config = Config(window=s.window, policy=s.policy, gist_attention=arm)
   url = f"memory://{uuid.uuid4()}/tree"
-  with MegaContext.create(url, lm, config, encoder) as mc:
-    mc.ingest(lm.tokenizer.decode(ids[: s.history].tolist()))
-    return float(mc.score(
-      lm.tokenizer.decode(ids[s.history :].tolist())).mean())
+  decode = models.lm.tokenizer.decode
+  with models.create(url, config) as mc:
+    mc.ingest(decode(ids[: s.history].tolist()))
+    return float(mc.score(decode(ids[s.history :].tolist())).mean())
 
 
 def _report(result: Report, losses, kinds) -> None:

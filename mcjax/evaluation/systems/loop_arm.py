@@ -18,7 +18,7 @@ from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.evaluation.data import texts
 from mcjax.evaluation.report.writer import progress
-from mcjax.gist.encoder import load_gistnet
+from mcjax.evaluation.systems.models import Models
 from mcjax.runtime import policy_choice
 from mcjax.runtime.focus_loop import FocusLoop, Query
 from mcjax.runtime.telemetry import Telemetry
@@ -40,10 +40,10 @@ def without_stops(lm: BaseLM) -> BaseLM:
   return dataclasses.replace(lm, tokenizer=tokenizer)
 
 
-def make_tree(lm: BaseLM, folder: pathlib.Path, count: int,
+def make_tree(models: Models, folder: pathlib.Path, count: int,
               paths=()) -> MegaContextTree:
   """A tree of `count` tokens of real text, made once and then reopened."""
-  encoder = load_gistnet(lm)
+  lm, encoder, _ = models
   name = f"{count}-{lm.fingerprint[:8]}-{encoder.fingerprint[:8]}"
   url = str(folder / "trees" / name)
   known = dict(base_fingerprint=lm.fingerprint, base_name=lm.name,
@@ -64,10 +64,11 @@ def make_tree(lm: BaseLM, folder: pathlib.Path, count: int,
   return tree
 
 
-def make_loop(lm: BaseLM, tree: MegaContextTree, config: Config) -> FocusLoop:
+def make_loop(models: Models, tree: MegaContextTree, config: Config
+              ) -> FocusLoop:
   """The loop over a tree, nothing shown yet; any policy but oracle."""
-  encoder = load_gistnet(lm)
-  choice = policy_choice.choose(config, lm, encoder)
+  lm, encoder, lensnet = models
+  choice = policy_choice.choose(config, lm, encoder, lensnet)
   if choice.keyer and tree.lens_fingerprint != choice.keyer.fingerprint:
     tree.rebuild_lens_keys(choice.keyer)
   tree.attach_keyer(choice.keyer)
@@ -81,15 +82,16 @@ class LoopArm:
   """The loop in steady state: window full, an edit at every refocus.
 
   Args:
-    lm: the base.
+    models: the base with its networks.
     tree: the history; what is generated is appended and never committed.
     config: of the loop.
     moving: what is asked for moves to another place every few refocus steps.
   """
 
-  def __init__(self, lm: BaseLM, tree: MegaContextTree, config: Config,
+  def __init__(self, models: Models, tree: MegaContextTree, config: Config,
                moving: bool = False):
-    self.loop = make_loop(without_stops(lm), tree, config)
+    endless = models._replace(lm=without_stops(models.lm))
+    self.loop = make_loop(endless, tree, config)
     self._rng = np.random.default_rng(config.seed)
     self._moving = moving
     self._steps = 0

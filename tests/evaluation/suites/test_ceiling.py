@@ -11,6 +11,7 @@ import pytest
 from mcjax.base import model
 from mcjax.evaluation import runner as suites
 from mcjax.evaluation.suites import ceiling
+from mcjax.evaluation.systems import models
 from mcjax.gist import encoder as gistnet
 from mcjax.training.common import data
 from mcjax.types import McjaxError
@@ -65,7 +66,7 @@ def test_the_suite_scores_what_it_did_not_fit(
   for kind in ("prose", "code"):
     data.write_kind(tmp_path / "store", "heldout", kind, [
       (f"{kind}-{i}", rng.integers(0, 256, 300)) for i in range(2)], 300)
-  monkeypatch.setattr(ceiling, "load_base_lm", lambda *a, **k: tiny_lm)
+  monkeypatch.setattr(models, "load_base_lm", lambda *a, **k: tiny_lm)
   values = dataclasses.asdict(ceiling.Settings.quick(
     data=str(tmp_path / "store"), blocks=2, horizons=(8, 16), continued=8))
   suites.run("ceiling", values, tmp_path / "out")

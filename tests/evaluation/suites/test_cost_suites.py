@@ -6,7 +6,7 @@ import pytest
 
 from mcjax.evaluation.data import texts
 from mcjax.evaluation.suites import drift, ingest, overhead, ttft
-from mcjax.evaluation.systems import baselines, loop_arm, rag
+from mcjax.evaluation.systems import baselines, loop_arm, models, rag
 
 _TEXT = ("The pump house opens at seven. A ferry leaves berth nine.\n" * 40)
 
@@ -20,8 +20,7 @@ def text(tmp_path):
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, tiny_lm):
-  for suite in (overhead, drift, ingest, ttft):
-    monkeypatch.setattr(suite, "load_base_lm", lambda *_, **__: tiny_lm)
+  monkeypatch.setattr(models, "load_base_lm", lambda *_, **__: tiny_lm)
 
 
 class _Embedder:
@@ -76,13 +75,14 @@ def test_overhead(tmp_path, text, monkeypatch):
 
 @pytest.mark.slow
 def test_an_answer_never_ends_in_a_measurement(tmp_path, tiny_lm, text):
-  tree = loop_arm.make_tree(tiny_lm, tmp_path, 1024, text)
-  arm = loop_arm.LoopArm(tiny_lm, tree, loop_arm.Config(window=512))
+  given = models.ModelSettings().load()
+  tree = loop_arm.make_tree(given, tmp_path, 1024, text)
+  arm = loop_arm.LoopArm(given, tree, loop_arm.Config(window=512))
   arm.decode(3)
   assert arm.loop.telemetry.counters["decoded_tokens"] >= 3 * 32 - 31
   assert arm.loop.context.window.free < 3 * 32
   arm.close()
-  again = loop_arm.make_tree(tiny_lm, tmp_path, 1024, text)
+  again = loop_arm.make_tree(given, tmp_path, 1024, text)
   assert again.cursor == 1024  # what was generated is not kept
   again.close()
 

@@ -10,6 +10,7 @@ import pytest
 from mcjax.base import model
 from mcjax.evaluation import runner as suites
 from mcjax.evaluation.suites import substitution, visible
+from mcjax.evaluation.systems import models
 from mcjax.gist import encoder as gistnet
 from mcjax.training.common import data
 from mcjax.training.gist import recovery as sub
@@ -144,7 +145,7 @@ def test_several_vectors_a_gist(tiny_lm, stores, slots):
 @pytest.mark.slow
 def test_the_suite_reports_every_setting(
     tiny_lm, store, tmp_path, monkeypatch):
-  monkeypatch.setattr(substitution, "load_base_lm", lambda *a, **k: tiny_lm)
+  monkeypatch.setattr(models, "load_base_lm", lambda *a, **k: tiny_lm)
   suites.run("substitution", dataclasses.asdict(substitution.Settings.quick(
     data=str(store), horizons=(16, 24))), tmp_path)
   figures = json.loads((tmp_path / "results.json").read_text())["figures"]
@@ -162,7 +163,7 @@ def test_the_suite_reports_every_setting(
 @pytest.mark.slow
 def test_the_visible_suite_compares_both_arms(
     tiny_lm, store, tmp_path, monkeypatch):
-  monkeypatch.setattr(visible, "load_base_lm", lambda *a, **k: tiny_lm)
+  monkeypatch.setattr(models, "load_base_lm", lambda *a, **k: tiny_lm)
   suites.run("visible", dataclasses.asdict(
     visible.Settings.quick(data=str(store))), tmp_path)
   figures = json.loads((tmp_path / "results.json").read_text())["figures"]
