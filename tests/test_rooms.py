@@ -17,7 +17,7 @@ ROOMS = (
   "gist", "window", "answer", "focus", "lens", "runtime", "testing",
   "training.common", "training.gist", "training.lens", "training.alternating",
   "evaluation.report", "evaluation.data", "evaluation.systems",
-  "evaluation.suites", "evaluation.runner", "cli",
+  "evaluation.suites", "evaluation.runner", "cli", "sweep",
 )
 _HEAVY = ("jax", "flax", "tensorstore", "transformers", "orbax", "tokenizers")
 

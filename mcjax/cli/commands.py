@@ -44,7 +44,13 @@ def one_line_errors() -> Iterator[None]:
 
 
 class ConfigFlag:
-  """The --config flag of a main, whose configurations lie beside it."""
+  """The --config flag of a main, whose configurations lie beside it.
+
+  Attributes:
+    folder: of the configurations.
+    default: the one taken if none is named.
+    arguments: --config and its overrides, as another process can take them.
+  """
 
   def __init__(self, main_file: str, default: str):
     """`default` is a file of the folder `configs` beside `main_file`.
@@ -53,6 +59,7 @@ class ConfigFlag:
     """
     self.folder = pathlib.Path(main_file).parent / "configs"
     self.default = default
+    self.arguments: list[str] = []
     self._flag = config_flags.DEFINE_config_file(
       "config", default, "Settings; --config.key=value overrides one.",
       sys_argv=_ARGUMENTS)
@@ -71,9 +78,10 @@ class ConfigFlag:
     arguments, name = _take_config(arguments)
     path = configs.find(name or self.default, self.folder)
     config = configs.load(path)
-    return [f"--config={path}", *(
-      configs.override(a, config) if _is_override(a) else a
-      for a in _joined(arguments))]
+    given = [configs.override(a, config) if _is_override(a) else a
+             for a in _joined(arguments)]
+    self.arguments = [f"--config={path}", *filter(_is_override, given)]
+    return [f"--config={path}", *given]
 
   def describe(self, arguments: list[str]) -> str:
     """The settings of the configuration that the arguments name."""

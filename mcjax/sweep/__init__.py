@@ -1,0 +1,1 @@
+"""Sweeps: one experiment under every setting of a grid."""
