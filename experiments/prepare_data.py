@@ -14,7 +14,7 @@ import pathlib
 
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands
-from mcjax.runtime.documents import read_documents
+from mcjax.runtime.text_files import read_documents
 from mcjax.training.common import data, prepare
 from mcjax.types import McjaxError
 

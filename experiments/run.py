@@ -4,6 +4,7 @@
     --prompt="Who is the harbour master?"
   cat log.txt | python -m experiments.run --ingest=- --prompt="What failed?"
   python -m experiments.run --tree=runs/book           # chat with what is there
+  python -m experiments.run --tree=runs/book --documents --search="harbour"
 
 Settings: --config.loop.window=1024 and so on, see experiments/configs/run.py.
 """
@@ -28,6 +29,9 @@ _PROMPT = flags.DEFINE_string(
 _FOCUS = flags.DEFINE_boolean(
   "focus", False, "Print what answers were read from, and the focus."
 )
+_DOCUMENTS = flags.DEFINE_boolean("documents", False, "List the documents.")
+_SEARCH = flags.DEFINE_string("search", "", "List passages that fit this.")
+_FORGET = flags.DEFINE_list("forget", [], "Documents to hide for good.")
 _WORKDIR = flags.DEFINE_string(
   "workdir", "", "Where telemetry.jsonl goes; nowhere if empty."
 )
@@ -42,6 +46,9 @@ def main(argv) -> None:
     prompt=_PROMPT.value,
     show_focus=_FOCUS.value,
     workdir=_WORKDIR.value,
+    documents=_DOCUMENTS.value,
+    search=_SEARCH.value,
+    forget=_FORGET.value,
   )
 
 

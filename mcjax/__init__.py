@@ -12,7 +12,9 @@ if TYPE_CHECKING:
   from mcjax.config import Config
   from mcjax.gist.encoder import load_gistnet
   from mcjax.lens.policy import load_lensnet
-  from mcjax.runtime.megacontext import Generation, IngestStats, MegaContext
+  from mcjax.runtime.documents import Document, Source
+  from mcjax.runtime.megacontext import MegaContext
+  from mcjax.runtime.results import Generation, IngestStats
   from mcjax.types import Entry, McjaxError
 
 __version__ = "0.1.0"
@@ -20,11 +22,13 @@ __version__ = "0.1.0"
 _HOMES = {
   "BaseLM": "base.load",
   "Config": "config",
+  "Document": "runtime.documents",
   "Entry": "types",
-  "Generation": "runtime.megacontext",
-  "IngestStats": "runtime.megacontext",
+  "Generation": "runtime.results",
+  "IngestStats": "runtime.results",
   "McjaxError": "types",
   "MegaContext": "runtime.megacontext",
+  "Source": "runtime.documents",
   "load_base_lm": "base.load",
   "load_gistnet": "gist.encoder",
   "load_lensnet": "lens.policy",
@@ -33,11 +37,13 @@ _HOMES = {
 __all__ = [
   "BaseLM",
   "Config",
+  "Document",
   "Entry",
   "Generation",
   "IngestStats",
   "McjaxError",
   "MegaContext",
+  "Source",
   "load_base_lm",
   "load_gistnet",
   "load_lensnet",

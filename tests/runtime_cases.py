@@ -42,3 +42,8 @@ def settled_logits(mc):
 def window_logits(mc):
   """Logits [V] of a plain forward of what the window shows."""
   return tiny_base.window_logits(mc._loop.context, mc.tree)
+
+
+def spans(out):
+  """(start, stop) of an answer's sources."""
+  return [(source.start, source.stop) for source in out.sources]

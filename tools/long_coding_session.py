@@ -23,7 +23,7 @@ from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.cli import commands
 from mcjax.cli.focus_map import Section, focus_map, source_lines
 from mcjax.runtime import telemetry
-from mcjax.runtime.documents import Document, read_documents
+from mcjax.runtime.text_files import TextFile, read_documents
 
 _TREE = flags.DEFINE_string("tree", "runs/demo", "Where the history lives.")
 _TOKENS = flags.DEFINE_integer(
@@ -44,7 +44,7 @@ _TURNS = (
 )
 
 
-def _library() -> list[Document]:
+def _library() -> list[TextFile]:
   """Standard library modules, the largest passed over, in a fixed order."""
   folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
   files = sorted(folder.glob("*.py"))
@@ -119,7 +119,7 @@ def main(argv) -> None:
     decoded += len(out.token_ids)
     seconds += out.seconds - out.first_token_seconds
     print(f"Answer: {out.text.strip()}\nRead from:\n"
-          + source_lines(out.sources, sections, mc.text))
+          + source_lines(out.sources))
     print(f"Planted fact '{fact}': {'held' if held[-1] else 'MISSING'}; "
           f"first token after {out.first_token_seconds:.2f} s, window use "
           f"{len(mc.focus()) / window:.0%}\nFocus after:")

@@ -19,6 +19,7 @@ import numpy as np
 
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.tree import lexical_rank
+from mcjax.tree.journal import overlaps
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING
 
@@ -265,7 +266,7 @@ class _Near(NamedTuple):
     special: [T] bool, control tokens.
     own: [T] bool, what the model itself said.
     sentences: (start, stop) in these of what touches the block; a turn of a
-      chat ends a sentence too.
+      chat ends a sentence too. None of what is forgotten.
   """
 
   start: int
@@ -285,10 +286,13 @@ def _around(tree: MegaContextTree, tokenizer: Tokenizer, block: int, stop: int
   own = _own(tree, tokenizer, start, ids)
   ends = sentence_ends(pieces) | special
   ends[:-1] |= own[1:] & ~own[:-1]  # an answer opens
+  places, journal = np.arange(start, start + len(ids)), tree.journal
+  gone = overlaps(journal.forgotten, places, places + 1)
+  ends[:-1] |= journal.edges(start + 1, start + len(ids))  # of documents
   edges = [0, *(np.flatnonzero(ends) + 1).tolist(), len(pieces)]
   at = block * BRANCHING - start
   sentences = [(a, b) for a, b in zip(edges[:-1], edges[1:])
-               if a < b and a < at + BRANCHING and b > at]
+               if a < b and a < at + BRANCHING and b > at and not gone[a]]
   return _Near(start, ids, pieces, special, own, sentences)
 
 

@@ -4,11 +4,12 @@ which of their sentences an answer was read from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from mcjax.runtime.documents import Source
 from mcjax.types import Entry
 
 
@@ -68,22 +69,16 @@ def focus_map(
                     f"{tail}{coarse} only at L2 and coarser)"])
 
 
-def source_lines(
-  sources: Sequence[tuple[int, int]], sections: Sequence[Section],
-  text: Callable[[int, int], str],
-) -> str:
-  """Renders what an answer was read from, a line per sentence.
+def source_lines(sources: Sequence[Source]) -> str:
+  """Renders passages, a line each: document, score, text.
 
   Args:
-    sources: token spans, from `Generation.sources`.
-    sections: in timeline order.
-    text: of tokens [start, stop).
+    sources: from `Generation.sources` or `MegaContext.search`.
   """
   lines = []
-  for start, stop in sources:
-    inside = [s.name for s in sections if s.start <= start < s.stop]
-    name = inside[-1] if inside else ""
-    lines.append(f"  {name[-28:]:<28} {' '.join(text(start, stop).split())}")
+  for s in sources:
+    name, text = (s.document or "")[-28:], " ".join(s.text.split())
+    lines.append(f"  {name:<28} {s.score:4.2f} {text}")
   return "\n".join(lines or ["  all raw text of the window"])
 
 

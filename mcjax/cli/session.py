@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import pathlib
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -15,16 +16,20 @@ from mcjax.cli.focus_map import Section, focus_map, source_lines
 from mcjax.config import Config
 from mcjax.gist.encoder import load_gistnet
 from mcjax.lens.policy import load_lensnet
-from mcjax.runtime.documents import read_documents
+from mcjax.runtime.documents import Document
 from mcjax.runtime.megacontext import MegaContext
+from mcjax.runtime.text_files import TextFile, read_documents
 from mcjax.settings import read_fields
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import McjaxError
 
 
 def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
-        prompt: str, show_focus: bool, workdir: str) -> None:
+        prompt: str, show_focus: bool, workdir: str, documents: bool = False,
+        search: str = "", forget: Sequence[str] = ()) -> None:
   """Opens or creates the history, ingests, then answers or chats.
+
+  Asked to list, search or forget documents, it does that instead of a chat.
 
   Args:
     config: ConfigDict with base, dtype, gistnet, lensnet, max_new_tokens and
@@ -35,6 +40,9 @@ def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
     prompt: one question; chat if empty.
     show_focus: print after every answer what it was read from, and the focus.
     workdir: folder of telemetry.jsonl, or "".
+    documents: list them.
+    search: list passages that fit this.
+    forget: names of documents to hide for good, first of all.
 
   Raises:
     McjaxError: a user's mistake.
@@ -47,18 +55,23 @@ def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
   loop = read_fields(Config, "loop", values)
   if "-" in ingest and not prompt:
     raise McjaxError("--ingest=- takes standard input, so it needs --prompt")
-  documents = list(read_documents(ingest, suffixes)) if ingest else []
+  files = list(read_documents(ingest, suffixes)) if ingest else []
   lm = load_base_lm(config.base, dtype=config.dtype)
   with _history(tree, lm, loop, **_weights(config, lm)) as mc:
-    sections = [Section("(earlier)", 0, mc.cursor)]
-    sections += _ingest(mc, documents)
+    for name in forget:
+      print(f"Forgotten: {name} ({len(mc.forget(name))})", file=sys.stderr)
+    _ingest(mc, files)
     if not mc.cursor:
       print("The history is empty; ingest something with --ingest=FILE.",
             file=sys.stderr)
+    if documents:
+      print(_listing(mc.documents()))
+    if search:
+      print(source_lines(mc.search(search)) if mc.cursor else "")
     if prompt:
-      _answer(mc, prompt, config.max_new_tokens, sections, show_focus)
-    else:
-      _chat(mc, config.max_new_tokens, sections, show_focus)
+      _answer(mc, prompt, config.max_new_tokens, show_focus)
+    elif not (documents or search or forget):
+      _chat(mc, config.max_new_tokens, show_focus)
 
 
 def _weights(config, lm: BaseLM) -> dict:
@@ -80,26 +93,48 @@ def _history(tree: str, lm: BaseLM, loop: Config, **weights) -> MegaContext:
   return MegaContext.create(tree, lm, loop, **weights)
 
 
-def _ingest(mc: MegaContext, documents) -> list[Section]:
-  sections = []
-  total = sum(len(d.text) for d in documents)
+def _ingest(mc: MegaContext, files: Sequence[TextFile]) -> None:
+  total = sum(len(file.text) for file in files)
+  known = 0
   with tqdm(total=total, unit="B", unit_scale=True, desc="Ingesting",
-            disable=not documents) as bar:
-    for document in documents:
-      if document.replaced:
-        tqdm.write(f"{document.name}: {document.replaced} bytes are not UTF-8 "
+            disable=not files) as bar:
+    for file in files:
+      if file.replaced:
+        tqdm.write(f"{file.name}: {file.replaced} bytes are not UTF-8 "
                    "and were replaced", file=sys.stderr)
-      if document.text:
-        start = mc.cursor
-        mc.ingest(document.text)
-        sections.append(Section(document.name, start, mc.cursor))
+      if file.text:
+        known += mc.ingest(file.text, name=file.name).skipped
       else:
-        tqdm.write(f"{document.name} is empty: passed over", file=sys.stderr)
-      bar.update(len(document.text))
+        tqdm.write(f"{file.name} is empty: passed over", file=sys.stderr)
+      bar.update(len(file.text))
+  if known:
+    print(f"{known} of {len(files)} files are in the history already: passed "
+          "over", file=sys.stderr)
+
+
+def _listing(documents: Sequence[Document]) -> str:
+  """A line for each document: when it came in, its size, its name."""
+  lines = []
+  for d in documents:
+    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(d.time))
+    lines.append(f"{day}  {d.stop - d.start:>10,} tokens  {d.name}")
+  return "\n".join(lines)
+
+
+def _sections(mc: MegaContext) -> list[Section]:
+  """The history cut into documents and what lies between them."""
+  sections, at = [], 0
+  for d in mc.documents():
+    if d.start > at:
+      sections.append(Section("(conversation)", at, d.start))
+    sections.append(Section(d.name, d.start, d.stop))
+    at = d.stop
+  if mc.cursor > at:
+    sections.append(Section("(conversation)", at, mc.cursor))
   return sections
 
 
-def _answer(mc, prompt, max_new_tokens, sections, show_focus) -> None:
+def _answer(mc, prompt, max_new_tokens, show_focus) -> None:
   said = 0
 
   def on_text(text: str) -> None:
@@ -110,12 +145,11 @@ def _answer(mc, prompt, max_new_tokens, sections, show_focus) -> None:
   out = mc.generate(prompt, max_new_tokens, on_text=on_text)
   print()
   if show_focus:
-    print("Read from:\n" + source_lines(out.sources, sections, mc.text),
-          file=sys.stderr)
-    print(focus_map(mc.focus(), sections), file=sys.stderr)
+    print("Read from:\n" + source_lines(out.sources), file=sys.stderr)
+    print(focus_map(mc.focus(), _sections(mc)), file=sys.stderr)
 
 
-def _chat(mc, max_new_tokens, sections, show_focus) -> None:
+def _chat(mc, max_new_tokens, show_focus) -> None:
   """Reads prompts until the end of standard input or an empty line."""
   interactive = sys.stdin.isatty()
   if interactive:
@@ -129,4 +163,4 @@ def _chat(mc, max_new_tokens, sections, show_focus) -> None:
       if interactive:
         break
       continue
-    _answer(mc, prompt, max_new_tokens, sections, show_focus)
+    _answer(mc, prompt, max_new_tokens, show_focus)

@@ -31,6 +31,7 @@ class LensKeyer:
   Attributes:
     fingerprint: of weights, configuration and base.
     key_dim: K.
+    by_meaning: whether its keys say what is alike in meaning.
   """
 
   def __init__(self, params: Mapping, config: lensnet.LensNetConfig,
@@ -50,6 +51,7 @@ class LensKeyer:
     make = functools.partial(_make_tables, params, config, lm)
     self._vectors, self._salience, self._asking = _kept(self.fingerprint, make)
     self.key_dim = self._vectors.shape[1]
+    self.by_meaning = part == TABLE
 
   @classmethod
   def of_heads(cls, params: Mapping, config: lensnet.LensNetConfig, lm: BaseLM

@@ -1,79 +1,233 @@
-"""Files, folders and standard input as named texts, ready to ingest."""
+"""Documents of a history: names and spans, and passages that answer a query.
+
+A document is a span of tokens with a name, kept in the tree's journal. A
+forgotten one keeps its tokens and gists in the tree, and nobody sees them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
-import os
-import pathlib
-import sys
+import hashlib
+import json
+import time
+from typing import Any
 
-from mcjax.types import McjaxError
+import numpy as np
+
+from mcjax.answer import passages
+from mcjax.base.tokenizer import Tokenizer
+from mcjax.lens.keyer import LensKeyer
+from mcjax.lens.network import KEY_SCALE
+from mcjax.tree import learned_keys, lexical_keys, lexical_rank
+from mcjax.tree.journal import FORGOTTEN
+from mcjax.tree.search import TreeSearch
+from mcjax.tree.tree import MegaContextTree
+from mcjax.types import BRANCHING, McjaxError
+
+_DOCUMENT = "document"  # kind of event
+_CANDIDATES = 8  # blocks looked at, for every passage wanted
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One named text.
+  """One document of a history.
 
   Attributes:
-    name: path as given, or "-" for standard input.
-    text: its text.
-    replaced: bytes that are no UTF-8 and became U+FFFD.
+    name: as given; several documents may share one.
+    start, stop: its tokens.
+    digest: SHA-256 of its content.
+    metadata: as given.
+    time: seconds since 1970 at which it came in.
   """
 
   name: str
-  text: str
-  replaced: int = 0
+  start: int
+  stop: int
+  digest: str
+  metadata: dict[str, Any]
+  time: float
 
 
-def decode(name: str, raw: bytes) -> Document:
-  """UTF-8 with replacement; the count of replacements is reported."""
-  text = raw.decode("utf-8", errors="replace")
-  genuine = raw.count("\ufffd".encode())
-  return Document(name, text, text.count("\ufffd") - genuine)
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A passage of the history.
 
-
-def read_documents(
-  paths: Sequence[str], suffixes: Sequence[str] = ()
-) -> Iterator[Document]:
-  """Reads files, folders (recursively, sorted) and "-" for standard input.
-
-  Empty and binary files (a NUL byte in the first 8 KiB) in folders are passed
-  over; hidden ones too.
-
-  Args:
-    paths: what the user named.
-    suffixes: in folders only files that end so; all by default.
-
-  Raises:
-    McjaxError: a path does not exist or cannot be read.
+  Attributes:
+    document: name of the document that holds it; None in a conversation.
+    start, stop: its tokens.
+    text: what it says.
+    score: how much of the query it holds by rare words or, where the learned
+      keys tell, how much alike it is in meaning; in [0, 1].
   """
-  for name in paths:
-    if name == "-":
-      yield decode("-", sys.stdin.buffer.read())
-      continue
-    path = pathlib.Path(name)
-    if path.is_dir():
-      for file in sorted(_files(path, tuple(suffixes))):
-        raw = _read(file)
-        if raw and b"\0" not in raw[:8192]:
-          yield decode(str(file), raw)
-    else:
-      yield decode(name, _read(path))
+
+  document: str | None
+  start: int
+  stop: int
+  text: str
+  score: float
 
 
-def _files(folder: pathlib.Path, suffixes: tuple[str, ...]):
-  for root, folders, names in os.walk(folder):
-    folders[:] = [
-      f for f in folders if not f.startswith(".") and f != "__pycache__"
-    ]
-    for name in names:
-      if not name.startswith(".") and name.endswith(suffixes or ""):
-        yield pathlib.Path(root, name)
+class Documents:
+  """The documents of one tree, by place, name and content."""
+
+  def __init__(self, tree: MegaContextTree):
+    self._tree = tree
+    self._read = -1
+    self.all()
+
+  def all(self) -> list[Document]:
+    """Those that are not forgotten, in the order of their tokens."""
+    events = self._tree.journal.events
+    if self._read != len(events):  # a transient one may be gone again
+      self._read = len(events)
+      gone = {(e["start"], e["stop"]) for e in events
+              if e["kind"] == FORGOTTEN}
+      self._all = [
+        Document(**{k: v for k, v in e.items() if k != "kind"}) for e in events
+        if e["kind"] == _DOCUMENT and (e["start"], e["stop"]) not in gone]
+      self._starts = [d.start for d in self._all]
+      self._digests = {d.digest: d for d in self._all}
+    return list(self._all)
+
+  def holding(self, digest: str) -> Document | None:
+    """The document of this content, if there is one."""
+    self.all()
+    return self._digests.get(digest)
+
+  def at(self, token: int) -> Document | None:
+    """The document that holds a token."""
+    self.all()
+    at = bisect.bisect_right(self._starts, token) - 1
+    if at < 0 or token >= self._all[at].stop:
+      return None
+    return self._all[at]
+
+  def add(self, name: str | None, start: int, stop: int, digest: str,
+          metadata: dict[str, Any]) -> Document:
+    """Notes that tokens [start, stop) are a document."""
+    count = len(self._tree.journal.of(_DOCUMENT))
+    self._tree.journal.add(
+      _DOCUMENT, name=name or f"text {count + 1}", start=start, stop=stop,
+      digest=digest, metadata=metadata, time=time.time())
+    return self.all()[-1]
+
+  def forget(self, name: str) -> list[Document]:
+    """Hides all documents of a name.
+
+    Raises:
+      McjaxError: there is none.
+    """
+    found = [d for d in self.all() if d.name == name]
+    if not found:
+      raise McjaxError(f"no document is named {name!r}")
+    for d in found:
+      self._tree.journal.add(
+        FORGOTTEN, start=d.start, stop=d.stop, time=time.time())
+    return found
 
 
-def _read(path: pathlib.Path) -> bytes:
+def digest_of(content: str | np.ndarray) -> str:
+  """SHA-256 of a text, or of token ids."""
+  if isinstance(content, str):
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+  return hashlib.sha256(np.asarray(content, "<i4").tobytes()).hexdigest()
+
+
+def json_of(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+  """A copy of metadata as JSON has it. Raises: McjaxError where it has not."""
   try:
-    return path.read_bytes()
-  except OSError as error:
-    raise McjaxError(f"{path}: {error.strerror}") from None
+    return json.loads(json.dumps(dict(metadata or {})))
+  except (TypeError, ValueError) as error:
+    raise McjaxError(f"metadata are not JSON: {error}") from error
+
+
+class Finder:
+  """Finds what a tree says on a query, without the LM.
+
+  By the words that a sentence shares with the query and, where the learned
+  keys tell what is alike in meaning, by these.
+  """
+
+  def __init__(self, tree: MegaContextTree, tokenizer: Tokenizer,
+               keyer: object | None, max_nodes: int):
+    self._tree, self._tokenizer = tree, tokenizer
+    self._max_nodes = max_nodes
+    self._keyer: LensKeyer | None = None
+    if isinstance(keyer, LensKeyer) and keyer.by_meaning:
+      self._keyer = keyer
+
+  def find(self, query_ids: np.ndarray, k: int
+           ) -> list[tuple[tuple[int, int], float]]:
+    """Up to k token spans (start, stop) and their scores, best first."""
+    weights = self._weights(query_ids)
+    blocks = self._blocks(query_ids, weights, _CANDIDATES * k)
+    found = passages.find_passages(
+      self._tree, self._tokenizer, blocks, query_ids, weights,
+      self._tree.cursor)
+    told = list(found.values())
+    if self._keyer is not None:
+      told += passages.nearest_sentences(
+        self._tree, self._tokenizer, blocks, self._likeness(query_ids),
+        self._tree.cursor).values()
+    best: list[tuple[tuple[int, int], float]] = []
+    for passage in sorted(told, key=lambda p: -p.share):
+      start, stop = passage.tokens.start, passage.tokens.stop
+      apart = all(stop <= a or b <= start for (a, b), _ in best)
+      if passage.share > 0 and apart and len(best) < k:
+        best.append(((start, stop), min(1.0, passage.share)))
+    return best
+
+  def scores(self, query_ids: np.ndarray, spans: Sequence[tuple[int, int]]
+             ) -> list[float]:
+    """How well each span of tokens fits the query, in [0, 1]."""
+    if not spans:
+      return []
+    ids = np.full((len(spans), max(b - a for a, b in spans)), -1, np.int64)
+    for row, (a, b) in zip(ids, spans):
+      row[: b - a] = self._tree.tokens(a, b)
+    scores = lexical_rank.coverage(
+      query_ids, self._weights(query_ids), ids, np.ones(ids.shape[1]))
+    if self._keyer is not None:
+      scores = np.maximum(scores, self._likeness(query_ids)(ids))
+    return np.clip(scores, 0.0, 1.0).tolist()
+
+  def _weights(self, query_ids: np.ndarray) -> np.ndarray:
+    ones = np.ones(len(query_ids), np.float32)
+    weights = lexical_rank.query_weights(self._tree, query_ids, ones)
+    # In a few dozen tokens no word is known to be rare.
+    return weights if self._tree.num_nodes(1) > 1 else ones
+
+  def _likeness(self, query_ids: np.ndarray):
+    keyer = self._keyer
+    assert keyer is not None
+    query = keyer.query(query_ids, np.ones(len(query_ids), np.float32))
+
+    def likeness(ids: np.ndarray) -> np.ndarray:
+      keys = keyer.encode_keys(ids).astype(np.int32)
+      return keys @ query / np.float64(KEY_SCALE**2)
+
+    return likeness
+
+  def _blocks(self, query_ids: np.ndarray, weights: np.ndarray, count: int
+              ) -> Iterable[int]:
+    """Blocks that may answer, the unfinished one included."""
+    tree, keyer = self._tree, self._keyer
+    blocks: list[int] = []
+    if np.any(weights > 0):
+      search = TreeSearch(tree, lexical_keys.scorer(query_ids, weights),
+                          k=count)
+      search.run(self._max_nodes)
+      blocks += [b for b, _ in search.best(count)]
+    if keyer is not None and tree.lens_fingerprint == keyer.fingerprint:
+      query = keyer.query(query_ids, np.ones(len(query_ids), np.float32))
+      search = TreeSearch(
+        tree, learned_keys.scorer(query), k=count, floor=-np.inf,
+        read_keys=tree.lens_keys,
+        read_bytes=lambda level, n: n)
+      search.run(self._max_nodes)
+      blocks += [b for b, _ in search.best(count)]
+    if tree.cursor % BRANCHING:
+      blocks.append(tree.cursor // BRANCHING)
+    return dict.fromkeys(blocks)

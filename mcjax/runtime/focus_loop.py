@@ -63,6 +63,7 @@ class FocusLoop:
     query: set by the caller for a prompt, or by `follow` from newest tokens.
     sources: token spans of the sentences that the LM answers from; empty where
       it attends to all raw text.
+    found: token spans that answer the question, attended to or not.
     step: refocus steps so far.
   """
 
@@ -74,7 +75,9 @@ class FocusLoop:
     self.telemetry = telemetry
     self.query = Query(np.zeros(0, np.int32), np.zeros(0, np.float32), 0)
     self.sources: list[tuple[int, int]] = []
+    self.found: list[tuple[int, int]] = []
     self.step = 0
+    self.context.window.forgotten = tree.journal.forgotten
     self._policy = policy
     self._encoder = encoder
     self._config = config
@@ -156,6 +159,15 @@ class FocusLoop:
     self.query = Query(ids, fading_weights(len(ids)), start)
     self.attend()
 
+  def forget(self) -> None:
+    """Hides what the tree's journal says is forgotten.
+
+    Keys and values are computed anew: what was read beside it has seen it.
+    """
+    self.context.window.forgotten = self.tree.journal.forgotten
+    self.context.forget()
+    self.follow()
+
   # --- what is seen -------------------------------------------------------
 
   def refocus_deeper(self, continuation: np.ndarray | None = None) -> int:
@@ -233,6 +245,7 @@ class FocusLoop:
     what answers.
     """
     self.sources, attention = [], None
+    self.found = list(self._policy.sources) if self.query.asked else []
     e = self.context.window.entries
     if (self.query.asked and self._config.raw_attention != "all"
         and np.any(e.level)):

@@ -6,9 +6,10 @@ token ids, a tree, a window of fixed size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import time
+from typing import Any
 
 import numpy as np
 
@@ -18,52 +19,26 @@ from mcjax.config import Config
 from mcjax.gist.encoder import GistEncoder, load_gistnet
 from mcjax.lens.policy import LensNetPolicy
 from mcjax.runtime import policy_choice
+from mcjax.runtime.documents import (
+  Document,
+  Documents,
+  Finder,
+  Source,
+  digest_of,
+  json_of,
+)
 from mcjax.runtime.focus_loop import FocusLoop, Query
 from mcjax.runtime.policy_choice import Choice
+from mcjax.runtime.results import Generation, IngestStats
 from mcjax.runtime.telemetry import Telemetry
+from mcjax.runtime.text_files import read_documents
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, Entry, McjaxError
 from mcjax.window.context_lm import ContextLM
 
 _QUESTION = 128  # newest words of a prompt that act as the query
 _SLICE = 1 << 16  # tokens per tree append during a long ingest
-
-
-@dataclasses.dataclass(frozen=True)
-class IngestStats:
-  """What one `ingest` did."""
-
-  tokens: int
-  seconds: float
-  cursor: int
-
-  @property
-  def tokens_per_second(self) -> float:
-    return self.tokens / self.seconds if self.seconds else float("inf")
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-  """What one `generate` said.
-
-  Attributes:
-    text: the answer, without the stop token.
-    token_ids: [n] int32, the stop token included.
-    prompt_tokens: tokens the prompt took in the history.
-    seconds: wall clock, the prompt included.
-    first_token_seconds: until the first block of the answer began.
-    focus: the tiling with which the answer began.
-    sources: token spans (start, stop) of the sentences that the answer was read
-      from; empty where the LM attended to all raw text of the window.
-  """
-
-  text: str
-  token_ids: np.ndarray
-  prompt_tokens: int
-  seconds: float
-  first_token_seconds: float
-  focus: list[Entry]
-  sources: list[tuple[int, int]]
+_SEARCH_NODES = 4096  # tree nodes that `search` may touch, by words and by keys
 
 
 class MegaContext:
@@ -89,6 +64,9 @@ class MegaContext:
       config, self.telemetry,
     )
     self._loop.restore_focus(tree.extra.get("focus"))
+    self._documents = Documents(tree)
+    self._finder = Finder(
+      tree, lm.tokenizer, choice.keyer, _SEARCH_NODES)
     self._closed = False
 
   # --- opening and closing ------------------------------------------------
@@ -171,24 +149,60 @@ class MegaContext:
   # --- public work --------------------------------------------------------
 
   def ingest(self, text: str,
-             progress: Callable[[int, int], None] | None = None) -> IngestStats:
-    """Adds text to the history.
+             progress: Callable[[int, int], None] | None = None, *,
+             name: str | None = None,
+             metadata: Mapping[str, Any] | None = None) -> IngestStats:
+    """Adds a document to the history; the same content again is skipped.
 
     Args:
       text: any length.
       progress: called with tokens done and tokens in all.
+      name: of the document, which then begins on a line of its own; numbered
+        by default.
+      metadata: small JSON that is kept with it.
 
     Raises:
-      McjaxError: the text is empty or not a string.
+      McjaxError: the text is empty or not a string, or metadata are no JSON.
     """
     self._check_text(text, "text")
-    return self.ingest_tokens(self.lm.tokenizer.encode(text), progress)
+    begin, facts = time.perf_counter(), json_of(metadata)
+    digest = digest_of(text)
+    known = self._documents.holding(digest)
+    if known is not None:
+      return IngestStats(0, time.perf_counter() - begin, self.tree.cursor,
+                         known.name, skipped=True)
+    ids = self.lm.tokenizer.encode(text)
+    before = self._line_break() if name else ids[:0]
+    cursor = self.tree.cursor
+    self._add(np.concatenate([before, ids]), progress)
+    document = self._documents.add(
+      name, self.tree.cursor - len(ids), self.tree.cursor, digest, facts)
+    return self._added(cursor, begin, document.name)
+
+  def ingest_files(
+    self, paths: Sequence[str], suffixes: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+  ) -> list[IngestStats]:
+    """Adds files, folders and "-" (standard input) as documents.
+
+    Empty files are passed over; see `read_documents`.
+
+    Args:
+      paths: each file's path is its document's name.
+      suffixes: in folders only files that end so; all by default.
+      progress: as for `ingest`, within each file.
+
+    Raises:
+      McjaxError: a path cannot be read; files before it are ingested.
+    """
+    return [self.ingest(file.text, progress, name=file.name)
+            for file in read_documents(paths, suffixes) if file.text]
 
   def ingest_tokens(
     self, token_ids: np.ndarray,
     progress: Callable[[int, int], None] | None = None,
   ) -> IngestStats:
-    """As `ingest`, of token ids [n] int32 of this base's tokenizer.
+    """Adds token ids [n] int32 of this base's tokenizer, as no document.
 
     Raises:
       McjaxError: no tokens, or ids outside the vocabulary.
@@ -196,7 +210,12 @@ class MegaContext:
     self._check_open()
     if not len(token_ids):
       raise McjaxError("no tokens to ingest: nothing was changed")
-    begin = time.perf_counter()
+    begin, cursor = time.perf_counter(), self.tree.cursor
+    self._add(token_ids, progress)
+    return self._added(cursor, begin)
+
+  def _add(self, token_ids: np.ndarray, progress) -> None:
+    """Adds tokens, not committed yet."""
     ids = self._with_bos(np.asarray(token_ids, np.int32))
     start = self.tree.cursor
     try:
@@ -208,12 +227,65 @@ class MegaContext:
       self._loop.show(self.tree.cursor - start, self.config.recent_tokens)
     self._loop.follow()
     self._loop.check()
+
+  def _added(self, before: int, begin: float, document: str | None = None
+             ) -> IngestStats:
+    """Commits what joined a history of `before` tokens."""
     self._commit()
     seconds = time.perf_counter() - begin
+    tokens = self.tree.cursor - before
     self.telemetry.record(
-      "ingest", tokens=len(ids), seconds=seconds, cursor=self.tree.cursor
+      "ingest", tokens=tokens, seconds=seconds, cursor=self.tree.cursor
     )
-    return IngestStats(len(ids), seconds, self.tree.cursor)
+    return IngestStats(tokens, seconds, self.tree.cursor, document)
+
+  def documents(self) -> list[Document]:
+    """The documents that are not forgotten, in the order they came in."""
+    self._check_open()
+    return self._documents.all()
+
+  def search(self, query: str, k: int = 5) -> list[Source]:
+    """Up to k passages that fit a query, best first, without generating.
+
+    Raises:
+      McjaxError: the query is empty or not a string, or k < 1.
+    """
+    self._check_text(query, "query")
+    if not isinstance(k, int) or k < 1:
+      raise McjaxError(f"k must be a whole number >= 1, got {k}")
+    ids = self.lm.tokenizer.encode(query)
+    return [self._source(span, score)
+            for span, score in self._finder.find(ids, k)]
+
+  def forget(self, name: str) -> list[Document]:
+    """Hides a document from focus, search and answers, at once and for good.
+
+    Its tokens and gists stay in the tree until that is compacted.
+
+    Returns:
+      What was forgotten: all documents of this name.
+
+    Raises:
+      McjaxError: no document has this name.
+    """
+    self._check_open()
+    gone = self._documents.forget(name)
+    self._loop.forget()
+    self._commit()
+    return gone
+
+  def _source(self, span: tuple[int, int], score: float) -> Source:
+    document, (start, stop) = self._documents.at(span[0]), span
+    if document is None:
+      return Source(None, start, stop, self.text(start, stop), score)
+    stop = min(stop, document.stop)
+    return Source(document.name, start, stop, self.text(start, stop), score)
+
+  def _sources(self) -> list[Source]:
+    """What answers the loop's question, best first."""
+    spans = self._loop.sources or self._loop.found
+    scores = self._finder.scores(self._loop.query.ids, spans)
+    return sorted(map(self._source, spans, scores), key=lambda s: -s.score)
 
   def generate(self, prompt: str, max_new_tokens: int = 64, *,
                remember: bool = True,
@@ -254,7 +326,7 @@ class MegaContext:
     self._loop.append(ids)
     self._loop.settle()
     self._loop.attend()
-    focus, sources = self.focus(), self._loop.sources
+    focus, sources = self.focus(), self._sources()
     self._loop.sync()
     first = time.perf_counter() - begin
     out: list[int] = []
@@ -268,11 +340,11 @@ class MegaContext:
     seconds = time.perf_counter() - begin
     self.telemetry.record(
       "generate", tokens=len(out), prompt_tokens=len(ids), seconds=seconds,
-      first_token_seconds=first, sources=sources,
+      first_token_seconds=first, sources=[(s.start, s.stop) for s in sources],
     )
     return Generation(
       self._answer(out, stopped), np.array(out, np.int32), len(ids), seconds,
-      first, focus, sources,
+      first, focus, sources, float(bool(sources)),
     )
 
   def score(self, text: str) -> np.ndarray:

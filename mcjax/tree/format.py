@@ -8,10 +8,12 @@ lens/E/L1, L2..   [nodes, K] and [nodes, 2K] int8 of lens epoch E, if the tree
                   keeps lens keys
 access/L0, L1..   [nodes] uint32
 frequency         [2, vocab_size] uint32, two slots
+journal           [bytes] uint8, JSON lines of events
 
 The record's "lens" is {"fingerprint", "key_dim", "epoch"}, or None in a tree
 without lens keys; records from before there were any lack it. "lens_epochs"
-counts the epochs that a tree ever had, so that none is used twice.
+counts the epochs that a tree ever had, so that none is used twice. "journal" is
+the length of the journal in bytes; records from before there was one lack it.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import heapq
 import numpy as np
 
 from mcjax.tree import lexical_keys as lexical
+from mcjax.tree.journal import wholly_inside
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, span_width
 
@@ -17,6 +18,8 @@ _SCAN = 8192  # blocks of a brute-force chunk
 
 class TreeSearch:
   """Finds the L1 blocks with the best keys, from the roots downwards.
+
+  Nodes that are forgotten as a whole are no results.
 
   Searches lexical keys, or learned keys with their `read_keys` and a `floor` of
   -inf, since their scores may be negative.
@@ -59,6 +62,7 @@ class TreeSearch:
     """
     self._score_keys = score_keys
     self._read_keys, self._read_bytes = read_keys or tree.keys, read_bytes
+    self._forgotten = tree.journal.forgotten
     self._k, self._floor = k, floor
     self._blocks = _blocks_before(tree, stop_block)
     self.touched = 0
@@ -110,6 +114,7 @@ class TreeSearch:
     self.touched += last - first
     self.bytes_read += self._read_bytes(level, last - first)
     scores = np.minimum(np.asarray(self._score_keys(keys), np.float64), bound)
+    scores[wholly_inside(self._forgotten, level, first, last)] = -np.inf
     for index, score in zip(range(first, last), scores.tolist(), strict=True):
       if score <= self._floor:
         continue
@@ -172,8 +177,9 @@ def brute_force(
   for start in range(0, stop, _SCAN):
     end = min(start + _SCAN, stop)
     new = np.asarray(score_keys(tree.lens_keys(1, start, end)), np.float64)
-    blocks = np.concatenate([blocks, np.arange(start, end)])
-    scores = np.concatenate([scores, new])
+    kept = ~wholly_inside(tree.journal.forgotten, 1, start, end)
+    blocks = np.concatenate([blocks, np.arange(start, end)[kept]])
+    scores = np.concatenate([scores, new[kept]])
     best = np.lexsort([-blocks, -scores])[:k]
     blocks, scores = blocks[best], scores[best]
   return list(zip(blocks.tolist(), scores.tolist(), strict=True))

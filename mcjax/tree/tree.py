@@ -17,7 +17,8 @@ from jaxtyping import Float32, Int8, Int32, UInt8, UInt32
 import numpy as np
 
 from mcjax.tree import format as tree_format
-from mcjax.tree.columns import AccessCounts, TokenFrequency
+from mcjax.tree.columns import AccessCounts, TokenFrequency, flush_columns
+from mcjax.tree.journal import Journal
 from mcjax.tree.learned_keys import Keyer
 from mcjax.tree.levels import SLICE_TOKENS, Encoder, Levels
 from mcjax.tree.store import Store, decode_record, encode_record
@@ -27,7 +28,11 @@ __all__ = ["Encoder", "Keyer", "MegaContextTree"]
 
 
 class MegaContextTree:
-  """An append-only history; one writer at a time, not thread-safe."""
+  """An append-only history; one writer at a time, not thread-safe.
+
+  Attributes:
+    journal: events beside the tokens, committed with them.
+  """
 
   def __init__(
     self,
@@ -49,6 +54,7 @@ class MegaContextTree:
     self._frequency = TokenFrequency(
       store, record["vocab_size"], **record["frequency"]
     )
+    self.journal = Journal(store, record.get("journal", 0))
     recent = self._levels.blocks(self._frequency.blocks, self.num_nodes(1))
     self._frequency.add(recent)
 
@@ -244,7 +250,9 @@ class MegaContextTree:
       raise McjaxError("a transient append cannot be committed")
     self._check_not_changed()
     self._levels.flush(everything=True)
+    flush_columns([self.journal.column], self.url, everything=True)
     record = dict(self._record, cursor=self.cursor, lens=self._levels.lens)
+    record["journal"] = self.journal.column.length
     if extra is not None:
       try:
         record["extra"] = json.loads(json.dumps(extra))
@@ -289,11 +297,11 @@ class MegaContextTree:
       self._restore(state)
 
   def _snapshot(self) -> tuple:
-    parts = (self._levels, self._frequency, self._access)
+    parts = (self._levels, self._frequency, self._access, self.journal)
     return tuple(part.snapshot() for part in parts)
 
   def _restore(self, state: tuple) -> None:
-    parts = (self._levels, self._frequency, self._access)
+    parts = (self._levels, self._frequency, self._access, self.journal)
     for part, part_state in zip(parts, state, strict=True):
       part.restore(part_state)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mcjax.tree.journal import overlaps
 from mcjax.types import BRANCHING, Entry, McjaxError, span_width
 
 EXPAND, COLLAPSE = 1, -1
@@ -192,10 +193,12 @@ class WorkingContext:
     window: slots.
     entries: the tiling.
     attention: what the LM attends to of raw text; None for all of it.
+    forgotten: [n, 2] spans of tokens that the LM may not see, see `Journal`.
   """
 
   def __init__(self, window: int):
     self.window = window
+    self.forgotten = np.zeros((0, 2), np.int64)
     self.attention: Attention | None = None
     self.entries = Entries.make(0, [], [])
     self._free = list(range(window - 1, -1, -1))
@@ -362,10 +365,13 @@ class WorkingContext:
     self.entries.ready[:] = False
 
   def hidden(self) -> np.ndarray:
-    """[E] bool: raw tokens outside of what the LM attends to."""
+    """[E] bool: raw tokens outside of what the LM attends to, and all entries
+    that hold anything forgotten."""
+    e = self.entries
+    gone = overlaps(self.forgotten, e.start(), e.start() + e.width())
     if self.attention is None:
-      return np.zeros(len(self.entries), bool)
-    return self.attention.earlier(self.entries)[1]
+      return gone
+    return gone | self.attention.earlier(e)[1]
 
   def positions(self, gist_stride: int, max_positions: int) -> np.ndarray:
     """Window-relative position of every entry, [E] int32."""
@@ -377,9 +383,8 @@ class WorkingContext:
     """Position of the token that would be appended next."""
     level = self.entries.level
     stride = effective_stride(level, gist_stride, max_positions)
-    gists = int(np.count_nonzero(level))
-    hidden = int(np.count_nonzero(self.hidden()))
-    return len(level) - gists - hidden + gists * stride
+    steps = np.where(level > 0, stride, 1)
+    return int(steps[~self.hidden()].sum())
 
   def slot_arrays(
     self, gist_stride: int, max_positions: int, show_gists: bool
@@ -397,7 +402,7 @@ class WorkingContext:
     twin = WorkingContext(self.window)
     twin.entries = Entries(*(a.copy() for a in self.entries.arrays()))
     twin._free = list(self._free)
-    twin.attention = self.attention
+    twin.attention, twin.forgotten = self.attention, self.forgotten
     return twin
 
   def become(self, twin: WorkingContext) -> None:

@@ -1,6 +1,7 @@
 """The focus as text."""
 
 from mcjax.cli.focus_map import Section, focus_map, source_lines
+from mcjax.runtime.documents import Source
 from mcjax.types import Entry
 
 
@@ -58,13 +59,10 @@ def test_nothing_to_show():
   assert "(0 only at L2 and coarser)" in text
 
 
-def test_sources_are_named_and_on_one_line_each():
-  def text(start, stop):
-    return f"tokens {start}\n to {stop} "
-
-  got = source_lines([(5, 9), (130, 140), (900, 901)], [
-    Section("a.md", 0, 100), Section("b.md", 100, 200)], text)
+def test_passages_are_named_and_on_one_line_each():
+  got = source_lines([
+    Source("a.md", 5, 9, "tokens 5\n to 9 ", 0.5),
+    Source(None, 900, 901, "said", 1.0)])
   assert [line.split() for line in got.splitlines()] == [
-    ["a.md", "tokens", "5", "to", "9"], ["b.md", "tokens", "130", "to", "140"],
-    ["tokens", "900", "to", "901"]]
-  assert source_lines([], [], text) == "  all raw text of the window"
+    ["a.md", "0.50", "tokens", "5", "to", "9"], ["1.00", "said"]]
+  assert source_lines([]) == "  all raw text of the window"

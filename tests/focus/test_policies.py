@@ -6,6 +6,7 @@ import dataclasses
 import marks
 import numpy as np
 import pytest
+from runtime_cases import spans
 
 from mcjax import Config, McjaxError, MegaContext
 from mcjax.focus.controls import Random
@@ -117,7 +118,7 @@ def test_asked_again_the_fact_is_read_and_no_earlier_exchange(
   mc.ingest(f"{around[0]}\n{fact}\n{around[1]}")
   for _ in range(12):
     out = mc.generate("what is the PUMP CODE?", max_new_tokens=1)
-    assert [mc.text(a, b).strip() for a, b in out.sources] == [fact]
+    assert [mc.text(a, b).strip() for a, b in spans(out)] == [fact]
   mc.close()
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from mcjax.config import Config
 from mcjax.gist.encoder import load_gistnet
-from mcjax.runtime.documents import read_documents
+from mcjax.runtime.text_files import read_documents
 from mcjax.testing import tiny_base
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from runtime_cases import FACT, QUESTION, SMALL, with_fact
+from runtime_cases import FACT, QUESTION, SMALL, spans, with_fact
 
 from mcjax import Config, McjaxError, MegaContext
 from mcjax.runtime.focus_loop import Query
@@ -42,12 +42,12 @@ def assert_plain(mc):
 
 def assert_read_from_the_fact(mc, out):
   place = (FACT_AT + 1, FACT_AT + 1 + len(FACT))
-  assert any(a <= place[0] and place[1] <= b for a, b in out.sources)
-  assert sum(b - a for a, b in out.sources) < 200
-  assert any(FACT in mc.text(a, b) for a, b in out.sources)
+  assert any(a <= place[0] and place[1] <= b for a, b in spans(out))
+  assert sum(b - a for a, b in spans(out)) < 200
+  assert any(FACT in mc.text(a, b) for a, b in spans(out))
   prompt = mc.cursor - len(out.token_ids) - len(QUESTION)
   read = {t for t in attended(mc._loop.context.window) if t < prompt}
-  assert read == {0}.union(*(range(a, b) for a, b in out.sources))
+  assert read == {0}.union(*(range(a, b) for a, b in spans(out)))
 
 
 # --- The window --------------------------------------------------------------
@@ -150,8 +150,9 @@ def test_lensnet_names_its_sources_too(make, monkeypatch):
   assert_read_from_the_fact(mc, out)
   monkeypatch.setattr(policy, "score_rows", lambda view, rows: np.full(
     len(rows), 0.1, np.float32))
-  out = mc.generate(QUESTION, max_new_tokens=3)
-  assert out.sources == [] and not mc._loop.context.window.hidden().any()
+  mc.generate(QUESTION, max_new_tokens=3)
+  assert not mc._loop.sources
+  assert not mc._loop.context.window.hidden().any()
 
 
 def test_whole_blocks_may_be_read_instead(make):
@@ -159,15 +160,16 @@ def test_whole_blocks_may_be_read_instead(make):
   out = mc.generate(QUESTION, max_new_tokens=3)
   prompt = mc.cursor - 3 - len(QUESTION)
   read = {t for t in attended(mc._loop.context.window) if t < prompt} - {0}
-  blocks = {t // BRANCHING for a, b in out.sources for t in range(a, b)}
+  blocks = {t // BRANCHING for a, b in spans(out) for t in range(a, b)}
   assert read == {b * BRANCHING + k for b in blocks for k in range(BRANCHING)}
   assert_plain(mc)
 
 
 def test_all_raw_text_may_be_read_instead(make):
   mc = make(raw_attention="all")
-  out = mc.generate(QUESTION, max_new_tokens=3)
-  assert out.sources == [] and not mc._loop.context.window.hidden().any()
+  mc.generate(QUESTION, max_new_tokens=3)
+  assert not mc._loop.sources
+  assert not mc._loop.context.window.hidden().any()
 
 
 def test_sources_that_are_not_in_the_window_hide_nothing(make):
@@ -176,7 +178,8 @@ def test_sources_that_are_not_in_the_window_hide_nothing(make):
   policy.sources = ((FACT_AT + 1, FACT_AT + 1 + len(FACT)),)
   out = mc.generate(QUESTION, max_new_tokens=3)
   assert {e.level for e in out.focus if e.start <= FACT_AT < e.stop} != {0}
-  assert out.sources == [] and not mc._loop.context.window.hidden().any()
+  assert not mc._loop.sources
+  assert not mc._loop.context.window.hidden().any()
 
 
 def test_reading_on_ends_it(make):
@@ -201,7 +204,8 @@ def test_a_history_that_is_raw_as_a_whole_is_read_as_a_whole(make, tiny_lm,
                           gistnet=tiny_gistnet) as mc:
     mc.ingest(tiny_base.text(20, 3) + FACT)
     out = mc.generate(QUESTION, max_new_tokens=3)
-    assert out.sources == []
+    assert not mc._loop.sources
+    assert [FACT in s.text for s in out.sources] == [True]
     assert len(attended(mc._loop.context.window)) == mc.cursor
 
 

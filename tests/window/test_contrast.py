@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from runtime_cases import QUESTION, with_fact
+from runtime_cases import QUESTION, spans, with_fact
 
 from mcjax import Config, McjaxError
 from mcjax.runtime.telemetry import compile_count
@@ -33,7 +33,7 @@ def answer(mc, out, weight):
   prompt = tree.tokens(mc.cursor - count - out.prompt_tokens,
                        mc.cursor - count).tolist()
   first = tree.tokens(0, 1).tolist()
-  places = sorted({t for a, b in out.sources for t in range(a, b)})
+  places = sorted({t for a, b in spans(out) for t in range(a, b)})
   read = [int(tree.tokens(t, t + 1)[0]) for t in places]
   told: list[int] = []
   for _ in range(count):

@@ -12,7 +12,7 @@ import sysconfig
 
 import numpy as np
 
-from mcjax.runtime.documents import read_documents
+from mcjax.runtime.text_files import read_documents
 from mcjax.types import McjaxError
 
 

@@ -105,7 +105,7 @@ class LoopSystem:
     with self._remembered(mc, remember):
       out = mc._generate(question, limit, None)
     seconds = time.perf_counter() - begin
-    seen = self._look(out.focus, out.sources, counters["edits"] - edits)
+    seen = self._look(out.focus, mc._loop.sources, counters["edits"] - edits)
     if remember:
       self._view = seen.view
     return Reply(out.text, seen, context.tokens_run - before, seconds,
