@@ -32,7 +32,7 @@ def main(argv) -> bool:
   lens = lens_rounds.read_config(c.lens.to_dict())
   lm = load_base_lm(c.base, dtype=c.dtype)
   initial, config, _ = gistnet.start(lm, g.gistnet, c.initial, train.seed)
-  mixture = dict(g.mixture) or None
+  mixture = data.weights_of(g.mixture)
   run = alternating.Alternation(
     lm, config, train, lens, c.cycles,
     data.open_split(c.data, "train", mixture),

@@ -28,7 +28,7 @@ def main(argv) -> bool:
   lm = load_base_lm(c.base, dtype=c.dtype)
   initial, gist_config, lineage = gistnet.start(
     lm, c.gistnet, c.initial, train.seed)
-  mixture = dict(c.mixture) or None
+  mixture = data.weights_of(c.mixture)
   trainer = gist_trainer.GistTrainer(
     lm, gist_config, train, data.open_split(c.data, "train", mixture),
     _WORKDIR.value, mixture, initial)

@@ -126,7 +126,9 @@ def open_split(folder, split: str, kinds: Iterable[str] | None = None
   missing = sorted(set(wanted) - set(found))
   if missing or not wanted:
     raise McjaxError(f"no {split} text of kind {', '.join(missing) or 'any'} "
-                     f"in {folder}; run tools/prepare_data")
+                     f"in {folder}; run tools/prepare_data"
+                     + (", or give them no weight: --config.mixture."
+                        f"{missing[0]}=0" if missing else ""))
   stores = {}
   for kind in wanted:
     stem = folder / f"{split}-{kind}"
@@ -156,6 +158,11 @@ def fingerprint(stores: Mapping[str, TokenStore],
   weights = weights or {k: 1.0 for k in stores}
   return {"kinds": digests,
           "mixture": {k: float(v) for k, v in sorted(weights.items())}}
+
+
+def weights_of(mixture: Mapping[str, float]) -> dict[str, float] | None:
+  """The kinds of a mixture that have a weight; None for an empty mixture."""
+  return {kind: w for kind, w in mixture.items() if w} or None
 
 
 class WindowSampler:

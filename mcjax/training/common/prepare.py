@@ -54,6 +54,8 @@ def prepare(lm, folder: pathlib.Path, books: pathlib.Path,
     lm: the base whose tokenizer is used.
     folder: where the store goes; downloads are kept below it.
     books: the public-domain books, one JSON object a line, xz-compressed.
+      Without that file training prose is left out, if `kinds` does not ask
+      for it.
     million_tokens: budget a kind, training and held-out alike; None has none.
     full: all packages instead of the small ones.
     kinds: only these kinds; all by default.
@@ -65,6 +67,9 @@ def prepare(lm, folder: pathlib.Path, books: pathlib.Path,
     McjaxError: a package client fails, or the books are missing.
   """
   known = sources.all_sources(books, full)
+  if not kinds and not books.is_file():
+    print(f"no books at {books}: training prose is left out (--books=FILE)")
+    known = [s for s in known if (s.split, s.kind) != ("train", "prose")]
   unknown = sorted(set(kinds) - {s.kind for s in known})
   if unknown:
     raise McjaxError(f"unknown kind {', '.join(unknown)}; there are "

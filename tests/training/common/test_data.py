@@ -161,7 +161,8 @@ def test_prepare_writes_disjoint_splits(tmp_path, monkeypatch):
       + [("copy", f"{paragraph} held 1")]))]
   monkeypatch.setattr(sources, "all_sources", lambda books, full: made)
 
-  records = prepare.prepare(Lm, tmp_path, tmp_path / "none", 1.0)
+  (tmp_path / "books").touch()
+  records = prepare.prepare(Lm, tmp_path, tmp_path / "books", 1.0)
   splits = {r["split"]: r["documents"] for r in records}
   assert splits["heldout"] == 3
   assert splits["train"] + splits["validation"] == 60  # the copy is dropped
@@ -169,6 +170,13 @@ def test_prepare_writes_disjoint_splits(tmp_path, monkeypatch):
   assert set(data.open_split(tmp_path, "train")) == {"prose"}
   with pytest.raises(McjaxError, match="unknown kind"):
     prepare.prepare(Lm, tmp_path, tmp_path / "none", 1.0, kinds=["verse"])
+  without = prepare.prepare(Lm, tmp_path, tmp_path / "none", 1.0)
+  assert {(r["split"], r["kind"]) for r in without} == {("heldout", "prose")}
+
+
+def test_a_kind_without_weight_is_not_asked_for(tmp_path):
+  assert data.weights_of({"prose": 0.0, "code": 1.0}) == {"code": 1.0}
+  assert data.weights_of({}) is None
 
 
 def test_the_end_of_every_own_text_is_for_validation(tmp_path):
