@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 
+from mcjax.answer import questions
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.evaluation.report.writer import make_folder, progress
@@ -109,7 +110,7 @@ class LoopSystem:
     if remember:
       self._view = seen.view
     return Reply(out.text, seen, context.tokens_run - before, seconds,
-                 getattr(out, "answerable", None))
+                 out.answerable >= questions.UNSURE)
 
   def nll(self, ids: np.ndarray) -> np.ndarray:
     return self._open._loop.score(np.asarray(ids, np.int32))
