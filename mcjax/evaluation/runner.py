@@ -10,7 +10,7 @@ from mcjax.evaluation.report.writer import Report
 from mcjax.settings import check_names, read_fields
 
 NAMES = ("overhead", "ttft", "ingest", "drift", "substitution", "ceiling",
-         "visible", "focus", "questions")
+         "visible", "focus", "questions", "needle")
 
 
 def settings(name: str):

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from mcjax.base.load import BaseLM, load_base_lm
+from mcjax.base.load import BaseLM
 from mcjax.evaluation.data import natural, scoring
 from mcjax.evaluation.data.natural import History, Question
 from mcjax.evaluation.report.writer import Report, cell, make_folder
 from mcjax.evaluation.suites.side_by_side import Column, add_table
 from mcjax.evaluation.systems import make, system
 from mcjax.evaluation.systems.loop_system import LoopSystem
+from mcjax.evaluation.systems.models import Models, ModelSettings
 from mcjax.evaluation.systems.system import Look, Spans, System
 from mcjax.types import BRANCHING, McjaxError
 
@@ -33,13 +34,10 @@ _LEAST = {"view": BRANCHING, "equal": BRANCHING, "read": 8}  # tokens found
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-  """What is measured; `quick` makes it small.
+class Settings(ModelSettings):
+  """What is measured; `quick` makes it small. See `ModelSettings` besides.
 
   Attributes:
-    base: the base LM, and its dtype below.
-    gistnet: a gistnet.safetensors; the shipped one if empty.
-    lensnet: a lensnet.safetensors; the shipped one if empty.
     source: fairytale or meeting.
     data: the file of questions; looked for in shared/data beside the checkout
       if empty.
@@ -60,10 +58,6 @@ class Settings:
     seed: of histories and questions.
   """
 
-  base: str = "smollm2-135m"
-  dtype: str = "float32"
-  gistnet: str = ""
-  lensnet: str = ""
   source: str = "fairytale"
   data: str = ""
   split: str = "validation"
@@ -103,36 +97,35 @@ def run(settings: Settings, folder) -> Report:
     McjaxError: no such data, base or weights, or too few documents.
   """
   documents = natural.read(settings.source, settings.split, settings.data)
-  lm = load_base_lm(settings.base, dtype=settings.dtype)
+  models = settings.load()
   frequent = ""
   if not settings.evidence_only:
     frequent = natural.most_frequent_answer(
       natural.read(settings.source, "train", settings.data))
-  report = measure(lm, documents, settings, folder, frequent)
+  report = measure(models, documents, settings, folder, frequent)
   report.write(folder)
   return report
 
 
-def measure(lm: BaseLM, documents: Sequence[natural.Document], s: Settings,
+def measure(models: Models, documents: Sequence[natural.Document], s: Settings,
             folder, frequent: str = "",
             maker: make.Maker | None = None) -> Report:
   """Asks every system about the documents.
 
   Args:
-    lm: the base.
+    models: the base, its GistNet and LensNet.
     documents: of one split.
     s: the settings.
     folder: keeps what is finished.
     frequent: an answer for the floor row; none if empty.
     maker: of the systems; by the settings by default.
   """
-  folder = make_folder(folder)
+  folder, lm = make_folder(folder), models.lm
   found = natural.histories(
     documents, lm.tokenizer, length=s.history, count=s.histories,
     questions=s.questions, others=s.others, seed=s.seed)
   maker = maker or make.Maker(
-    lm, s.window, folder / "trees", gistnet=s.gistnet, lensnet=s.lensnet,
-    chunk=s.chunk, seed=s.seed)
+    models, s.window, folder / "trees", chunk=s.chunk, seed=s.seed)
   order = sorted(s.systems, key=lambda name: name != s.reference)
   outcomes: dict[str, list[dict]] = {name: [] for name in order}
   declined: dict[str, list[dict]] = {name: [] for name in order}
@@ -191,7 +184,8 @@ def _ask(asked: System, lm: BaseLM, s: Settings, history: History, number: int,
                        evidence=question.evidence, remember=s.conversation)
     seen = out.look
     row |= {"text": out.text, "forwarded": out.forwarded,
-            "seconds": out.seconds, **_scores(out.text, question.answers)}
+            "seconds": out.seconds, "answerable": out.answerable,
+            **_scores(out.text, question.answers)}
   row |= _evidence("view", seen.view, question, history, lm)
   row |= _evidence("read", seen.read, question, history, lm)
   if "equal_tokens" not in row:
@@ -202,10 +196,9 @@ def _ask(asked: System, lm: BaseLM, s: Settings, history: History, number: int,
 
 def _ask_other(asked: System, s: Settings, question: Question) -> dict:
   out = asked.answer(question.text, s.answer_tokens)
-  says = None if out.answerable is None else not out.answerable
   return {"group": question.document, "question": question.text,
           "text": out.text, "declines": scoring.declines(out.text),
-          "unanswerable": says}
+          "answerable": out.answerable}
 
 
 def _moves(seen: Look) -> dict:
@@ -294,6 +287,7 @@ def _report_answers(report: Report, s: Settings, outcomes, declined, floors
     Column("f1", "token F1", compare=True, digits=3),
     Column("relative_f1", "F1 − evidence alone", "F1", digits=3),
     Column("declines", "says it does not know"),
+    Column("answerable", "how sure it is of an answer"),
     Column("forwarded", "tokens forwarded", "tokens", digits=0),
     Column("seconds", "seconds", "s", digits=2)), outcomes | floors,
     s.reference)
@@ -301,5 +295,5 @@ def _report_answers(report: Report, s: Settings, outcomes, declined, floors
     add_table(report, "Questions that nothing in the history answers",
               "unanswerable", (
                 Column("declines", "says it does not know", compare=True),
-                Column("unanswerable", "reports that it found nothing")),
+                Column("answerable", "how sure it is of an answer")),
               declined, s.reference)

@@ -11,11 +11,10 @@ import time
 
 import numpy as np
 
-from mcjax.answer import questions
-from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.evaluation.report.writer import make_folder, progress
 from mcjax.evaluation.systems.known_places import KnownPlaces
+from mcjax.evaluation.systems.models import Models
 from mcjax.evaluation.systems.system import (
   Look,
   Reply,
@@ -24,8 +23,6 @@ from mcjax.evaluation.systems.system import (
   merged,
   runs,
 )
-from mcjax.gist.encoder import GistEncoder
-from mcjax.lens.policy import LensNetPolicy
 from mcjax.runtime import policy_choice
 from mcjax.runtime.megacontext import MegaContext
 from mcjax.tree.tree import MegaContextTree
@@ -39,23 +36,19 @@ class LoopSystem:
 
   Args:
     name: see `System`.
-    lm: the base.
+    models: the base, its GistNet and LensNet.
     config: of the loop; policy "oracle" stands for `KnownPlaces`.
-    encoder: the GistNet.
-    lensnet: the LensNet; the shipped one if None.
     trees: folder that keeps ingested histories, for every policy.
   """
 
-  def __init__(self, name: str, lm: BaseLM, config: Config,
-               encoder: GistEncoder, lensnet: LensNetPolicy | None,
+  def __init__(self, name: str, models: Models, config: Config,
                trees: pathlib.Path):
     self.name = name
     self._places: KnownPlaces | None = None
     if config.policy == "oracle":
       self._places = KnownPlaces()
       config = dataclasses.replace(config, policy="recency")
-    self._lm, self._config, self._encoder = lm, config, encoder
-    self._lensnet, self._trees = lensnet, trees
+    self._models, self._config, self._trees = models, config, trees
     self._mc: MegaContext | None = None
     self._length = self._first = 0
     self._view: Spans = ()
@@ -64,10 +57,8 @@ class LoopSystem:
 
   def ingest(self, ids: np.ndarray) -> None:
     self.close()
-    url = kept_tree(self._trees, self._lm, self._config, self._encoder,
-                    self._lensnet, ids)
-    self._mc = mc = MegaContext.open(
-      url, self._lm, self._config, self._encoder, self._lensnet)
+    url = kept_tree(self._trees, self._models, self._config, ids)
+    self._mc = mc = self._models.open(url, self._config)
     if self._places is not None:
       mc._loop._policy = self._places
     mc._loop.cold_start(mc.config.recent_tokens)
@@ -110,7 +101,7 @@ class LoopSystem:
     if remember:
       self._view = seen.view
     return Reply(out.text, seen, context.tokens_run - before, seconds,
-                 out.answerable >= questions.UNSURE)
+                 out.answerable)
 
   def nll(self, ids: np.ndarray) -> np.ndarray:
     return self._open._loop.score(np.asarray(ids, np.int32))
@@ -155,23 +146,28 @@ class LoopSystem:
     return runs(tokens[(tokens >= 0) & (tokens < self._length)])
 
 
-def kept_tree(folder: pathlib.Path, lm: BaseLM, config: Config,
-              encoder: GistEncoder, lensnet: LensNetPolicy | None,
+def kept_tree(folder: pathlib.Path, models: Models, config: Config,
               ids: np.ndarray) -> str:
   """Place of a tree with just these tokens; ingested once, in slices."""
   config = dataclasses.replace(config, policy="recency")
-  keyer = policy_choice.choose(config, lm, encoder, lensnet).keyer
-  keys = keyer.fingerprint if keyer else ""
   digest = hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=6)
-  digest.update(f"{lm.fingerprint} {encoder.fingerprint} {keys}".encode())
+  digest.update(identity(models, config).encode())
   url = str(make_folder(folder) / f"{len(ids)}-{digest.hexdigest()}")
-  known = (url, lm, config, encoder, lensnet)
   there = MegaContextTree.exists(url)
-  with (MegaContext.open if there else MegaContext.create)(*known) as mc:
-    first = 0 if lm.tokenizer.bos_id is None else 1
+  with (models.open if there else models.create)(url, config) as mc:
+    first = 0 if models.lm.tokenizer.bos_id is None else 1
     if mc.cursor < len(ids):
       progress(f"ingesting {len(ids):,} tokens")
     while mc.cursor < len(ids) + first:
       start = max(0, mc.cursor - first)
       mc.ingest_tokens(ids[start : start + _SLICE])
   return url
+
+
+def identity(models: Models, config: Config) -> str:
+  """Stands for all weights that a history is written and led with."""
+  choice = policy_choice.choose(config, *models)
+  parts = [models.lm.fingerprint, models.encoder.fingerprint]
+  if choice.keyer is not None:
+    parts.append(choice.keyer.fingerprint)
+  return " ".join(parts)

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 import pathlib
 
-from mcjax.base.load import BaseLM
 from mcjax.config import POLICIES, Config
-from mcjax.evaluation.systems import retrieval, text_systems
+from mcjax.evaluation.systems import loop_system, retrieval, text_systems
 from mcjax.evaluation.systems.loop_system import LoopSystem
+from mcjax.evaluation.systems.models import Models
 from mcjax.evaluation.systems.plain_reader import PlainReader
 from mcjax.evaluation.systems.system import System
-from mcjax.gist.encoder import load_gistnet
-from mcjax.lens.policy import LensNetPolicy, load_lensnet
-from mcjax.runtime import policy_choice
 from mcjax.types import McjaxError
 
 LOOP = "megacontext"
@@ -29,23 +26,22 @@ class Maker:
   """Makes the systems of one base, which share what they can.
 
   Args:
-    lm: the base.
+    models: the base, its GistNet and LensNet.
     window: slots or tokens that each may use.
     trees: folder that keeps ingested histories.
-    gistnet: a gistnet.safetensors; the shipped one if empty.
-    lensnet: a lensnet.safetensors; the shipped one if empty.
     chunk: tokens of a retriever's chunk.
     seed: of policy random.
+    retriever: by default one with the models it needs.
   """
 
-  def __init__(self, lm: BaseLM, window: int, trees: pathlib.Path, *,
-               gistnet: str = "", lensnet: str = "", chunk: int = 64,
-               seed: int = 0, retriever: retrieval.Retriever | None = None):
-    self.reader = PlainReader(lm)
-    self._lm, self._window, self._trees = lm, window, trees
-    self._retriever = retriever or retrieval.Retriever(lm.tokenizer, chunk)
-    self._encoder = load_gistnet(lm, gistnet or None)
-    self._lensnet, self._seed = lensnet, seed
+  def __init__(self, models: Models, window: int, trees: pathlib.Path, *,
+               chunk: int = 64, seed: int = 0,
+               retriever: retrieval.Retriever | None = None):
+    self.reader = PlainReader(models.lm)
+    self._models, self._window, self._trees = models, window, trees
+    self._retriever = retriever or retrieval.Retriever(
+      models.lm.tokenizer, chunk)
+    self._seed = seed
 
   def make(self, name: str) -> System:
     """A system.
@@ -60,7 +56,8 @@ class Maker:
     """
     check(name)
     if name.startswith(LOOP):
-      return self._loop(name)
+      return LoopSystem(
+        name, self._models, self._config(name), self._trees)
     kind = name.removesuffix(_TURN)
     in_turn = kind != name
     if kind in retrieval.KINDS:
@@ -73,13 +70,9 @@ class Maker:
 
   def identity(self, name: str) -> str:
     """Stands for the weights behind a system, so that a result is theirs."""
-    parts = [self._lm.fingerprint]
     if name.startswith(LOOP):
-      choice = policy_choice.choose(
-        self._config(name), self._lm, self._encoder, self._given())
-      parts += [self._encoder.fingerprint]
-      parts += [choice.keyer.fingerprint] if choice.keyer else []
-    return " ".join(parts)
+      return loop_system.identity(self._models, self._config(name))
+    return self._models.lm.fingerprint
 
   def _config(self, name: str) -> Config:
     visible = name.endswith(_VISIBLE)
@@ -87,16 +80,6 @@ class Maker:
     return Config(
       window=self._window, policy=policy, seed=self._seed,
       gist_attention="visible" if visible else "masked")
-
-  def _given(self) -> LensNetPolicy | None:
-    """A LensNet of its own for each system, where weights are given."""
-    if not self._lensnet:
-      return None
-    return load_lensnet(self._lm, self._lensnet, gistnet=self._encoder)
-
-  def _loop(self, name: str) -> LoopSystem:
-    return LoopSystem(name, self._lm, self._config(name), self._encoder,
-                      self._given(), self._trees)
 
 
 def check(name: str) -> None:

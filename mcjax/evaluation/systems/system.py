@@ -43,15 +43,15 @@ class Reply(NamedTuple):
     look: what it was answered from.
     forwarded: tokens that the base LM ran on.
     seconds: wall clock.
-    answerable: whether the system says that the history holds an answer; None
-      where it does not tell.
+    answerable: how sure the system is that the history holds an answer, in
+      [0, 1]; None where it does not tell.
   """
 
   text: str
   look: Look
   forwarded: int
   seconds: float
-  answerable: bool | None = None
+  answerable: float | None = None
 
 
 class System(Protocol):

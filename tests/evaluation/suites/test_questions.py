@@ -8,6 +8,8 @@ from mcjax.evaluation import runner
 from mcjax.evaluation.data import natural
 from mcjax.evaluation.suites import questions
 from mcjax.evaluation.systems import make
+from mcjax.evaluation.systems.models import Models
+from mcjax.gist.encoder import load_gistnet
 from mcjax.testing import tiny_base
 from mcjax.types import McjaxError
 
@@ -31,14 +33,15 @@ SETTINGS = questions.Settings(
 
 
 @pytest.fixture(scope="module")
-def lm():
-  return tiny_base.make_lm(chat=True)
+def models():
+  lm = tiny_base.make_lm(chat=True)
+  return Models(lm, load_gistnet(lm))
 
 
 @pytest.fixture(scope="module")
-def ran(lm, tmp_path_factory):
+def ran(models, tmp_path_factory):
   folder = tmp_path_factory.mktemp("questions")
-  report = questions.measure(lm, documents(), SETTINGS, folder, "gold1")
+  report = questions.measure(models, documents(), SETTINGS, folder, "gold1")
   report.write(folder)
   return folder, {k: v.value for k, v in report.figures.items()}
 
@@ -72,30 +75,31 @@ def test_answers_floors_and_what_cannot_be_known(ran):
 
 
 def test_a_second_run_measures_nothing_and_says_the_same(
-    ran, lm, monkeypatch):
+    ran, models, monkeypatch):
   folder, figures = ran
   before = json.loads((folder / "results.json").read_text())["figures"]
   monkeypatch.setattr(questions, "_ask_all", pytest.fail)
-  questions.measure(lm, documents(), SETTINGS, folder, "gold1").write(folder)
+  again = questions.measure(models, documents(), SETTINGS, folder, "gold1")
+  again.write(folder)
   assert json.loads((folder / "results.json").read_text())["figures"] == before
 
 
-def test_the_same_seed_finds_the_same(ran, lm, tmp_path):
+def test_the_same_seed_finds_the_same(ran, models, tmp_path):
   _, figures = ran
   few = questions.dataclasses.replace(
     SETTINGS, evidence_only=True, systems=SETTINGS.systems[-1:])
-  report = questions.measure(lm, documents(), few, tmp_path)
+  report = questions.measure(models, documents(), few, tmp_path)
   for name, figure in report.figures.items():
     if name.startswith("evidence/"):
       assert figure.value == figures[name], name
   assert not any(n.startswith("answers") for n in report.figures)
 
 
-def test_a_conversation_goes_on(lm, tmp_path):
+def test_a_conversation_goes_on(models, tmp_path):
   talk = questions.dataclasses.replace(
     SETTINGS, conversation=True, others=0,
     systems=("megacontext/similarity", "sink"))
-  report = questions.measure(lm, documents(), talk, tmp_path)
+  report = questions.measure(models, documents(), talk, tmp_path)
   assert report.figures["answers/sink/f1/n"].value == 4
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from mcjax.base import model
 from mcjax.evaluation.systems import make, retrieval, system
+from mcjax.evaluation.systems.models import Models
+from mcjax.gist.encoder import load_gistnet
 from mcjax.testing import tiny_base
 from mcjax.types import McjaxError
 
@@ -34,7 +36,8 @@ def chat_lm():
 @pytest.fixture(scope="module")
 def maker(chat_lm, tmp_path_factory):
   return make.Maker(
-    chat_lm, WINDOW, tmp_path_factory.mktemp("trees"),
+    Models(chat_lm, load_gistnet(chat_lm)), WINDOW,
+    tmp_path_factory.mktemp("trees"),
     retriever=retrieval.Retriever(chat_lm.tokenizer, 64, Letters))
 
 
