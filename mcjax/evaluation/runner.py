@@ -10,7 +10,8 @@ from mcjax.evaluation.report.writer import Report
 from mcjax.settings import check_names, read_fields
 
 NAMES = ("overhead", "ttft", "ingest", "drift", "substitution", "ceiling",
-         "visible", "focus", "questions", "needle")
+         "visible", "focus", "questions", "needle",
+         "perplexity")
 
 
 def settings(name: str):

@@ -18,6 +18,7 @@ import numpy as np
 from mcjax.config import Config
 from mcjax.evaluation.data import texts
 from mcjax.evaluation.report import writer as report
+from mcjax.evaluation.report.intervals import of_mean
 from mcjax.evaluation.report.writer import Report, Table, progress
 from mcjax.evaluation.systems.loop_arm import make_loop, make_tree
 from mcjax.evaluation.systems.models import Models, ModelSettings
@@ -69,7 +70,7 @@ def run(settings: Settings, folder) -> Report:
   cells = {
     every: report.cell(
       folder, f"refresh-{every}",
-      {**dataclasses.asdict(settings), "refresh": every},
+      {**dataclasses.asdict(settings), "refresh": every, "by": "position"},
       functools.partial(_measure, settings, models, folder, every),
     )
     for every in settings.refresh
@@ -94,6 +95,7 @@ def run(settings: Settings, folder) -> Report:
     ("refresh", "after steps", "probes", "drift, nats", "± s.e.",
      "mean |drift|", "exact NLL"), rows,
   ))
+  _profile(out, settings, cells)
   out.notes.append(
     f"Edits per refocus: {cells[settings.refresh[0]]['edits']:.2f}; gists "
     f"are {'visible' if cells[settings.refresh[0]]['visible'] else 'masked'}."
@@ -101,6 +103,26 @@ def run(settings: Settings, folder) -> Report:
   out.write(folder)
   _plot(folder, settings, cells)
   return out
+
+
+def _profile(out: Report, settings: Settings, cells) -> None:
+  """Splice minus exact by how far behind the refocus a token is."""
+  stops = [n for n in (1, 4, 16, 32, 64, 128) if n < settings.horizon]
+  edges = list(zip([0, *stops], [*stops, settings.horizon]))
+  rows = []
+  for every, saved in cells.items():
+    label = f"every {every} steps" if every else "never"
+    values = np.array(saved["profile"])
+    columns = []
+    for a, b in edges:
+      found = of_mean(values[:, a:b].mean(axis=1))
+      name = f"refresh {label}: drift of tokens {a}-{b}"
+      columns.append(found and out.add_interval(
+        name, found.value, found.low, found.high, "nats", 4))
+    rows.append([label, len(values), *columns])
+  out.tables.append(Table(
+    "Splice minus exact by tokens since the refocus, nats (95 % bootstrap over "
+    "probes)", ("refresh", "probes", *(f"{a}–{b}" for a, b in edges)), rows))
 
 
 def _measure(settings: Settings, models: Models, folder, every: int) -> dict:
@@ -123,6 +145,7 @@ def _measure(settings: Settings, models: Models, folder, every: int) -> dict:
     for step in _probed(mark, settings.probes)
   }
   drift = {str(m): [] for m in settings.steps}
+  profile = []
   exact = {str(m): [] for m in settings.steps}
   for step in range(1, last + 1):
     a = (step - 1) * BRANCHING
@@ -134,14 +157,16 @@ def _measure(settings: Settings, models: Models, folder, every: int) -> dict:
       start = a + BRANCHING
       ahead = ids[start : start + settings.horizon]
       pair = [_ahead_nll(loop, ahead, rebuild) for rebuild in (False, True)]
-      drift[str(marks[step])].append(pair[0] - pair[1])
-      exact[str(marks[step])].append(pair[1])
+      drift[str(marks[step])].append(float(np.mean(pair[0] - pair[1])))
+      exact[str(marks[step])].append(float(np.mean(pair[1])))
+      profile.append((pair[0] - pair[1]).tolist())
     if step % 64 == 0:
       progress(f"drift, refresh {every}: step {step} of {last}")
   counters = loop.telemetry.counters
   steps = max(1, counters["refocus_steps"])
   tree.close()
-  return {"drift": drift, "exact": exact, "visible": loop.context.show_gists,
+  return {"drift": drift, "exact": exact, "profile": profile,
+          "visible": loop.context.show_gists,
           "edits": counters["edits"] / steps,
           "expands": counters["expands"] / steps}
 
@@ -154,8 +179,8 @@ def _probed(mark: int, probes: int) -> list[int]:
           for k in range(count)]
 
 
-def _ahead_nll(loop: FocusLoop, ids: np.ndarray, rebuild: bool) -> float:
-  """Mean NLL of the tokens ahead behind the focus as it is; undone after."""
+def _ahead_nll(loop: FocusLoop, ids: np.ndarray, rebuild: bool) -> np.ndarray:
+  """NLL [n] of the tokens ahead behind the focus as it is; undone after."""
   context = loop.context
   with loop.undone():
     if rebuild:
@@ -167,7 +192,7 @@ def _ahead_nll(loop: FocusLoop, ids: np.ndarray, rebuild: bool) -> float:
       loop.append(chunk)
       loop.sync(renew=len(chunk) + 1)
       out.append(context.newest_nll(chunk))
-    return float(np.mean(np.concatenate(out)))
+    return np.concatenate(out)
 
 
 def _standard_error(values) -> float:

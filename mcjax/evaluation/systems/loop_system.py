@@ -107,7 +107,7 @@ class LoopSystem:
     return self._open._loop.score(np.asarray(ids, np.int32))
 
   @property
-  def tokens_run(self) -> int:
+  def forwarded(self) -> int:
     """Tokens that the base ran on since the history was taken in."""
     return self._open._loop.context.tokens_run
 

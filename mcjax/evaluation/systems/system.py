@@ -58,10 +58,14 @@ class System(Protocol):
   """A way to answer from a history that is longer than the window.
 
   Attributes:
-    name: as it is asked for, see `make.make`.
+    name: as it is asked for, see `make.Maker`.
   """
 
   name: str
+
+  @property
+  def forwarded(self) -> int:
+    """Tokens that the base LM ran on so far, since the history at least."""
 
   def ingest(self, ids: np.ndarray) -> None:
     """Takes in a history [n] int32; what was there before is forgotten."""

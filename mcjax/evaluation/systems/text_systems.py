@@ -57,6 +57,11 @@ class TextSystem:
   def close(self) -> None:
     self.history = self.history[:0]
 
+  @property
+  def forwarded(self) -> int:
+    """Tokens that the base ran on, for every system of this reader."""
+    return self.reader.forwarded
+
   # --- what it sees -------------------------------------------------------
 
   def look(self, question: str, *, budget: int | None = None,

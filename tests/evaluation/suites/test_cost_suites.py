@@ -99,6 +99,7 @@ def test_drift(tmp_path, text):
   # A rebuild has just taken place: nothing is left but rounding.
   fresh = found["refresh every 2 steps: drift after 4 steps"]["value"]
   assert abs(fresh) < 1e-4
+  assert "refresh never: drift of tokens 0-1/low" in found
   before = (tmp_path / "refresh-0.json").stat().st_mtime_ns
   drift.run(settings, tmp_path)  # what is known is not measured again
   assert (tmp_path / "refresh-0.json").stat().st_mtime_ns == before
