@@ -123,12 +123,13 @@ def _joined(arguments: list[str]) -> Iterator[str]:
 
 
 def run(main: Callable[[list[str]], None], config: ConfigFlag | None = None,
-        flags_of: tuple[str, ...] = ()) -> None:
+        flags_of: tuple[str, ...] = (), rest: bool = False) -> None:
   """`absl.app.run` with help, --profile and one line for a user's mistake.
 
   Args:
-    main: gets the arguments left over, none.
+    main: gets the program's name and the arguments that are no flags.
     config: its --config flag, if it has one.
+    rest: whether there may be such arguments.
     flags_of: further modules whose flags --help tells.
   """
   absl_logging.set_verbosity(absl_logging.WARNING)
@@ -139,12 +140,12 @@ def run(main: Callable[[list[str]], None], config: ConfigFlag | None = None,
       main(argv)
 
   app.run(guarded, flags_parser=lambda argv: _parse(
-    argv, main, config, flags_of))
+    argv, main, config, flags_of, rest))
 
 
 def _parse(argv: list[str], main, config: ConfigFlag | None,
-           flags_of: tuple[str, ...]) -> list[str]:
-  """The arguments left over, none; sets the flags."""
+           flags_of: tuple[str, ...], rest: bool) -> list[str]:
+  """The arguments left over; sets the flags."""
   with one_line_errors():
     try:
       argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
@@ -158,7 +159,7 @@ def _parse(argv: list[str], main, config: ConfigFlag | None,
       left = flags.FLAGS(argv)
     except (flags.Error, ValueError) as error:
       raise McjaxError(" ".join(str(error).split())) from error
-    if len(left) > 1:
+    if len(left) > 1 and not rest:
       raise McjaxError(f"unknown argument: {left[1]} (--help tells the known "
                        "ones)")
   return left

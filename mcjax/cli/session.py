@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mcjax.base import hub
 from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import BaseLM, load_base_lm
+from mcjax.cli import focus_page
 from mcjax.cli.focus_map import Section, focus_map, source_lines
 from mcjax.config import Config
 from mcjax.gist.encoder import load_gistnet
@@ -39,7 +40,8 @@ def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
     suffixes: of files in folders.
     prompt: one question; chat if empty.
     show_focus: print after every answer what it was read from, and the focus.
-    workdir: folder of telemetry.jsonl, or "".
+    workdir: folder of telemetry.jsonl and of what tools/view_focus shows, or
+      "".
     documents: list them.
     search: list passages that fit this.
     forget: names of documents to hide for good, first of all.
@@ -68,10 +70,14 @@ def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
       print(_listing(mc.documents()))
     if search:
       print(source_lines(mc.search(search)) if mc.cursor else "")
-    if prompt:
-      _answer(mc, prompt, config.max_new_tokens, show_focus)
-    elif not (documents or search or forget):
-      _chat(mc, config.max_new_tokens, show_focus)
+    try:
+      if prompt:
+        _answer(mc, prompt, config.max_new_tokens, show_focus)
+      elif not (documents or search or forget):
+        _chat(mc, config.max_new_tokens, show_focus)
+    finally:
+      if workdir:
+        focus_page.keep_texts(pathlib.Path(workdir), mc.text, mc.cursor)
 
 
 def _weights(config, lm: BaseLM) -> dict:

@@ -24,7 +24,13 @@ from mcjax.types import BRANCHING, McjaxError
 from mcjax.window import invariants
 from mcjax.window.context_lm import ContextLM
 from mcjax.window.focus_view import FocusView, fading_weights
-from mcjax.window.working_context import EXPAND, FIRST, Attention, cold_start
+from mcjax.window.working_context import (
+  EXPAND,
+  FIRST,
+  Attention,
+  Entries,
+  cold_start,
+)
 
 _DEEPER = 3  # refocus steps that follow a wish down, while text is read on
 _QUERY = 64  # newest tokens that act as the query where there is no prompt
@@ -213,6 +219,7 @@ class FocusLoop:
     )
     with self.telemetry.phase("lens"):
       scores = self._policy.score(view)
+    seen = _seen(view.entries, scores) if self.telemetry.detailed else {}
     protect = config.protect_tokens
     if self.query.asked:  # the text before a question can be as far from it
       protect = min(protect, self.tree.cursor - self.query.start)
@@ -229,7 +236,7 @@ class FocusLoop:
     self.step += 1
     self._deeper = any(action == EXPAND for action, *_ in edits)
     self._expanded |= self._deeper
-    self._record(edits)
+    self._record(edits, seen)
     every = config.refresh_every
     rebuild = config.kv == "exact" and edits
     if rebuild or every and self.step % every == 0:
@@ -423,7 +430,11 @@ class FocusLoop:
     self._policy.warm_up(self.context)
     self._warm = True
 
-  def _record(self, edits: list[tuple[int, int, int]]) -> None:
+  def spans(self) -> dict[str, list]:
+    """The focus for a record, blocks of raw tokens as one."""
+    return _seen(self.context.window.entries)
+
+  def _record(self, edits: list[tuple[int, int, int]], seen: dict) -> None:
     t, e = self.telemetry, self.context.window.entries
     expands = sum(action == EXPAND for action, *_ in edits)
     t.count("refocus_steps")
@@ -442,8 +453,28 @@ class FocusLoop:
       residency=(covered / max(1.0, covered.sum())).round(6).tolist(),
       nodes_touched=self._policy.touched, lm_tokens=self.context.tokens_run,
       compiles=compile_count(), seconds=self.telemetry.lap(),
-      swap_rate=t.swap_rate, peak_memory_mib=peak_memory_mib(),
+      swap_rate=t.swap_rate, peak_memory_mib=peak_memory_mib(), **seen,
     )
+
+
+def _seen(entries: Entries, scores=None) -> dict[str, list]:
+  """"spans": [level, start, stop] of the entries, with "scores" if given.
+
+  Raw tokens of a block are one span, whose score is their mean.
+  """
+  block = np.where(entries.level == 0, entries.index // BRANCHING,
+                   entries.index)
+  new = (np.diff(entries.level) != 0) | (np.diff(block) != 0)
+  first = np.concatenate([[0], np.flatnonzero(new) + 1])[: len(entries)]
+  last = np.append(first[1:], len(entries)) - 1
+  start, stop = entries.start(), entries.start() + entries.width()
+  out = {"spans": np.stack(
+    [entries.level[first], start[first], stop[last]], 1).tolist()}
+  if scores is not None and len(first):
+    means = np.add.reduceat(np.asarray(scores, np.float64)[: len(entries)],
+                            first) / (last - first + 1)
+    out["scores"] = means.round(3).tolist()
+  return out
 
 
 def _entered(edits) -> tuple[np.ndarray, np.ndarray]:

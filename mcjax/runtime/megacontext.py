@@ -323,9 +323,12 @@ class MegaContext:
   def _generate(self, prompt: str, max_new_tokens: int, on_text) -> Generation:
     begin = time.perf_counter()
     ids, closing = self._prompt(prompt)
+    asked = self.tree.cursor
     self._loop.append(ids)
     self._loop.settle()
     self._loop.attend()
+    seen = self._loop.spans() if self.telemetry.detailed else {}
+    seen = self._loop.spans() if self.telemetry.detailed else {}
     focus, sources = self.focus(), self._sources()
     self._loop.sync()
     first = time.perf_counter() - begin
@@ -341,6 +344,7 @@ class MegaContext:
     self.telemetry.record(
       "generate", tokens=len(out), prompt_tokens=len(ids), seconds=seconds,
       first_token_seconds=first, sources=[(s.start, s.stop) for s in sources],
+      start=asked, cursor=self.tree.cursor, **seen,
     )
     return Generation(
       self._answer(out, stopped), np.array(out, np.int32), len(ids), seconds,

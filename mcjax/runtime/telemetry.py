@@ -75,6 +75,11 @@ class Telemetry:
     finally:
       self.seconds[name] += time.perf_counter() - start
 
+  @property
+  def detailed(self) -> bool:
+    """Whether records go to a file, and may hold the whole focus."""
+    return self._file is not None
+
   def count(self, name: str, amount: int = 1) -> None:
     """Adds to a counter."""
     self.counters[name] += amount

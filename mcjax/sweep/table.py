@@ -7,10 +7,10 @@ import csv
 import fnmatch
 import json
 import pathlib
-import re
 from typing import Any, NamedTuple
 
-from mcjax.evaluation.report.writer import Table, markdown_table, plot_lines
+from mcjax.evaluation.report.charts import file_name, plot_lines
+from mcjax.evaluation.report.writer import Table, markdown_table
 from mcjax.sweep import cell as one
 from mcjax.types import McjaxError
 
@@ -119,7 +119,6 @@ def _plot(workdir: pathlib.Path, found: Sequence[Row], axes, name: str) -> None:
   if not lines:
     return
   (workdir / "plots").mkdir(exist_ok=True)
-  file = re.sub(r"[^\w.=,+-]", "_", name)[:100]
-  plot_lines(workdir / "plots" / f"{file}.png", {
+  plot_lines(workdir / "plots" / file_name(name), {
     k: ([x for x, _ in sorted(points)], [y for _, y in sorted(points)])
     for k, points in lines.items()}, along, name, name)

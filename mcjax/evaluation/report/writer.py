@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from mcjax.evaluation.report import charts, page
+from mcjax.evaluation.report.charts import Chart, HeatMap
 from mcjax.types import McjaxError
 
 _PACKAGES = ("mcjax", "jax", "jaxlib", "numpy", "flax", "tensorstore",
@@ -28,10 +30,28 @@ _PACKAGES = ("mcjax", "jax", "jaxlib", "numpy", "flax", "tensorstore",
 
 
 class Figure(NamedTuple):
-  """A measured value and its unit."""
+  """A measured value.
+
+  Attributes:
+    value: the number, or what else was found.
+    unit: of the number.
+    n: how many cases it is of, where it is of several.
+    interval: 95 %, low and high, where it has one.
+  """
 
   value: float | int | str | None
   unit: str = ""
+  n: int | None = None
+  interval: tuple[float, float] | None = None
+
+  def record(self) -> dict[str, Any]:
+    """As JSON; what is not known is left out."""
+    out: dict[str, Any] = {"value": _rounded(self.value), "unit": self.unit}
+    if self.n is not None:
+      out["n"] = self.n
+    if self.interval is not None:
+      out["interval"] = [_rounded(x) for x in self.interval]
+    return out
 
 
 class Table(NamedTuple):
@@ -50,8 +70,10 @@ class Report:
     name: of the evaluation.
     settings: what it was run with.
     figures: name to `Figure`.
-    tables: for the Markdown file, in order.
+    tables: in order.
     notes: sentences below the tables.
+    charts: lines, a PNG each and drawn in the page.
+    heat_maps: the same.
   """
 
   name: str
@@ -59,20 +81,27 @@ class Report:
   figures: dict[str, Figure] = dataclasses.field(default_factory=dict)
   tables: list[Table] = dataclasses.field(default_factory=list)
   notes: list[str] = dataclasses.field(default_factory=list)
+  charts: list[Chart] = dataclasses.field(default_factory=list)
+  heat_maps: list[HeatMap] = dataclasses.field(default_factory=list)
 
   def add(self, name: str, value, unit: str = "") -> None:
     """Adds a figure."""
     self.figures[name] = Figure(value, unit)
 
   def add_interval(self, name: str, value: float, low: float, high: float,
-                   unit: str = "", digits: int = 3) -> str:
+                   unit: str = "", digits: int = 3, n: int | None = None
+                   ) -> str:
     """Adds a figure, NAME/low and NAME/high; returns a cell for a table."""
-    for end, bound in (("", value), ("/low", low), ("/high", high)):
-      self.add(name + end, bound, unit)
+    self.figures[name] = Figure(value, unit, n, (low, high))
+    self.add(f"{name}/low", low, unit)
+    self.add(f"{name}/high", high, unit)
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
   def write(self, folder: str | os.PathLike) -> pathlib.Path:
-    """Writes results.json and results.md; returns the folder.
+    """Writes results.json, results.md, plots and report.html.
+
+    Returns:
+      The folder.
 
     Raises:
       McjaxError: the folder cannot be written.
@@ -80,16 +109,15 @@ class Report:
     path = make_folder(folder)
     record = {
       "evaluation": self.name,
-      "figures": {
-        k: {"value": _rounded(v.value), "unit": v.unit}
-        for k, v in self.figures.items()
-      },
+      "figures": {k: v.record() for k, v in self.figures.items()},
       "config": _plain(self.settings),
       **environment(),
     }
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     (path / "results.json").write_text(text, encoding="utf-8")
     (path / "results.md").write_text(self.markdown(record), encoding="utf-8")
+    charts.draw(path, self.charts, self.heat_maps)
+    (path / "report.html").write_text(page.html([self], record), "utf-8")
     return path
 
   def markdown(self, record: Mapping) -> str:
@@ -201,44 +229,6 @@ def make_folder(folder: str | os.PathLike) -> pathlib.Path:
   except OSError as error:
     raise McjaxError(f"cannot make {path}: {error.strerror}") from error
   return path
-
-
-def plot_lines(path: pathlib.Path, series: Mapping[str, tuple[list, list]],
-               x: str, y: str, title: str, *, log_x: bool = False,
-               log_y: bool = False) -> bool:
-  """Draws lines into a PNG; says so and returns False without matplotlib.
-
-  Args:
-    path: of the file.
-    series: legend to (xs, ys).
-    x: label.
-    y: label.
-    title: above.
-    log_x: logarithmic axis.
-    log_y: logarithmic axis.
-  """
-  try:
-    import matplotlib
-  except ImportError:
-    print(f"no plot {path.name}: pip install 'mcjax[plots]' brings matplotlib",
-          file=sys.stderr)
-    return False
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-  for name, (xs, ys) in series.items():
-    axes.plot(xs, ys, marker="o", label=name)
-  axes.set(xlabel=x, ylabel=y, title=title)
-  if log_x:
-    axes.set_xscale("log", base=2)
-  if log_y:
-    axes.set_yscale("log")
-  axes.grid(alpha=0.3)
-  axes.legend()
-  figure.savefig(path, dpi=120)
-  pyplot.close(figure)
-  return True
 
 
 def median(values: Sequence[float]) -> float:

@@ -100,8 +100,8 @@ def run(settings: Settings, folder) -> Report:
     f"Edits per refocus: {cells[settings.refresh[0]]['edits']:.2f}; gists "
     f"are {'visible' if cells[settings.refresh[0]]['visible'] else 'masked'}."
   )
+  out.charts.append(_chart(settings, cells))
   out.write(folder)
-  _plot(folder, settings, cells)
   return out
 
 
@@ -199,13 +199,10 @@ def _standard_error(values) -> float:
   return float(np.std(values) / np.sqrt(max(1, len(values) - 1)))
 
 
-def _plot(folder, settings: Settings, cells) -> None:
+def _chart(settings: Settings, cells) -> report.Chart:
   xs = list(settings.steps)
-  report.plot_lines(
-    folder / "drift.png",
+  return report.Chart(
+    "Drift of the cache", "refocus steps", "splice − exact, nats a token",
     {f"refresh {every or 'never'}":
      (xs, [float(np.mean(c["drift"][str(m)])) for m in xs])
-     for every, c in cells.items()},
-    "refocus steps", "splice − exact, nats a token", "Drift of the cache",
-    log_x=True,
-  )
+     for every, c in cells.items()}, log_x=True)

@@ -299,4 +299,5 @@ def add_interval(report: Report, name: str, statistic, documents: int,
   """As `add_mean`, of any statistic of the documents' row numbers."""
   value = statistic(np.arange(documents))
   low, high = recovery.interval(statistic, documents, draws=1000)
-  return report.add_interval(name, value, low, high, unit, digits)
+  return report.add_interval(
+    name, value, low, high, unit, digits, n=documents)

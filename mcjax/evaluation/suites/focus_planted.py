@@ -14,7 +14,7 @@ import uuid
 import numpy as np
 
 from mcjax.evaluation.data import planted, reworded
-from mcjax.evaluation.report.writer import Report, Table, plot_lines
+from mcjax.evaluation.report.writer import Chart, Report, Table
 from mcjax.evaluation.suites.focus_bench import Bench, history_of, identity
 from mcjax.evaluation.systems.known_places import KnownPlaces
 from mcjax.runtime.megacontext import MegaContext
@@ -254,5 +254,6 @@ def _growth(bench: Bench, report: Report, summaries) -> None:
     ("policy", *columns), rows,
   ))
   if lines:
-    plot_lines(bench.folder / "focus-growth.png", lines, "tokens of history",
-               "nodes touched per refocus step", "Search", log_x=True)
+    report.charts.append(Chart(
+      "Search by length", "tokens of history", "nodes touched per refocus step",
+      lines, log_x=True))

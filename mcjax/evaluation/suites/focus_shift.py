@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mcjax.evaluation.report.writer import Report, Table, plot_lines
+from mcjax.evaluation.report.writer import Chart, Report, Table
 from mcjax.evaluation.suites.focus_bench import (
   Bench,
   add_mean,
@@ -203,9 +203,9 @@ def _report(bench: Bench, report: Report, series) -> None:
     f"change of A's and B's earlier raw tokens within {WITHIN} refocus steps. "
     "The oracle is told the topic. Brackets: 95 % bootstrap over pairs."
   )
-  for start, topic, file, title in (
-    ("shift", "second", "focus-shift.png", "After the topic shift"),
-    ("back", "first", "focus-return.png", "After the return"),
+  for start, topic, title in (
+    ("shift", "second", "After the topic shift"),
+    ("back", "first", "After the return"),
   ):
     lines = {}
     for name, cells in series.items():
@@ -214,5 +214,6 @@ def _report(bench: Bench, report: Report, series) -> None:
       lines[name] = (xs, [float(np.mean([
         share(c["steps"][c[start] + x - 1], topic) for c in cells
       ])) for x in xs])
-    plot_lines(bench.folder / file, lines, "refocus steps",
-               "share of older raw tokens on the topic", title)
+    report.charts.append(Chart(
+      title, "refocus steps", "share of older raw tokens on the topic",
+      lines))

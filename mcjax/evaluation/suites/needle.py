@@ -20,6 +20,7 @@ from mcjax.evaluation.data import hidden_facts, ruler, scoring
 from mcjax.evaluation.data.ruler import Sample
 from mcjax.evaluation.report.intervals import of_mean
 from mcjax.evaluation.report.writer import (
+  HeatMap,
   Report,
   Table,
   cell,
@@ -298,6 +299,20 @@ def _depths(report: Report, s: Settings, found, main: str) -> None:
   report.tables.append(Table(
     "Pass key by depth",
     ("tokens", "system", *(f"depth {d:g}" for d in s.depths)), rows))
+  for name in s.systems:
+    values = [[_share(systems.get(name, ()), depth, main) for depth in s.depths]
+              for systems in found.values()]
+    if any(v is not None for row in values for v in row):
+      report.heat_maps.append(HeatMap(
+        f"Pass key, {name}: {main.replace('_', ' ')}", "depth", "tokens",
+        [f"{d:g}" for d in s.depths], [f"{length:,}" for length in found],
+        values))
+
+
+def _share(outcomes, depth: float, main: str) -> float | None:
+  found = of_mean([o[main] for o in outcomes
+                   if o["depth"] == depth and main in o])
+  return None if found is None else found.value
 
 
 def _interval(report: Report, name: str, values) -> str | None:

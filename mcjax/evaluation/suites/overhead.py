@@ -103,8 +103,8 @@ def run(settings: Settings, folder) -> Report:
   _add_memory(out, memory)
   if settings.torch:
     _add_torch(out, cell("torch", lambda: _torch_pairs(settings, lm)))
+  out.charts.append(_chart(settings, times, before))
   out.write(folder)
-  _plot(folder, settings, times, before)
   return out
 
 
@@ -372,15 +372,12 @@ def _add_memory(out: Report, memory: dict) -> None:
     ))
 
 
-def _plot(folder, settings: Settings, times, before) -> None:
+def _chart(settings: Settings, times, before) -> report.Chart:
   xs = list(settings.histories)
   names = [f"splice {h}" for h in xs]
   rates = [1 / median(times[n].wall) for n in names]
   plain = [1 / median(before[n].wall) for n in names]
-  report.plot_lines(
-    folder / "overhead.png",
-    {"the loop": (xs, rates),
-     "plain decoding beside it": (xs, plain)},
-    "tokens of history", "tokens/s", f"Decoding at W={settings.window}",
-    log_x=True,
-  )
+  return report.Chart(
+    f"Decoding at W={settings.window}", "tokens of history", "tokens/s",
+    {"the loop": (xs, rates), "plain decoding beside it": (xs, plain)},
+    log_x=True)

@@ -19,11 +19,11 @@ import numpy as np
 
 from mcjax.evaluation.report.intervals import of_difference, of_mean
 from mcjax.evaluation.report.writer import (
+  Chart,
   Report,
   Table,
   cell,
   make_folder,
-  plot_lines,
 )
 from mcjax.evaluation.suites.side_by_side import Column, add_table
 from mcjax.evaluation.systems import make, static_window
@@ -125,7 +125,7 @@ def measure(models: Models, excerpts: recovery.Excerpts, s: Settings, folder
   if s.windows:
     rows = [_frontier_cell(folder, models, s, ids, number)
             for number, ids in enumerate(excerpts.ids)]
-    _report_frontier(report, s, rows, kinds, folder)
+    _report_frontier(report, s, rows, kinds)
   if s.systems:
     _report_systems(report, s, kinds, {
       name: _system_cell(folder, models, s, name, excerpts.ids)
@@ -185,7 +185,7 @@ def _frontier(models: Models, s: Settings, ids: np.ndarray) -> dict:
 
 
 def _report_frontier(report: Report, s: Settings, rows: Sequence[dict],
-                     kinds: list[str], folder: pathlib.Path) -> None:
+                     kinds: list[str]) -> None:
   means = {key: [float(np.mean(row[key])) for row in rows] for key in rows[0]}
   table, pays = [], []
   for window in s.windows:
@@ -236,8 +236,9 @@ def _report_frontier(report: Report, s: Settings, rows: Sequence[dict],
         xs, ys = lines.setdefault(name, ([], []))
         xs.append(window)
         ys.append(float(np.mean(means[key])))
-  plot_lines(folder / "frontier.png", lines, "slots of the window",
-             "nats a token", "What a slot is worth", log_x=True)
+  report.charts.append(Chart(
+    "What a slot is worth", "slots of the window", "nats a token", lines,
+    log_x=True))
 
 
 def _edges(s: Settings) -> list[tuple[int, int]]:

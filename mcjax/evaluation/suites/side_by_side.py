@@ -83,4 +83,4 @@ def _cell(report: Report, name: str, column: Column, found: Interval | None
     return None
   report.add(f"{name}/n", found.n, "outcomes")
   return report.add_interval(name, found.value, found.low, found.high,
-                             column.unit, column.digits)
+                             column.unit, column.digits, found.n)

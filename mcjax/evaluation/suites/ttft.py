@@ -230,11 +230,10 @@ def run(settings: Settings, folder) -> Report:
     out.notes += found["notes"]
   times = {n: found["times"] for n, found in cells.items()}
   _tabulate(out, settings, times)
+  out.charts.append(report.Chart(
+    f"Time to the first token, W={settings.window}", "tokens of the document",
+    "seconds", _series(times), log_x=True, log_y=True))
   out.write(folder)
-  report.plot_lines(
-    folder / "ttft.png", _series(times), "tokens of the document", "seconds",
-    f"Time to the first token, W={settings.window}", log_x=True, log_y=True,
-  )
   return out
 
 

@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -258,10 +259,11 @@ def interval(statistic: Callable[[np.ndarray], float], n: int,
   return float(low), float(high)
 
 
-def mean_interval(values: np.ndarray) -> dict[str, float]:
-  """{"value", "low", "high"}: mean of values [n] and its `interval`."""
+def mean_interval(values: np.ndarray) -> dict[str, Any]:
+  """{"value", "low", "high", "n"}: mean of values [n], its `interval`, n."""
   low, high = interval(lambda rows: float(values[rows].mean()), len(values))
-  return {"value": float(values.mean()), "low": low, "high": high}
+  return {"value": float(values.mean()), "low": low, "high": high,
+          "n": len(values)}
 
 
 def summarise(losses: Mapping[str, np.ndarray],
@@ -270,8 +272,8 @@ def summarise(losses: Mapping[str, np.ndarray],
 
   Returns:
     {"documents", "nll": {variant: nats}, "recovered": {variant: {"value",
-    "low", "high"}}, "delta": {"value", "low", "high"} of gist − full in nats,
-    "kinds": {kind: same}}.
+    "low", "high", "n"}}, "delta": the same of gist − full in nats, "kinds":
+    {kind: same}}.
   """
   n = len(losses["full"])
   report = {
@@ -284,7 +286,7 @@ def summarise(losses: Mapping[str, np.ndarray],
       continue
     low, high = interval(functools.partial(recovered, losses, variant), n)
     report["recovered"][variant] = {
-      "value": recovered(losses, variant), "low": low, "high": high}
+      "value": recovered(losses, variant), "low": low, "high": high, "n": n}
   if kinds is not None:
     names = np.asarray(kinds)
     report["kinds"] = {

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mcjax.evaluation.report import charts
 from mcjax.evaluation.report import writer as report
 from mcjax.types import McjaxError
 
@@ -44,7 +45,7 @@ def test_plots_need_matplotlib(tmp_path, monkeypatch, capsys):
     return real(name, *args, **kwargs)
 
   monkeypatch.setattr(builtins, "__import__", without)
-  drawn = report.plot_lines(tmp_path / "a.png", {"x": ([1], [2])}, "", "", "")
+  drawn = charts.plot_lines(tmp_path / "a.png", {"x": ([1], [2])}, "", "", "")
   assert not drawn and not (tmp_path / "a.png").exists()
   assert "matplotlib" in capsys.readouterr().err
 

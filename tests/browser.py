@@ -1,0 +1,23 @@
+"""A headless browser, where there is one."""
+
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FOUND = next((shutil.which(n) for n in _NAMES if shutil.which(n)), None)
+needs_browser = pytest.mark.skipif(FOUND is None, reason="needs Chromium")
+
+
+def opened(page: pathlib.Path, folder: pathlib.Path) -> tuple[str, str]:
+  """The page's document after its scripts ran, and what they complained of."""
+  done = subprocess.run(
+    [FOUND, "--headless", "--no-sandbox", "--disable-gpu",
+     "--enable-logging=stderr",
+     f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=4000",
+     "--dump-dom", page.resolve().as_uri()],
+    capture_output=True, text=True, timeout=120)
+  complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+  return done.stdout, "\n".join(complaints)
