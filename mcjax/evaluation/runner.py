@@ -11,7 +11,7 @@ from mcjax.settings import check_names, read_fields
 
 NAMES = ("overhead", "ttft", "ingest", "drift", "substitution", "ceiling",
          "visible", "focus", "questions", "needle",
-         "perplexity")
+         "perplexity", "session")
 
 
 def settings(name: str):
