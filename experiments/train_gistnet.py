@@ -25,7 +25,8 @@ def main(argv) -> bool:
   c = _CONFIG.value
   use_compilation_cache(pathlib.Path(_WORKDIR.value) / "compiled")
   train = gist_trainer.read_config(c.train, c.objective, c.phases)
-  lm = load_base_lm(c.base, dtype=c.dtype)
+  mesh = gist_trainer.make_mesh(train)
+  lm = load_base_lm(c.base, dtype=c.dtype, mesh=mesh if mesh.size > 1 else None)
   initial, gist_config, lineage = gistnet.start(
     lm, c.gistnet, c.initial, train.seed)
   mixture = data.weights_of(c.mixture)

@@ -16,6 +16,7 @@ ROOMS = (
   "types", "settings", "config", "parallel", "pretrained", "base", "tree",
   "gist", "window", "answer", "focus", "lens", "runtime", "testing",
   "training.common", "training.gist", "training.lens", "training.alternating",
+  "training.plan",
   "evaluation.report", "evaluation.data", "evaluation.systems",
   "evaluation.suites", "evaluation.runner", "cli", "sweep",
 )

@@ -16,6 +16,7 @@ import re
 import struct
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,16 +25,18 @@ from mcjax.base.config import decoder_config_from_gguf, decoder_config_from_hf
 from mcjax.base.layout import (
   Leaf,
   Tensors,
-  aligned_empty,
   leaves_of,
+  param_shapes,
   read_params,
+  read_sharded,
 )
 from mcjax.base.model import DecoderConfig
+from mcjax.base.parts import Quantised, stored_tensors
 from mcjax.base.tokenizer import Tokenizer
+from mcjax.parallel.sharding import RULES, Rules
 from mcjax.types import McjaxError
 
 _DTYPES = ("float32", "bfloat16")
-_CHUNK = 1 << 22  # values dequantised at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,7 +60,7 @@ class BaseLM:
 
 
 def load_base_lm(
-  source: str | os.PathLike, *, dtype: str = "float32"
+  source: str | os.PathLike, *, dtype: str = "float32", mesh=None, rules=RULES
 ) -> BaseLM:
   """Loads a frozen base LM.
 
@@ -66,9 +69,13 @@ def load_base_lm(
       folder (config.json, safetensors, tokenizer.json), a Hugging Face id
       ("owner/model", downloaded), or the path of a .gguf file.
     dtype: of all parameters, "float32" or "bfloat16".
+    mesh: of `parallel.sharding.make_mesh`, over which the parameters are
+      split; every process reads only the parts of its own devices. None takes
+      the default device.
+    rules: how they are split, see `parallel.sharding.Rules`.
 
   Returns:
-    The base LM, its parameters on the default device.
+    The base LM, its parameters on the default device or the mesh.
 
   Raises:
     McjaxError: the source is unknown, missing, damaged, or a model that the
@@ -81,9 +88,12 @@ def load_base_lm(
   try:
     opened = _open_folder(path) if path.is_dir() else _open_gguf(path)
     with opened as (config, tensors, leaves, tokenizer):
-      params, digest = read_params(
-        config, tensors, leaves, np.dtype(jnp.dtype(dtype))
-      )
+      kind = np.dtype(jnp.dtype(dtype))
+      if mesh is None:
+        params, digest = read_params(config, tensors, leaves, kind)
+      else:
+        params, digest = read_sharded(
+          config, tensors, leaves, kind, _shardings(config, rules, mesh))
   except McjaxError as e:
     raise McjaxError(f"{path}: {e}") from e
   if tokenizer.largest_text_id() >= config.vocab_size:
@@ -93,6 +103,35 @@ def load_base_lm(
     )
   digest.update(tokenizer.vocabulary_digest())
   return BaseLM(name, config, params, tokenizer, digest.hexdigest())
+
+
+def load_decoder_config(source: str | os.PathLike) -> DecoderConfig:
+  """Sizes of a base, of which its config.json is enough; nothing is loaded.
+
+  Args:
+    source: as of `load_base_lm`, or the path of a config.json.
+
+  Raises:
+    McjaxError: as `load_base_lm`.
+  """
+  path = pathlib.Path(os.fspath(source)).expanduser()
+  try:
+    if path.name == "config.json" and path.is_file():
+      return decoder_config_from_hf(read_json(path))
+    path = _resolve(os.fspath(source))
+    if path.is_dir():
+      return decoder_config_from_hf(read_json(path / "config.json"))
+    with _open_gguf(path) as (config, *_):
+      return config
+  except McjaxError as e:
+    raise McjaxError(f"{path}: {e}") from e
+
+
+def _shardings(config: DecoderConfig, rules: Rules, mesh) -> dict:
+  shapes = jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+    param_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+  return rules.shardings("base", shapes, mesh)
 
 
 def _resolve(source: str) -> pathlib.Path:
@@ -152,7 +191,7 @@ def _safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Tensors:
     files = sorted({os.path.basename(str(name)) for name in index.values()})
   else:
     raise McjaxError("no model.safetensors and no model.safetensors.index.json")
-  owner, shapes = {}, {}
+  owner, shapes, stored = {}, {}, {}
   for file in files:
     if not (path / file).is_file():
       raise McjaxError(f"{file} is missing")
@@ -166,7 +205,11 @@ def _safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Tensors:
         owner[key], shapes[key] = handle, tuple(piece.get_shape())
     except (safetensors.SafetensorError, OSError) as e:
       raise McjaxError(f"{file} is damaged: {e}") from e
-  return Tensors(shapes, lambda name: owner[name].get_tensor(name))
+    stored.update(stored_tensors(path / file))
+  return Tensors(
+    shapes, lambda name: owner[name].get_tensor(name),
+    lambda name, slices: stored[name].part(slices),
+    lambda name, at: stored[name].points(at))
 
 
 def _hf_leaves(config: DecoderConfig) -> dict[str, Leaf]:
@@ -210,29 +253,40 @@ def _open_gguf(path: pathlib.Path) -> Iterator[tuple]:
   except (ValueError, IndexError, KeyError, OSError, struct.error) as e:
     raise McjaxError(f"not a whole GGUF file: {e}") from e
   config = decoder_config_from_gguf(reader)
-  stored = {t.name: t for t in reader.tensors}
-  shapes = {n: tuple(int(d) for d in t.shape[::-1]) for n, t in stored.items()}
+  stored = {t.name: _quantised(t) for t in reader.tensors}
+  shapes = {name: tensor.shape for name, tensor in stored.items()}
 
   def read(name: str) -> np.ndarray:
-    tensor = stored[name]
-    rows = tensor.data.reshape(-1, tensor.data.shape[-1])
-    out = aligned_empty((len(rows), shapes[name][-1]), np.float32)
-    step = max(1, _CHUNK // out.shape[1])
-    try:
-      for i in range(0, len(out), step):
-        out[i : i + step] = gguf.quants.dequantize(
-          rows[i : i + step], tensor.tensor_type
-        )
-    except NotImplementedError as e:
-      raise McjaxError(
-        f"{name!r} is quantised as {tensor.tensor_type.name}, which the gguf "
-        "package cannot read"
-      ) from e
-    return out.reshape(shapes[name])
+    whole = tuple(slice(0, n) for n in shapes[name])
+    return stored[name].part(whole)
 
   tokenizer = Tokenizer.from_gguf(reader)
   reader.fields.clear()  # a view per token of the vocabulary
-  yield config, Tensors(shapes, read), _gguf_leaves(config), tokenizer
+  tensors = Tensors(
+    shapes, read, lambda name, slices: stored[name].part(slices),
+    lambda name, at: stored[name].points(at))
+  yield config, tensors, _gguf_leaves(config), tokenizer
+
+
+def _quantised(tensor) -> Quantised:
+  """A tensor of an open GGUF file."""
+  import gguf
+
+  def dequantise(rows: np.ndarray) -> np.ndarray:
+    try:
+      return gguf.quants.dequantize(rows, tensor.tensor_type)
+    except NotImplementedError as e:
+      raise McjaxError(
+        f"{tensor.name!r} is quantised as {tensor.tensor_type.name}, which the "
+        "gguf package cannot read"
+      ) from e
+
+  rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+  shape = tuple(int(d) for d in tensor.shape[::-1])
+  plain = rows.shape[-1] == shape[-1]
+  return Quantised(
+    rows, shape, dequantise,
+    (1, 1) if plain else gguf.GGML_QUANT_SIZES[tensor.tensor_type])
 
 
 def _gguf_leaves(config: DecoderConfig) -> dict[str, Leaf]:

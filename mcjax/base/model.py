@@ -39,6 +39,7 @@ import numpy as np
 
 from mcjax.types import Array
 
+REMAT = ("none", "dots", "layer")  # policies of `forward`
 _NEGATIVE = -1e30  # masked score: finite, so an all-masked row stays finite
 
 
@@ -309,6 +310,16 @@ def _finish(config, layer, x, mixed):
   return x + product("tf,fd->td", gated, layer["w_down"])
 
 
+def _checkpointed(step, remat: str):
+  """A layer whose backward pass computes some of it again."""
+  if remat == "none":
+    return step
+  policy = None
+  if remat == "dots":
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return jax.checkpoint(step, policy=policy)
+
+
 def _adapt(adapter, x, gists):
   """A layer's input x [T, D] where rows `gists` [T] pass through its adapter.
 
@@ -345,7 +356,7 @@ def forward(
   positions: Int[Array, " T"],
   segments: tuple[Segment, ...] = (),
   visible: Bool[Array, " T"] | None = None,
-  remat: bool = False,
+  remat: str = "none",
   gists: Bool[Array, " T"] | None = None,
 ) -> tuple[Float[jax.Array, "T D"], Float[jax.Array, "L K T H"],
            Float[jax.Array, "L K T H"]]:
@@ -360,7 +371,8 @@ def forward(
     segments: cached keys and values.
     visible: [T] bool, False hides the new entry from every query (padding,
       masked gists); all visible by default.
-    remat: recompute each layer in the backward pass (gradient checkpointing).
+    remat: what of each layer is computed again in the backward pass, one of
+      REMAT: nothing, all but its matrix products, or all of it.
     gists: [T] bool, True for gists, which pass through the parameters'
       "gist_adapter" if there is one; none by default.
 
@@ -390,8 +402,7 @@ def forward(
     )
     return x, (k, v)
 
-  if remat:
-    step = jax.checkpoint(step)
+  step = _checkpointed(step, remat)
   if isinstance(params["layers"], dict):
     scanned = (params["layers"], rope_on, caches, adapter)
     x, (keys, values) = jax.lax.scan(step, x, scanned)
@@ -415,7 +426,7 @@ def forward_branches(
   branches: Float[Array, "n T D"],
   positions: Int[Array, "n T"],
   visible: Bool[Array, "n S"],
-  remat: bool = False,
+  remat: str = "none",
   gists: Bool[Array, " S"] | None = None,
 ) -> tuple[Float[jax.Array, "n T D"], Float[jax.Array, "L K S H"],
            Float[jax.Array, "L K S H"]]:
@@ -433,7 +444,7 @@ def forward_branches(
       trunk and itself.
     positions: [n, T] int32.
     visible: [n, S] bool, entries of the trunk that a branch sees.
-    remat: recompute each layer in the backward pass.
+    remat: see `forward`.
     gists: [S] bool, entries of the trunk that are gists, see `forward`.
 
   Returns:
@@ -474,8 +485,7 @@ def forward_branches(
     mixed = jnp.concatenate([below, above.reshape((n * t,) + below.shape[1:])])
     return _finish(config, layer, x, mixed), (keys, values)
 
-  if remat:
-    step = jax.checkpoint(step)
+  step = _checkpointed(step, remat)
   x = jnp.concatenate([trunk, branches.reshape(n * t, -1)])
   x, (keys, values) = jax.lax.scan(
     step, x, (params["layers"], rope_on, params.get("gist_adapter")))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import functools
 import signal
 import sys
@@ -40,31 +39,28 @@ def run(main: Callable[[list[str]], bool], config: commands.ConfigFlag
 
   @functools.wraps(main)  # whose module is asked for help
   def guarded(argv: list[str]) -> None:
-    with _membership():
-      done = main(argv)
-    if not done:
-      print("stopped and saved; the same command goes on", file=sys.stderr)
-      sys.exit(processes.STOPPED)
+    if not _DISTRIBUTED.value:
+      # Outside the loops there is nothing to save.
+      signal.signal(signal.SIGTERM, lambda *_: sys.exit(processes.STOPPED))
+      sys.exit(_status(main(argv)))
+    processes.join(_COORDINATOR.value, _COUNT.value, _PROCESS.value)
+    try:
+      status = _status(main(argv))
+    except McjaxError as error:
+      print(f"error: {error}", file=sys.stderr, flush=True)
+      processes.leave(1, str(error))
+    except Exception as error:
+      logging.exception("process failed")
+      processes.lost_peer(error)
+      processes.leave(1, f"{type(error).__name__}: {error}")
+    else:
+      processes.leave(status)
 
   commands.run(guarded, config, flags_of=(__name__,))
 
 
-@contextlib.contextmanager
-def _membership() -> Iterator[None]:
-  """The process as a member of the run, from joining to parting."""
-  if not _DISTRIBUTED.value:
-    # Outside the loops there is nothing to save.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(processes.STOPPED))
-    yield
-    return
-  processes.join(_COORDINATOR.value, _COUNT.value, _PROCESS.value)
-  try:
-    yield
-  except McjaxError as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    processes.leave(str(error))
-  except Exception as error:
-    logging.exception("process failed")
-    processes.lost_peer(error)
-    processes.leave(f"{type(error).__name__}: {error}")
-  processes.leave()
+def _status(done: bool) -> int:
+  if done:
+    return 0
+  print("stopped and saved; the same command goes on", file=sys.stderr)
+  return processes.STOPPED

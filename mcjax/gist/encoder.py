@@ -134,15 +134,18 @@ def _rms(embed: jax.Array) -> jax.Array:
 
 def default_config(base_params, base_config: model.DecoderConfig,
                    **overrides) -> GistNetConfig:
-  """The default sizes for a base, in the unit of its embeddings."""
+  """The default sizes for a base, in the unit of its embeddings.
+
+  With an `input_rms` among `overrides` the parameters are not looked at.
+  """
   d = base_config.d_model
   heads = max(1, round(d / 96))
   sizes: dict[str, Any] = dict(
     d_model=d, heads=heads, width=32 * heads, mlp_width=36 * heads,
-               slot_mlp_width=64 * heads,
-               adapter_layers=base_config.n_layers)
-  rms = float(_rms(base_params["embed"]))
-  return GistNetConfig(**(sizes | {"input_rms": rms} | overrides))
+    slot_mlp_width=64 * heads, adapter_layers=base_config.n_layers)
+  if "input_rms" not in overrides:
+    sizes["input_rms"] = float(_rms(base_params["embed"]))
+  return GistNetConfig(**(sizes | overrides))
 
 
 def configure(base_params, base_config: model.DecoderConfig,

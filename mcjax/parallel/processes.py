@@ -147,18 +147,37 @@ def _end(why: str) -> None:
   os._exit(PEER_LOST)
 
 
-def leave(error: str | None = None) -> None:
-  """Parts from the others: after the last of them came, or with an error."""
+def leave(status: int = 0, error: str | None = None) -> None:
+  """Parts from the others, and ends the process if it is one of many.
+
+  Process 0 holds the service and goes last; all others end at once.
+
+  Args:
+    status: exit status of the process.
+    error: a mistake for which this process ends before the others, which end
+      because of it.
+  """
   client = _client()
   if client is None:
     return
+  sys.stdout.flush()
+  sys.stderr.flush()
   key = f"{_ALIVE}{jax.process_index()}"
   if error is not None:
     client.key_value_set(key, f"failed {error}", allow_overwrite=True)
-    time.sleep(2 * _BEAT if is_first() else 0)  # it holds the store
-    os._exit(1)
+    time.sleep(2 * _BEAT if is_first() else 0)
+    os._exit(status)
   barrier("the end")
-  jax.distributed.shutdown()
+  if not is_first():
+    client.key_value_set(key, "left", allow_overwrite=True)
+    os._exit(status)
+  until = time.monotonic() + _SILENCE
+  while time.monotonic() < until:
+    signs = dict(client.key_value_dir_get(_ALIVE))
+    if sum(s == "left" for s in signs.values()) == jax.process_count() - 1:
+      break
+    time.sleep(0.1)
+  os._exit(status)
 
 
 def lost_peer(error: Exception) -> None:

@@ -45,13 +45,14 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
   gists = gistnet.apply(gist_params, gist_config, features, 1)
   reader = gistnet.with_adapter(base_params, gist_params)
   far, start = losses.gist_segment(
-    reader, base_config, gists.reshape(-1, gists.shape[-1]), o.gist_stride,
-    remat=o.remat)
+    reader, base_config,
+    gists.reshape(-1, gists.shape[-1]).astype(o.activations), o.gist_stride,
+    o.remat)
   tokens = ids[-own:]
-  x = model.embed(base_params, tokens, jnp.float32)
+  x = losses.embed(base_params, o, tokens)
   places = jnp.arange(own, dtype=jnp.int32)
   teacher = jax.lax.stop_gradient(
-    model.forward(base_params, base_config, x, places)[0])
+    model.forward(base_params, base_config, x, places, remat=o.remat)[0])
   student = model.forward(
     base_params, base_config, x, start + places, (far,), remat=o.remat)[0]
   weights = np.ones(o.segment, np.float32)

@@ -21,10 +21,11 @@ from mcjax.types import BRANCHING
 def _after(base_params, base_config, o: losses.Objective, gists, tokens):
   """Final hidden states [segment, D] of `tokens` read after gists [n, D]."""
   far, start = losses.gist_segment(
-    base_params, base_config, gists, o.gist_stride, remat=o.remat)
+    base_params, base_config, gists.astype(o.activations), o.gist_stride,
+    o.remat)
   places = start + jnp.arange(o.segment, dtype=jnp.int32)
   return model.forward(
-    base_params, base_config, model.embed(base_params, tokens, jnp.float32),
+    base_params, base_config, losses.embed(base_params, o, tokens),
     places, (far,), remat=o.remat)[0]
 
 

@@ -51,7 +51,10 @@ class Objective:
       it, see `foreign_loss.py`.
     early: extra weight of a segment's first tokens, halved every 8 tokens.
     chunk: tokens whose logits exist at one time.
-    remat: recompute the decoder's layers in the backward pass.
+    remat: what of the decoder's layers the backward pass computes again:
+      "none", "dots" (all but the matrix products) or "layer".
+    activations: dtype of the decoder's activations, "float32" or "bfloat16";
+      norms, softmax, losses and all of GistNet stay float32.
   """
 
   window: int = 512
@@ -71,7 +74,8 @@ class Objective:
   foreign: bool = False
   early: float = 0.0
   chunk: int = 256
-  remat: bool = False
+  remat: str = "none"
+  activations: str = "float32"
 
   def __post_init__(self):
     for name in ("window", "segment"):
@@ -96,6 +100,11 @@ class Objective:
         0 < self.kl_segments <= max(1, len(self.starts))):
       raise McjaxError(f"Objective.kl_segments must be 1 to "
                        f"{len(self.starts)}, got {self.kl_segments}")
+    for name, known in (("remat", model.REMAT),
+                        ("activations", ("float32", "bfloat16"))):
+      if getattr(self, name) not in known:
+        raise McjaxError(f"Objective.{name} must be one of "
+                         f"{', '.join(known)}, got {getattr(self, name)!r}")
     if not self.starts:
       raise McjaxError("Objective.window leaves no segment with a gist to see: "
                        "lengthen it or shorten near and segment")
@@ -111,6 +120,11 @@ class Objective:
     """[segments, near + segment] window positions of the segments' tokens."""
     reach = np.arange(self.near + self.segment)
     return np.asarray(self.starts)[:, None] - self.near + reach[None]
+
+
+def embed(base_params, o: Objective, ids) -> jax.Array:
+  """Embeddings [..., D] of ids, in the dtype of the activations."""
+  return model.embed(base_params, ids, jnp.dtype(o.activations))
 
 
 def _chunked(chunk: int, *arrays):
@@ -217,7 +231,7 @@ def _trunk(gists: jax.Array, stride: int, sink: jax.Array | None = None):
           jnp.concatenate([jnp.arange(offset, dtype=jnp.int32), places]))
 
 
-def decode_trunk(base_params, base_config, trunk, places, remat: bool = False,
+def decode_trunk(base_params, base_config, trunk, places, remat: str = "none",
                  gists: jax.Array | None = None
                  ) -> tuple[jax.Array, jax.Array]:
   """Rotated keys and values [L, K, S, H] of a trunk [S, D], read causally.
@@ -232,7 +246,7 @@ def decode_trunk(base_params, base_config, trunk, places, remat: bool = False,
 
 
 def gist_segment(base_params, base_config, gists: jax.Array, stride: int,
-                 remat: bool = False) -> tuple[model.Segment, int]:
+                 remat: str = "none") -> tuple[model.Segment, int]:
   """Decodes gists [n, D]: what queries attend to, and the position after."""
   trunk, places = _trunk(gists, stride)
   keys, values = decode_trunk(base_params, base_config, trunk, places, remat)
@@ -264,8 +278,9 @@ def layout(base_params, o: Objective, ids, gists) -> Layout:
   m = gists.shape[1]
   sink = None
   if o.sink:
-    sink = model.embed(base_params, ids[:BRANCHING], jnp.float32)
+    sink = embed(base_params, o, ids[:BRANCHING])
   flat = gists[1 if o.sink else 0 :].reshape(-1, gists.shape[-1])
+  flat = flat.astype(o.activations)
   trunk, trunk_places = _trunk(flat, o.gist_stride, sink)
   lead = BRANCHING if o.sink else 0
   gone = (np.asarray(o.starts) - o.near - lead) // BRANCHING * m
@@ -284,7 +299,7 @@ def _student(base_params, base_config, o: Objective, ids, seen: Layout, rows):
   """
   hidden, keys, values = model.forward_branches(
     base_params, base_config, seen.trunk, seen.trunk_places,
-    model.embed(base_params, ids[jnp.asarray(o.index)[rows]], jnp.float32),
+    embed(base_params, o, ids[jnp.asarray(o.index)[rows]]),
     seen.places[rows], seen.visible[rows], o.remat, seen.gists)
   return hidden[:, o.near :], keys, values
 
@@ -316,8 +331,8 @@ def _rebuild(base_params, base_config, o: Objective, ids, gists, key):
   chosen = jax.random.choice(
     key, blocks.shape[0], (o.rebuild_blocks,), replace=False)
   targets, own = blocks[chosen], gists[chosen]
-  before = model.embed(base_params, targets[:, :-1], jnp.float32)
-  x = jnp.concatenate([own, before], axis=1)
+  before = embed(base_params, o, targets[:, :-1])
+  x = jnp.concatenate([own.astype(before.dtype), before], axis=1)
   places = jnp.arange(x.shape[1], dtype=jnp.int32)
   hidden = jax.vmap(lambda x: model.forward(
     base_params, base_config, x, places, remat=o.remat,
@@ -347,14 +362,15 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
   reader = gistnet.with_adapter(base_params, gist_params)
 
   seen = layout(base_params, o, ids, gists)
-  x = model.embed(base_params, ids, jnp.float32)
+  x = embed(base_params, o, ids)
   rows = None
   if o.attend:
     teacher, rows = jax.lax.stop_gradient(
       attention_match.trace(base_params, base_config, x))
   else:
     teacher, _, _ = jax.lax.stop_gradient(model.forward(
-      base_params, base_config, x, jnp.arange(o.window, dtype=jnp.int32)))
+      base_params, base_config, x, jnp.arange(o.window, dtype=jnp.int32),
+      remat=o.remat))
 
   bias = 1.0 + o.early * 2.0 ** (-np.arange(o.segment) / 8)
   weights = np.tile(bias, (len(o.starts), 1))

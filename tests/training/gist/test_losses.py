@@ -130,7 +130,7 @@ def test_student_matches_the_plain_decoder(tiny_lm, sink):
   dict(nll=0.5, rebuild=0.5, attend=1.0, kl_segments=2),
   *(pytest.param(terms, marks=pytest.mark.slow) for terms in (
     dict(), dict(kl=0.0, attend=1.0), dict(rebuild=0.5), dict(nll=0.5),
-    dict(early=2.0, near=32, sink=True), dict(remat=True),
+    dict(early=2.0, near=32, sink=True), dict(remat="layer"),
     dict(kl_segments=2, attend=1.0)))])
 def test_terms_are_finite_and_reach_the_network(
     tiny_lm, tiny_gist_config, terms):
@@ -170,8 +170,23 @@ def test_bfloat16_parameters_change_the_gradient_little(
 def test_remat_changes_nothing(tiny_lm, tiny_gist_config):
   values = [_loss(tiny_lm, tiny_gist_config,
                   dataclasses.replace(_O, remat=remat, rebuild=0.3), _ids())[0]
-            for remat in (False, True)]
-  np.testing.assert_allclose(*values, rtol=1e-5)
+            for remat in ("none", "dots", "layer")]
+  np.testing.assert_allclose(values, values[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [
+  dict(sink=True, rebuild=0.5, activations="bfloat16", remat="dots"),
+  *(pytest.param(c, marks=pytest.mark.slow)
+    for c in (dict(attend=1.0), dict(foreign=True)))])
+def test_bfloat16_activations_follow_float32(
+    tiny_lm, tiny_gist_config, changes):
+  half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), tiny_lm.params)
+  lm = dataclasses.replace(tiny_lm, params=half)
+  o = dataclasses.replace(_O, **changes)
+  wide, short = (
+    _loss(lm, tiny_gist_config, dataclasses.replace(o, activations=dtype),
+          _ids())[0] for dtype in ("float32", "bfloat16"))
+  assert float(short) == pytest.approx(float(wide), rel=0.03)
 
 
 def test_several_vectors_per_gist(tiny_lm, tiny_gist_config):

@@ -1,0 +1,106 @@
+"""Peak memory of loading a random checkpoint over 8 host devices.
+
+  python tools/measure_loading.py --folder=/tmp/big --gigabytes=2
+  python tools/measure_loading.py --folder=/tmp/big --processes=2
+
+The peak is the process's largest resident set since it imported everything,
+less what it had then, over the size of the checkpoint.
+"""
+
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+
+from absl import app, flags
+
+_FOLDER = flags.DEFINE_string("folder", None, "Written if not there.",
+                              required=True)
+_GIGABYTES = flags.DEFINE_float("gigabytes", 2.0, "Size of the checkpoint.")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "Processes on loopback.")
+_PROCESS = flags.DEFINE_integer("process", None, "For the tool itself.")
+_PORT = flags.DEFINE_integer("port", 7399, "For more than one process.")
+
+
+def _write(folder: pathlib.Path, gigabytes: float) -> None:
+  """A random Llama of about so many bytes in bfloat16, in eight files."""
+  import ml_dtypes
+  import numpy as np
+
+  from mcjax.testing import tiny_models
+
+  d, f, layers = 2048, 5632, 8
+  vocab = int((gigabytes * 1e9 / 2 - layers * (3 * d * f + 2.5 * d * d)) / d)
+  config = tiny_models.CONFIGS["llama"] | dict(
+    hidden_size=d, intermediate_size=f, num_hidden_layers=layers,
+    num_attention_heads=16, num_key_value_heads=8,
+    vocab_size=vocab // 64 * 64, tie_word_embeddings=True)
+  bits = np.random.default_rng(0)
+
+  def tensor(shape):
+    values = bits.integers(0x3c00, 0x3e00, shape, np.uint16)
+    return values.view(ml_dtypes.bfloat16)
+
+  small = tiny_models.weights(config | dict(
+    hidden_size=8, intermediate_size=8, vocab_size=8, head_dim=8,
+    num_attention_heads=2, num_key_value_heads=1))
+  sizes = {"embed": (config["vocab_size"], d), "q": (d, d), "k": (d // 2, d),
+           "v": (d // 2, d), "o": (d, d), "gate": (f, d), "up": (f, d),
+           "down": (d, f)}
+
+  def shape(name):
+    found = [s for key, s in sizes.items()
+             if f".{key}_" in name]
+    return found[0] if found else (d,)
+
+  tiny_models.write_folder(
+    folder, config, {n: tensor(shape(n)) for n in small}, shards=8)
+
+
+def _peak() -> int:
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _load(folder: pathlib.Path) -> None:
+  from mcjax.base.load import load_base_lm
+  from mcjax.parallel import processes, sharding
+
+  if _PROCESSES.value > 1:
+    processes.join(f"127.0.0.1:{_PORT.value}", _PROCESSES.value, _PROCESS.value)
+  mesh = sharding.make_mesh(1, 2, 4)
+  before, size = _peak(), sum(
+    p.stat().st_size for p in folder.glob("*.safetensors"))
+  lm = load_base_lm(folder, dtype="bfloat16", mesh=mesh)
+  peak = _peak()
+  own = sum(s.data.nbytes for a in lm.params["layers"].values()
+            for s in a.addressable_shards)
+  print(f"process {_PROCESS.value or 0}: checkpoint {size / 1e9:.2f} GB, "
+        f"before {before / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB; peak "
+        f"{peak / size:.2f} of the checkpoint, {(peak - before) / size:.2f} "
+        f"without what was there before; own layers {own / 1e9:.2f} GB",
+        flush=True)
+  processes.leave()
+
+
+def main(argv) -> None:
+  del argv
+  folder = pathlib.Path(_FOLDER.value)
+  if not folder.exists():
+    _write(folder, _GIGABYTES.value)
+  if _PROCESS.value is not None:
+    _load(folder)
+    return
+  count = 8 // _PROCESSES.value
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": "1048576",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+  members = [
+    subprocess.Popen([sys.executable, *sys.argv, f"--process={i}"],
+                     env=environment)
+    for i in range(_PROCESSES.value)]
+  sys.exit(max(m.wait() for m in members))
+
+
+if __name__ == "__main__":
+  app.run(main)
