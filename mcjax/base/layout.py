@@ -162,7 +162,8 @@ def leaves_of(
   row, column = (0, 1), (1, 1)
   flipped = (column, row)
   by_head = (column, (0, h), row)
-  turns = dict(embed=((v, d), same, (row, column)))  # the largest first
+  turns: dict[str, Any] = dict(  # the largest first
+    embed=((v, d), same, (row, column)))
   if not config.tie_embeddings:
     turns.update(unembed=((v, d), np.transpose, flipped))
   turns.update(

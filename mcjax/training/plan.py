@@ -27,7 +27,6 @@ from mcjax.training.gist.trainer import train_step
 from mcjax.training.lens import trainer as lens_trainer
 from mcjax.types import McjaxError
 
-
 # A CPU widens bfloat16 weights for its products; ahead of the loop over layers
 # it would do so for all layers at once, which no accelerator does.
 _HOISTS = ("while-loop-invariant-code-motion,"
@@ -170,4 +169,8 @@ def compiled_bytes(base: DecoderConfig, mesh, train: TrainConfig,
     train_step, config=train, gist_config=config, base_config=base,
     objective=o), donate_argnums=0, out_shardings=(splits[0], None))
   compiled = step.lower(*arguments).compile({"xla_disable_hlo_passes": _HOISTS})
-  return compiled.memory_analysis().temp_size_in_bytes
+  found = compiled.memory_analysis()
+  if found is None:
+    raise McjaxError(f"the compiler for {jax.default_backend()} does not tell "
+                     "what it needs")
+  return found.temp_size_in_bytes

@@ -51,7 +51,7 @@ def test_the_plan_is_what_loading_takes(tmp_path):
 
 def test_what_does_not_divide_is_named():
   base = decoder_config_from_hf(_LLAMA_70B)
-  with pytest.raises(McjaxError, match="layers/wq.* 64 does not divide among 3"):
+  with pytest.raises(McjaxError, match="layers/.* does not divide among 3"):
     plan.plan(base, plan.abstract_mesh(1, 1, 3), _TRAIN, {})
   with pytest.raises(McjaxError, match="micro_batch=8 does not divide"):
     plan.plan(base, plan.abstract_mesh(16, 1, 1), _TRAIN, {})
