@@ -4,21 +4,29 @@
   python -m experiments.prepare_data --config.full      all, about 170 Mtok
   python -m experiments.prepare_data --config.full --config.million_tokens=12
   python -m experiments.prepare_data --config.kinds=code,wiki
-  python -m experiments.prepare_data --config.text=notes/ --config.folder=STORE
+  python -m experiments.prepare_data --base=FOLDER --config.folder=STORE \
+    --files='notes/**/*.md,posts.jsonl' --kind=notes       your own text
 
-tools/prepare_data does the same in an environment of its own, and takes the
-settings without the "config.".
+tools/prepare_data does the same, and takes the settings without "config.".
 """
 
 import pathlib
 
+from absl import flags
+
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands
-from mcjax.runtime.text_files import read_documents
-from mcjax.training.common import data, prepare
+from mcjax.training.common import data, own_text, prepare
 from mcjax.types import McjaxError
 
 _CONFIG = commands.ConfigFlag(__file__, "data")
+_FILES = flags.DEFINE_list(
+  "files", [], "Your own files, folders and patterns instead of what is "
+  "fetched; .jsonl and .parquet hold a document a row.")
+_KIND = flags.DEFINE_string(
+  "kind", prepare.OWN, "What your own text is called in mixtures.")
+_BASE = flags.DEFINE_string(
+  "base", "", "Whose tokenizer; the configuration's if empty.")
 
 
 def main(argv) -> None:
@@ -28,12 +36,13 @@ def main(argv) -> None:
   budget = c.million_tokens
   if budget is None and not c.full:
     budget = 3.0
-  lm = load_base_lm(c.base)
-  if c.text:
+  lm = load_base_lm(_BASE.value or c.base)
+  text = [*_FILES.value, *c.text]
+  if text:
     if not c.folder:
       raise McjaxError("own text needs a store of its own: --config.folder=DIR")
-    records = prepare.prepare_own(lm, folder, (
-      (d.name, d.text) for d in read_documents(c.text, c.suffixes)))
+    records = prepare.prepare_own(
+      lm, folder, own_text.read(text, tuple(c.suffixes), c.field), _KIND.value)
   else:
     records = prepare.prepare(
       lm, folder, pathlib.Path(c.books), budget, c.full, list(c.kinds))

@@ -16,6 +16,7 @@ def get_config():
   c.folder = ""  # the user's cache
   c.text = ()  # your own files and folders instead of what is fetched
   c.suffixes = ()  # in folders only files that end so
+  c.field = "text"  # of a row of .jsonl and .parquet files
   c.books = "../shared/data/public-domain-books.jsonl.xz"  # JSON lines
   c.million_tokens = config_dict.placeholder(float)  # a kind; 3, or all if full
   c.full = False  # all packages

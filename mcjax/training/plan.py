@@ -6,7 +6,7 @@ planned on a laptop, from its config.json.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -18,11 +18,16 @@ from jax.sharding import AbstractMesh, AxisType
 import numpy as np
 
 from mcjax.base.layout import param_shapes
+from mcjax.base.load import load_decoder_config
 from mcjax.base.model import DecoderConfig
 from mcjax.gist import encoder as gistnet
 from mcjax.lens import network as lensnet
-from mcjax.parallel.sharding import AXES, RULES, Rules
-from mcjax.training.gist.run_config import TrainConfig, init_state
+from mcjax.parallel.sharding import AXES, RULES, Rules, make_mesh
+from mcjax.training.gist.run_config import (
+  TrainConfig,
+  init_state,
+  read_config,
+)
 from mcjax.training.gist.trainer import train_step
 from mcjax.training.lens import trainer as lens_trainer
 from mcjax.types import McjaxError
@@ -174,3 +179,31 @@ def compiled_bytes(base: DecoderConfig, mesh, train: TrainConfig,
     raise McjaxError(f"the compiler for {jax.default_backend()} does not tell "
                      "what it needs")
   return found.temp_size_in_bytes
+
+
+def report(c, source: str, sizes: Sequence[str], window: int,
+           compiled: bool = False) -> str:
+  """The plan of a GistNet run's configuration, as text.
+
+  Args:
+    c: the ConfigDict.
+    source: of the base; the configuration's if empty.
+    sizes: data, fsdp, tensor.
+    window: slots W of the working context.
+    compiled: with `compiled_bytes`.
+  """
+  try:
+    data, fsdp, tensor = map(int, sizes)
+  except ValueError as error:
+    raise McjaxError("--mesh must be three numbers data,fsdp,tensor, got "
+                     + ",".join(sizes)) from error
+  base = load_decoder_config(source or c.base)
+  train = read_config(c.train, c.objective, c.phases)
+  text = table(plan(base, abstract_mesh(data, fsdp, tensor), train, c.gistnet,
+                    c.dtype, window))
+  if compiled:
+    mesh = make_mesh(data, fsdp, tensor)
+    size = compiled_bytes(base, mesh, train, c.gistnet, c.dtype)
+    text += (f"\nactivations and intermediate results: {size / 2**30:.3f} GiB "
+             f"a device, compiled for {jax.default_backend()}")
+  return text

@@ -10,13 +10,15 @@ resumes from its step number and a process reads only its own samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import re
+import struct
 
 import numpy as np
 
@@ -71,25 +73,100 @@ def shuffled(documents: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
   return sorted(documents, key=lambda d: _stable_hash("order" + d[0]))
 
 
+class StoreWriter:
+  """Writes one split and kind of a store, document by document, as a block.
+
+  Nothing but names and document starts is kept in memory. The files appear
+  under their names when the block ends without an error.
+
+  Args:
+    folder: of the store; created if missing.
+    split, kind: which part of it.
+    vocab_size: of the tokenizer, for the width of a token.
+    fewest_tokens: shorter documents are passed over.
+
+  Attributes:
+    documents, tokens: written so far.
+  """
+
+  def __init__(self, folder: pathlib.Path, split: str, kind: str,
+               vocab_size: int, fewest_tokens: int = 256):
+    if not re.fullmatch(r"\w+", kind):
+      raise McjaxError(f"a kind of text is a word, got {kind!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    self._stem = folder / f"{split}-{kind}"
+    self._partial = pathlib.Path(f"{self._stem}.tokens.partial")
+    self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    self._fewest = fewest_tokens
+    self._names: list[str] = []
+    self._offsets = [0]
+
+  @property
+  def documents(self) -> int:
+    return len(self._names)
+
+  @property
+  def tokens(self) -> int:
+    return self._offsets[-1]
+
+  def __enter__(self):
+    self._file = self._partial.open("wb")
+    self._header()
+    return self
+
+  def _header(self) -> None:
+    """NumPy's header, which has the same size for any number of tokens."""
+    self._file.seek(0)
+    np.lib.format.write_array_header_1_0(self._file, {
+      "descr": self._dtype.str, "fortran_order": False,
+      "shape": (self.tokens,)})
+
+  def add(self, name: str, ids: np.ndarray) -> None:
+    """Appends a document of token ids [n]."""
+    if len(ids) < self._fewest:
+      return
+    self._file.write(np.asarray(ids).astype(self._dtype).tobytes())
+    self._names.append(name)
+    self._offsets.append(self.tokens + len(ids))
+
+  def __exit__(self, kind, *unused):
+    if kind is None:
+      self._header()
+    self._file.close()
+    if kind is not None:
+      self._partial.unlink()
+      return
+    np.save(f"{self._stem}.offsets.npy", np.asarray(self._offsets, np.int64))
+    pathlib.Path(f"{self._stem}.names.json").write_text(
+      json.dumps(self._names))
+    self._partial.replace(f"{self._stem}.tokens.npy")
+
+
 def write_kind(folder: pathlib.Path, split: str, kind: str,
                documents: Iterable[tuple[str, np.ndarray]], vocab_size: int,
                fewest_tokens: int = 256) -> tuple[int, int]:
   """Stores tokenised documents; returns (documents, tokens) kept."""
-  dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-  names, pieces, offsets = [], [], [0]
-  for name, ids in documents:
-    if len(ids) < fewest_tokens:
-      continue
-    names.append(name)
-    pieces.append(np.asarray(ids).astype(dtype))
-    offsets.append(offsets[-1] + len(ids))
-  folder.mkdir(parents=True, exist_ok=True)
-  stem = folder / f"{split}-{kind}"
-  tokens = np.concatenate(pieces) if pieces else np.zeros((0,), dtype)
-  np.save(f"{stem}.tokens.npy", tokens)
-  np.save(f"{stem}.offsets.npy", np.asarray(offsets, np.int64))
-  pathlib.Path(f"{stem}.names.json").write_text(json.dumps(names))
-  return len(names), offsets[-1]
+  with StoreWriter(folder, split, kind, vocab_size, fewest_tokens) as writer:
+    for name, ids in documents:
+      writer.add(name, ids)
+  return writer.documents, writer.tokens
+
+
+class Names(Sequence):
+  """The documents' names, read from their file when one is asked for."""
+
+  def __init__(self, path: pathlib.Path, count: int):
+    self._path, self._count = path, count
+
+  @functools.cached_property
+  def _all(self) -> list[str]:
+    return json.loads(self._path.read_text())
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, index):
+    return self._all[index]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +181,7 @@ class TokenStore:
 
   tokens: np.ndarray
   offsets: np.ndarray
-  names: tuple[str, ...]
+  names: Sequence[str]
 
   def document(self, index: int) -> np.ndarray:
     """Token ids [n] int32 of one document."""
@@ -132,10 +209,10 @@ def open_split(folder, split: str, kinds: Iterable[str] | None = None
   stores = {}
   for kind in wanted:
     stem = folder / f"{split}-{kind}"
+    offsets = np.load(f"{stem}.offsets.npy", mmap_mode="r")
     stores[kind] = TokenStore(
-      np.load(f"{stem}.tokens.npy", mmap_mode="r"),
-      np.load(f"{stem}.offsets.npy"),
-      tuple(json.loads(pathlib.Path(f"{stem}.names.json").read_text())))
+      np.load(f"{stem}.tokens.npy", mmap_mode="r"), offsets,
+      Names(pathlib.Path(f"{stem}.names.json"), len(offsets) - 1))
   return stores
 
 
@@ -163,6 +240,64 @@ def fingerprint(stores: Mapping[str, TokenStore],
 def weights_of(mixture: Mapping[str, float]) -> dict[str, float] | None:
   """The kinds of a mixture that have a weight; None for an empty mixture."""
   return {kind: w for kind, w in mixture.items() if w} or None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Epoch:
+  """How the documents of a kind are cut into windows, and their order.
+
+  Attributes:
+    firsts: [documents] int64, where a document's first window starts.
+    until: [documents] int64, windows of the documents up to and with this.
+    window: tokens of a window.
+    key: of the order.
+  """
+
+  firsts: np.ndarray
+  until: np.ndarray
+  window: int
+  key: int
+
+  @property
+  def size(self) -> int:
+    return int(self.until[-1]) if len(self.until) else 0
+
+  def start(self, rank: int) -> int:
+    """First token of the window that comes at `rank` of the random order."""
+    place = _shuffled_place(rank, self.size, self.key)
+    document = int(np.searchsorted(self.until, place, side="right"))
+    before = int(self.until[document - 1]) if document else 0
+    return int(self.firsts[document]) + (place - before) * self.window
+
+
+def _cut(offsets: np.ndarray, window: int, seed: list[int]) -> _Epoch:
+  """Cuts all documents at once, each from a random place on."""
+  rng = np.random.default_rng(seed)
+  starts = np.asarray(offsets[:-1], np.int64)
+  room = np.diff(offsets) - window
+  first = rng.integers(0, np.clip(room, 0, window - 1) + 1)
+  count = np.where(room >= 0, (room - first) // window + 1, 0)
+  return _Epoch(starts + first, np.cumsum(count), window,
+                int(rng.integers(1 << 62)))
+
+
+def _shuffled_place(rank: int, size: int, key: int) -> int:
+  """Where `rank` comes in a random order of `size` places, without the order.
+
+  A Feistel network permutes the least power of four that is not below `size`;
+  what falls outside is sent through again (Black and Rogaway 2002).
+  """
+  half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+  mask = (1 << half) - 1
+  while True:
+    left, right = rank >> half, rank & mask
+    for turn in range(4):
+      mixed = hashlib.blake2b(
+        struct.pack("<QQQ", key, turn, right), digest_size=8).digest()
+      left, right = right, left ^ (int.from_bytes(mixed, "little") & mask)
+    rank = left << half | right
+    if rank < size:
+      return rank
 
 
 class WindowSampler:
@@ -203,36 +338,27 @@ class WindowSampler:
     cycle = np.repeat(np.arange(len(self._kinds)), counts)
     self._cycle = np.random.default_rng([seed, 1]).permutation(cycle)
     self._counts = counts
-    self._orders: dict[tuple[int, int], np.ndarray] = {}
+    self._epochs: dict[int, tuple[int, _Epoch]] = {}
     self._sizes: dict[tuple[int, int], int] = {}
     for index in np.flatnonzero(counts):
-      if not len(self._order(int(index), 0)):
+      if not self._size(int(index), 0):
         raise McjaxError(f"no document of kind {self._kinds[index]} holds "
                          f"{window} tokens")
 
-  def _order(self, kind: int, epoch: int) -> np.ndarray:
-    """Starts of all windows of a kind in this epoch's order."""
-    key = (kind, epoch)
-    if key not in self._orders:
-      rng = np.random.default_rng([self._seed, 2, kind, epoch])
-      offsets = self._stores[self._kinds[kind]].offsets
-      starts = []
-      for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
-        room = int(stop - start) - self._window
-        if room >= 0:
-          first = int(rng.integers(0, min(room, self._window - 1) + 1))
-          starts.append(np.arange(start + first, stop - self._window + 1,
-                                  self._window))
-      joined = np.concatenate(starts) if starts else np.zeros((0,), np.int64)
-      self._orders = {k: v for k, v in self._orders.items() if k[0] != kind}
-      self._orders[key] = rng.permutation(joined)
-      self._sizes[key] = len(joined)
-    return self._orders[key]
+  def _epoch(self, kind: int, epoch: int) -> _Epoch:
+    """How a kind is cut in an epoch; the newest one of each kind is kept."""
+    known = self._epochs.get(kind)
+    if known is None or known[0] != epoch:
+      cut = _cut(self._stores[self._kinds[kind]].offsets, self._window,
+                 [self._seed, 2, kind, epoch])
+      known = self._epochs[kind] = epoch, cut
+      self._sizes[kind, epoch] = cut.size
+    return known[1]
 
   def _size(self, kind: int, epoch: int) -> int:
-    """Windows of a kind in this epoch; past epochs are not ordered anew."""
+    """Windows of a kind in this epoch; past epochs are not cut anew."""
     if (kind, epoch) not in self._sizes:
-      self._order(kind, epoch)
+      self._epoch(kind, epoch)
     return self._sizes[kind, epoch]
 
   def sample(self, number: int) -> np.ndarray:
@@ -245,7 +371,7 @@ class WindowSampler:
     while rank >= self._size(kind, epoch):  # epochs differ a little in size
       rank -= self._size(kind, epoch)
       epoch += 1
-    start = self._order(kind, epoch)[rank]
+    start = self._epoch(kind, epoch).start(rank)
     tokens = self._stores[self._kinds[kind]].tokens
     return np.asarray(tokens[start : start + self._window], np.int32)
 

@@ -98,40 +98,58 @@ def prepare(lm, folder: pathlib.Path, books: pathlib.Path,
   return records
 
 
-def prepare_own(lm, folder: pathlib.Path, documents: Iterable[Document]
-                ) -> list[dict]:
-  """Writes a store of a user's own texts; the end of each is for validation.
+def prepare_own(lm, folder: pathlib.Path, documents: Iterable[Document],
+                kind: str = OWN) -> list[dict]:
+  """Writes a user's own texts into a store; the end of each is for validation.
+
+  Texts are read and written one by one. What else the store holds stays, if
+  it was made with the same tokenizer.
 
   Args:
     lm: the base whose tokenizer is used.
     folder: where the store goes.
     documents: name and text of each.
+    kind: what this text is called in mixtures.
 
   Returns:
     One record {split, kind, documents, tokens} for training and validation.
 
   Raises:
-    McjaxError: no text is long enough to learn from.
+    McjaxError: no text is long enough to learn from, or the store is another
+      tokenizer's.
   """
+  before = _earlier(lm, folder)
   deduplicate = data.Deduplicator()
-  cleaned = [(name, _clean(deduplicate(text))) for name, text in documents]
-  ids = list(_tokenise(lm, cleaned, "own text"))
-  cuts = [len(part) - min(max(len(part) // 10, _SCORED), len(part) // 2)
-          for _, part in ids]
-  splits = {
-    "train": [(n, part[:cut]) for (n, part), cut in zip(ids, cuts)],
-    "validation": [(n, part[cut:]) for (n, part), cut in zip(ids, cuts)]}
-  records = []
-  for split, parts in splits.items():
-    count, tokens = data.write_kind(
-      folder, split, OWN, parts, lm.config.vocab_size)
-    records.append({"split": split, "kind": OWN, "documents": count,
-                    "tokens": tokens})
-  if not all(r["documents"] for r in records):
-    raise McjaxError("no text is long enough to learn from: one of 1,000 "
-                     "tokens is needed at least")
-  _summarise(lm, folder, records)
+  cleaned = ((name, _clean(deduplicate(text))) for name, text in documents)
+  size = lm.config.vocab_size
+  with (data.StoreWriter(folder, "train", kind, size) as train,
+        data.StoreWriter(folder, "validation", kind, size) as validation):
+    for name, ids in _tokenise(lm, cleaned, kind):
+      cut = len(ids) - min(max(len(ids) // 10, _SCORED), len(ids) // 2)
+      train.add(name, ids[:cut])
+      validation.add(name, ids[cut:])
+    if not (train.documents and validation.documents):
+      raise McjaxError("no text is long enough to learn from: one of 1,000 "
+                       "tokens is needed at least")
+  records = [
+    {"split": split, "kind": kind, "documents": writer.documents,
+     "tokens": writer.tokens}
+    for split, writer in (("train", train), ("validation", validation))]
+  kept = [r for r in before if r["kind"] != kind]
+  _summarise(lm, folder, kept + records)
   return records
+
+
+def _earlier(lm, folder: pathlib.Path) -> list[dict]:
+  """Records of a store that is added to."""
+  path = folder / "store.json"
+  if not path.exists():
+    return []
+  summary = json.loads(path.read_text())
+  if summary["tokenizer"] != lm.fingerprint:
+    raise McjaxError(f"{folder} holds the tokens of {summary['base']}; use "
+                     "another folder")
+  return summary["stores"]
 
 
 def _summarise(lm, folder: pathlib.Path, records: list[dict], **made) -> None:

@@ -3,9 +3,11 @@
 import collections
 
 import numpy as np
+import pyarrow
+from pyarrow import parquet
 import pytest
 
-from mcjax.training.common import data, prepare, sources
+from mcjax.training.common import data, own_text, prepare, sources
 from mcjax.types import McjaxError
 
 
@@ -15,7 +17,7 @@ def test_store_round_trip(tmp_path):
   count, tokens = data.write_kind(tmp_path, "train", "code", documents, 1000)
   assert (count, tokens) == (2, 700)
   store = data.open_split(tmp_path, "train")["code"]
-  assert store.names == ("a", "b") and store.tokens.dtype == np.uint16
+  assert [*store.names] == ["a", "b"] and store.tokens.dtype == np.uint16
   assert isinstance(store.tokens, np.memmap)
   np.testing.assert_array_equal(store.document(1), np.arange(400) + 7)
 
@@ -44,7 +46,7 @@ def test_an_epoch_visits_every_window_once(tmp_path):
   tokens = np.arange(64 * 40)
   data.write_kind(tmp_path, "train", "x", [("a", tokens)], 4000)
   sampler = data.WindowSampler(data.open_split(tmp_path, "train"), 64, seed=4)
-  size = len(sampler._order(0, 0))
+  size = sampler._size(0, 0)
   starts = [int(sampler.sample(i)[0]) for i in range(size)]
   assert len(set(starts)) == size and size >= 39
   again = [int(sampler.sample(size + i)[0]) for i in range(size - 1)]
@@ -196,3 +198,48 @@ def test_the_end_of_every_own_text_is_for_validation(tmp_path):
 def test_own_text_that_is_too_short_is_told(tmp_path):
   with pytest.raises(McjaxError, match="no text is long enough"):
     prepare.prepare_own(Lm, tmp_path, [("a", "ab " * 90)])
+
+
+def test_the_order_visits_every_place_once():
+  for size in (1, 2, 63, 64, 65, 1000):
+    places = [data._shuffled_place(i, size, 7) for i in range(size)]
+    assert sorted(places) == list(range(size))
+  assert places != list(range(size))
+
+
+def test_a_store_that_fails_half_way_leaves_nothing(tmp_path):
+  with pytest.raises(ZeroDivisionError):
+    with data.StoreWriter(tmp_path, "train", "x", 100) as writer:
+      writer.add("a", np.zeros(300, int))
+      1 / 0  # noqa: B018
+  assert not list(tmp_path.iterdir())
+
+
+def test_own_files_of_every_form(tmp_path):
+  (tmp_path / "a.md").write_text("one")
+  (tmp_path / "deep").mkdir()
+  (tmp_path / "deep/b.py").write_text("two")
+  (tmp_path / "c.jsonl").write_text('{"body": "three"}\n\n{"body": "four"}\n')
+  parquet.write_table(
+    pyarrow.table({"body": ["five", "six"]}), tmp_path / "d.parquet")
+  found = own_text.read(
+    [f"{tmp_path}/**/*.md", f"{tmp_path}/deep", f"{tmp_path}/c.jsonl",
+     f"{tmp_path}/*.parquet"], field="body")
+  assert [text for _, text in found] == [
+    "one", "two", "three", "four", "five", "six"]
+  with pytest.raises(McjaxError, match="no text under 'text'"):
+    list(own_text.read([f"{tmp_path}/c.jsonl"]))
+  with pytest.raises(McjaxError, match="nothing.txt"):
+    list(own_text.read([f"{tmp_path}/nothing.txt"]))
+
+
+def test_own_text_of_two_kinds_in_one_store(tmp_path):
+  text = "".join(f"Line {i} says {i * i}.\n" for i in range(900))
+  for kind in ("notes", "mail"):
+    records = prepare.prepare_own(
+      Lm, tmp_path, [("a", text + kind)], kind)
+    assert {r["kind"] for r in records} == {kind}
+  assert sorted(data.open_split(tmp_path, "train")) == ["mail", "notes"]
+  other = type("Other", (Lm,), {"fingerprint": "another"})
+  with pytest.raises(McjaxError, match="use another folder"):
+    prepare.prepare_own(other, tmp_path, [("a", text)])
