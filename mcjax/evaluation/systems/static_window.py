@@ -109,7 +109,7 @@ def fitted(lm: BaseLM, reader: BaseLM, parts: Parts, gists: np.ndarray,
   return np.asarray(found)
 
 
-def _hidden(params, config, sink, gists, raw, remat: bool = False):
+def _hidden(params, config, sink, gists, raw, remat: str = "none"):
   """Hidden states [T, D] of sink, gists [G, D] and raw tokens."""
   x = jnp.concatenate([
     model.embed(params, sink, jnp.float32), gists,
@@ -137,7 +137,7 @@ def _teacher(params, config, ids, count: int):
 @functools.partial(jax.jit, static_argnames=("config", "rate"))
 def _step(params, config, sink, gists, moments, near, teacher, rate: float):
   def divergence(gists):
-    student = _hidden(params, config, sink, gists, near, remat=True)
+    student = _hidden(params, config, sink, gists, near, remat="layer")
     count = near.shape[0]
     return losses.distribution_loss(
       student[-count:], params, teacher, near,
