@@ -4,9 +4,9 @@
   python -m experiments.evaluate --config=evaluate/focus:quick \
     --config.window=1024 --config.policies=lensnet,similarity
 
-":quick" takes small sizes. What was finished in the workdir is kept, so that
-the same command goes on where it stopped. Writes results.json, results.md and
-plots.
+":quick" takes small sizes; evaluate/all_small and evaluate/all run every suite.
+What was finished in the workdir is kept, so that the same command goes on where
+it stopped. Writes results.json, results.md, plots and report.html.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from absl import flags
 
 from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.cli import commands
-from mcjax.evaluation import runner
+from mcjax.evaluation import runner, together
 
 _CONFIG = commands.ConfigFlag(__file__, "")
 _WORKDIR = flags.DEFINE_string(
@@ -28,7 +28,10 @@ def main(argv) -> None:
   suite = values.pop("suite")
   folder = pathlib.Path(_WORKDIR.value or f"runs/{suite}")
   use_compilation_cache(folder.parent / "compiled")
-  runner.run(suite, values, folder)
+  if suite == "all":
+    together.run(values["suites"], folder, values["only"])
+  else:
+    runner.run(suite, values, folder)
   print((folder / "results.md").read_text(encoding="utf-8"))
 
 

@@ -18,7 +18,8 @@ ROOMS = (
   "training.common", "training.gist", "training.lens", "training.alternating",
   "training.plan",
   "evaluation.report", "evaluation.data", "evaluation.systems",
-  "evaluation.suites", "evaluation.runner", "cli", "sweep",
+  "evaluation.suites", "evaluation.runner",
+  "evaluation.together", "cli", "sweep",
 )
 _HEAVY = ("jax", "flax", "tensorstore", "transformers", "orbax", "tokenizers")
 

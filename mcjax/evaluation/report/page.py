@@ -11,17 +11,17 @@ from typing import Any
 _PAGE = pathlib.Path(__file__).parent / "page.html"
 
 
-def html(reports: Sequence[Any], record: Mapping[str, Any]) -> str:
+def html(sections: Sequence[dict[str, Any]], record: Mapping[str, Any]) -> str:
   """The page.
 
   Args:
-    reports: `writer.Report`s, a section each.
+    sections: one a report, from `section`.
     record: of results.json: versions, commit, date and device.
   """
-  title = ", ".join(r.name for r in reports)
+  title = ", ".join(s["name"] for s in sections)
   content = {"made": {k: record[k] for k in
                       ("versions", "commit", "date", "device")},
-             "reports": [_section(r) for r in reports]}
+             "reports": list(sections)}
   return fill(_PAGE, title, content)
 
 
@@ -37,7 +37,8 @@ def fill(template: pathlib.Path, title: str, content) -> str:
     "{{data}}", text.replace("<!--", "<\\u0021--"))
 
 
-def _section(report) -> dict[str, Any]:
+def section(report) -> dict[str, Any]:
+  """A `writer.Report` as plain JSON."""
   return {
     "name": report.name, "notes": list(report.notes),
     "settings": {k: str(v) for k, v in dict(report.settings).items()},

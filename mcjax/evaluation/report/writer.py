@@ -25,6 +25,7 @@ from mcjax.evaluation.report import charts, page
 from mcjax.evaluation.report.charts import Chart, HeatMap
 from mcjax.types import McjaxError
 
+SECTION = "section.json"  # what report.html shows, to be joined with others
 _PACKAGES = ("mcjax", "jax", "jaxlib", "numpy", "flax", "tensorstore",
              "transformers", "torch")
 
@@ -117,7 +118,9 @@ class Report:
     (path / "results.json").write_text(text, encoding="utf-8")
     (path / "results.md").write_text(self.markdown(record), encoding="utf-8")
     charts.draw(path, self.charts, self.heat_maps)
-    (path / "report.html").write_text(page.html([self], record), "utf-8")
+    shown = page.section(self)
+    (path / SECTION).write_text(json.dumps(shown), encoding="utf-8")
+    (path / "report.html").write_text(page.html([shown], record), "utf-8")
     return path
 
   def markdown(self, record: Mapping) -> str:
