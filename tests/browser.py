@@ -11,8 +11,19 @@ FOUND = next((shutil.which(n) for n in _NAMES if shutil.which(n)), None)
 needs_browser = pytest.mark.skipif(FOUND is None, reason="needs Chromium")
 
 
-def opened(page: pathlib.Path, folder: pathlib.Path) -> tuple[str, str]:
-  """The page's document after its scripts ran, and what they complained of."""
+def opened(page: pathlib.Path, folder: pathlib.Path, script: str = ""
+           ) -> tuple[str, str]:
+  """The page's document after its scripts ran, and what they complained of.
+
+  Args:
+    page: the file.
+    folder: for the browser's own files.
+    script: what a reader does, run last.
+  """
+  if script:
+    text = page.read_text("utf-8") + f"<script>{script}</script>"
+    page = folder / "acted.html"
+    page.write_text(text, "utf-8")
   done = subprocess.run(
     [FOUND, "--headless", "--no-sandbox", "--disable-gpu",
      "--enable-logging=stderr",

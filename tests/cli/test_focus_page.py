@@ -70,6 +70,19 @@ def test_a_browser_shows_it(run, tmp_path):
   assert "http" not in page.read_text().replace("http://www.w3.org", "")
 
 
+@needs_browser
+def test_hovering_shows_the_text_of_a_span(run, tmp_path):
+  page = focus_page.write(run, focus_page.kept_texts(run))
+  document, complaints = opened(page, tmp_path, """
+    const shape = canvas.getBoundingClientRect();
+    canvas.dispatchEvent(new MouseEvent("mousemove", {
+      clientX: shape.left + LEFT + 2, clientY: shape.top + TOP + 2}));
+    document.body.append("shown: " + tip.textContent);""")
+  assert not complaints
+  told = document.split("shown: ")[-1]
+  assert "step 1, L0, tokens 0–32, score" in told and "harbour" in told
+
+
 @pytest.mark.parametrize("content, says", [
   (None, "No such file"), ("no json\n", "is no telemetry"),
   (json.dumps({"kind": "ingest"}), "tells no focus")])

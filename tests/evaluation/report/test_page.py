@@ -65,5 +65,14 @@ def test_a_browser_shows_it(folder, tmp_path):
   assert not complaints
   assert document.count("<svg") == 2 and document.count("<polyline") == 3
   assert document.count("background:hsl(") == 4  # three cells, and the script
+  rows = '[...document.querySelectorAll("tbody")[0].rows]'
+  document, complaints = opened(folder / "report.html", tmp_path, f"""
+    for (let i = 0; i < 2; i++) {{
+      document.querySelectorAll("th")[1].click();
+      document.body.append("sorted: " +
+        {rows}.map(r => r.cells[0].textContent).join());
+    }}""")
+  assert "sorted: fast,plain,loop" in document
+  assert "sorted: loop,plain,fast" in document and not complaints
   for told in ("a &lt;/script&gt;", "A note.", "0.25 … 0.75", "1,200 [1,100"):
     assert told in document
