@@ -35,7 +35,7 @@ def test_commands_are_there(path):
   text = _text(path)
   for module in re.findall(r"python -m (experiments\.\w+)", text):
     assert importlib.util.find_spec(module), f"{path.name}: {module}"
-  for tool in re.findall(r"\btools/(\w+)", text):
+  for tool in re.findall(r"\btools/(\w+(?:\.py)?)", text):
     assert (_ROOT / "tools" / tool).exists(), f"{path.name}: tools/{tool}"
   for name in re.findall(r"--config=([\w/]+)(?:\.py)?", text):
     name = name.removeprefix("experiments/configs/")
