@@ -351,14 +351,37 @@ class FocusLoop:
   @contextlib.contextmanager
   def undone(self) -> Iterator[None]:
     """What happens inside is not remembered: tree, window, cache, query."""
-    snapshot = self.context.snapshot()
-    kept = self.query, self.step, self._key, self._expanded
+    snapshot, kept = self.context.snapshot(), self._small_state()
     try:
       with self.tree.transient():
         yield
     finally:
-      self.context.restore(snapshot)
-      self.query, self.step, self._key, self._expanded = kept
+      self._back_to(snapshot, kept)
+
+  @contextlib.contextmanager
+  def all_or_nothing(self, cache: bool) -> Iterator[None]:
+    """If the body raises, all is as before it; unless it had committed.
+
+    Args:
+      cache: whether the LM runs in it, so that its cache must be kept.
+    """
+    mark = self.tree.mark()
+    snapshot, kept = self.context.snapshot(cache), self._small_state()
+    try:
+      yield
+    except BaseException:
+      if self.tree.back_to(mark):
+        self._back_to(snapshot, kept)
+      raise
+
+  def _small_state(self) -> tuple:
+    return (self.query, self.sources, self.step, self._key, self._expanded,
+            self._deeper)
+
+  def _back_to(self, snapshot: tuple, kept: tuple) -> None:
+    self.context.restore(snapshot)
+    (self.query, self.sources, self.step, self._key, self._expanded,
+     self._deeper) = kept
 
   def score(self, token_ids: np.ndarray) -> np.ndarray:
     """NLL [n] in nats of `token_ids`, teacher-forced; undoes everything."""

@@ -6,7 +6,8 @@ token ids, a tree, a window of fixed size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import time
 from typing import Any
@@ -106,16 +107,39 @@ class MegaContext:
   @classmethod
   def open(cls, url: str, lm: BaseLM, config: Config | None = None,
            gistnet: GistEncoder | None = None,
-           lensnet: LensNetPolicy | None = None) -> MegaContext:
+           lensnet: LensNetPolicy | None = None, *,
+           mode: str = "a") -> MegaContext:
     """Resumes a history with the focus and configuration it was closed with.
 
+    Args:
+      url: as for `create`.
+      lm: the frozen base.
+      config: of the loop; the one it was closed with by default.
+      gistnet: the compressor; the shipped one by default.
+      lensnet: for policy lensnet or auto; the shipped one by default.
+      mode: "a" holds the history exclusively until `close`; "r" only answers
+        (`generate(remember=False)`, `score`), beside a writer and where
+        nothing can be written, and goes on to newer commits by `refresh`.
+
     Raises:
-      McjaxError: no tree is there, or another base LM or GistNet wrote it.
+      McjaxError: no tree is there, another base LM or GistNet wrote it, or it
+        is open for writing elsewhere.
     """
     encoder = gistnet or load_gistnet(lm)
     tree = MegaContextTree.open(
       url, base_fingerprint=lm.fingerprint, base_name=lm.name, encoder=encoder,
+      mode=mode,
     )
+    try:
+      return cls._resume(tree, lm, config, encoder, lensnet)
+    except BaseException:
+      tree.close()
+      raise
+
+  @classmethod
+  def _resume(cls, tree: MegaContextTree, lm: BaseLM, config: Config | None,
+              encoder: GistEncoder, lensnet: LensNetPolicy | None
+              ) -> MegaContext:
     if config is None:
       known = {f.name for f in dataclasses.fields(Config)}
       saved = tree.extra.get("config", {})
@@ -127,12 +151,39 @@ class MegaContext:
     return cls(tree, lm, config, encoder, telemetry, choice)
 
   def close(self) -> None:
-    """Commits and releases the tree; the object is of no use afterwards."""
-    if not self._closed:
-      self._commit()
+    """Commits and releases the tree; the object is of no use afterwards.
+
+    Raises:
+      McjaxError: the commit failed; the tree is released all the same.
+    """
+    if self._closed:
+      return
+    self._closed = True
+    try:
+      if not self.tree.read_only:
+        self._commit()
+    finally:
       self.tree.close()
       self.telemetry.close()
-      self._closed = True
+
+  def refresh(self) -> bool:
+    """Goes on to the newest commit; of a history opened with mode "r".
+
+    Returns:
+      Whether there was a newer one.
+
+    Raises:
+      McjaxError: opened for writing; or the tree is gone, damaged, or of
+        another GistNet now.
+    """
+    self._check_open()
+    if not self.tree.refresh():
+      return False
+    self._loop.restore_focus(self.tree.extra.get("focus"))
+    self._documents = Documents(self.tree)
+    self._loop.context.forget()
+    self._loop.follow()
+    return True
 
   def __enter__(self) -> MegaContext:
     return self
@@ -174,9 +225,11 @@ class MegaContext:
     ids = self.lm.tokenizer.encode(text)
     before = self._line_break() if name else ids[:0]
     cursor = self.tree.cursor
-    self._add(np.concatenate([before, ids]), progress)
-    document = self._documents.add(
-      name, self.tree.cursor - len(ids), self.tree.cursor, digest, facts)
+    with self._all_or_nothing(cache=False):
+      self._add(np.concatenate([before, ids]), progress)
+      document = self._documents.add(
+        name, self.tree.cursor - len(ids), self.tree.cursor, digest, facts)
+      self._commit()
     return self._added(cursor, begin, document.name)
 
   def ingest_files(
@@ -211,27 +264,26 @@ class MegaContext:
     if not len(token_ids):
       raise McjaxError("no tokens to ingest: nothing was changed")
     begin, cursor = time.perf_counter(), self.tree.cursor
-    self._add(token_ids, progress)
+    with self._all_or_nothing(cache=False):
+      self._add(token_ids, progress)
+      self._commit()
     return self._added(cursor, begin)
 
   def _add(self, token_ids: np.ndarray, progress) -> None:
     """Adds tokens, not committed yet."""
     ids = self._with_bos(np.asarray(token_ids, np.int32))
     start = self.tree.cursor
-    try:
-      for a in range(0, len(ids), _SLICE):
-        self._loop.remember(ids[a : a + _SLICE])
-        if progress is not None:
-          progress(self.tree.cursor - start, len(ids))
-    finally:  # what was remembered before a full disk, say, is also shown
-      self._loop.show(self.tree.cursor - start, self.config.recent_tokens)
+    for a in range(0, len(ids), _SLICE):
+      self._loop.remember(ids[a : a + _SLICE])
+      if progress is not None:
+        progress(self.tree.cursor - start, len(ids))
+    self._loop.show(self.tree.cursor - start, self.config.recent_tokens)
     self._loop.follow()
     self._loop.check()
 
   def _added(self, before: int, begin: float, document: str | None = None
              ) -> IngestStats:
-    """Commits what joined a history of `before` tokens."""
-    self._commit()
+    """Tells what joined a history of `before` tokens."""
     seconds = time.perf_counter() - begin
     tokens = self.tree.cursor - before
     self.telemetry.record(
@@ -269,9 +321,10 @@ class MegaContext:
       McjaxError: no document has this name.
     """
     self._check_open()
-    gone = self._documents.forget(name)
-    self._loop.forget()
-    self._commit()
+    with self._all_or_nothing(cache=False):
+      gone = self._documents.forget(name)
+      self._loop.forget()
+      self._commit()
     return gone
 
   def _source(self, span: tuple[int, int], score: float) -> Source:
@@ -316,8 +369,9 @@ class MegaContext:
     if not remember:
       with self._loop.undone():
         return self._generate(prompt, max_new_tokens, on_text)
-    out = self._generate(prompt, max_new_tokens, on_text)
-    self._commit()
+    with self._all_or_nothing(cache=True):
+      out = self._generate(prompt, max_new_tokens, on_text)
+      self._commit()
     return out
 
   def _generate(self, prompt: str, max_new_tokens: int, on_text) -> Generation:
@@ -452,6 +506,21 @@ class MegaContext:
   def _check_open(self) -> None:
     if self._closed:
       raise McjaxError("this MegaContext is closed; open it again")
+
+  @contextlib.contextmanager
+  def _all_or_nothing(self, cache: bool) -> Iterator[None]:
+    """A change that ends with a commit, or leaves all as before it."""
+    if self.tree.read_only:
+      raise McjaxError(
+        f'{self.tree.url} was opened with mode="r": it answers with'
+        " remember=False and takes nothing in"
+      )
+    try:
+      with self._loop.all_or_nothing(cache):
+        yield
+    except BaseException:
+      self._documents = Documents(self.tree)
+      raise
 
   def _check_text(self, text: str, name: str) -> None:
     self._check_open()

@@ -1,6 +1,7 @@
 """A tiny encoder, and a plain NumPy tree to compare the stored one with."""
 
 from typing import Any
+import weakref
 
 import numpy as np
 
@@ -72,14 +73,31 @@ def random_ids(n, seed=0, vocab=VOCAB):
   return (rng.zipf(1.3, n) % vocab).astype(np.int32)
 
 
+_WRITERS = weakref.WeakValueDictionary()  # url -> the tree last opened there
+
+
 def create(url, encoder=None, **kwargs):
   kwargs = BASE | {"vocab_size": VOCAB} | kwargs
-  return MegaContextTree.create(url, encoder=encoder or TinyEncoder(), **kwargs)
+  tree = MegaContextTree.create(url, encoder=encoder or TinyEncoder(), **kwargs)
+  _WRITERS[str(url)] = tree
+  return tree
 
 
 def reopen(url, encoder=None, **kwargs):
-  return MegaContextTree.open(
+  """Opens for writing, as a new process after the old one was killed."""
+  if (old := _WRITERS.pop(str(url), None)) is not None:
+    old._lock.release()  # as the kernel does; nothing is flushed
+  tree = MegaContextTree.open(
     url, encoder=encoder or TinyEncoder(), **{**BASE, **kwargs}
+  )
+  _WRITERS[str(url)] = tree
+  return tree
+
+
+def peek(url, encoder=None, **kwargs):
+  """What a reader sees, also while the tree is open for writing."""
+  return MegaContextTree.open(
+    url, encoder=encoder or TinyEncoder(), mode="r", **{**BASE, **kwargs}
   )
 
 

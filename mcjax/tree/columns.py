@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import zlib
 
 import numpy as np
 import tensorstore as ts
 
 from mcjax.tree.store import ArraySpec, Store, io_errors
+from mcjax.types import McjaxError
+
+_SUMS = ArraySpec("uint32", 0, 1024, 2**15)
+_PAGES = 64  # chunks of checksums kept in RAM, per column
 
 
 class Column:
@@ -16,14 +21,42 @@ class Column:
   Rows [0, flushed) are in the array, rows [flushed, length) in RAM. Full shards
   go to the array as soon as they are complete, so RAM holds less than one
   shard plus the newest append.
+
+  What is read back is held against checksums: one of each complete chunk, in a
+  column of their own (which has checksums in its turn, a thousandth as many),
+  and one of the incomplete chunk, in the commit record. So a chunk that is
+  damaged, stale, or another one's is found when it is read.
   """
 
-  def __init__(self, store: Store, path: str, spec: ArraySpec, length: int):
+  def __init__(
+    self,
+    store: Store,
+    path: str,
+    spec: ArraySpec,
+    length: int,
+    sums: Mapping[str, int] | None = None,
+  ):
+    """Opens a column, or begins one of length 0.
+
+    Args:
+      store: where it lies.
+      path: of its array.
+      spec: of its rows.
+      length: rows that are committed.
+      sums: checksums of incomplete chunks by path, from the commit record;
+        None where the tree has no checksums.
+    """
     self.spec, self.path = spec, path
     self.length = self.flushed = length
     self._store = store
     self._array = store.array(path, spec, create=False) if length else None
     self._tail: list[np.ndarray] = []
+    self._checked = sums is not None
+    self._crc = (sums or {}).get(path, 0)  # of the flushed incomplete chunk
+    self._sums: Column | None = None
+    if self._checked and (chunks := length // spec.chunk):
+      self._sums = Column(store, f"{path}/sums", _SUMS, chunks, sums)
+    self._pages: dict[int, np.ndarray] = {}
 
   def append(self, rows: np.ndarray) -> None:
     """Adds a copy of rows [n, *row_shape] in RAM."""
@@ -42,14 +75,55 @@ class Column:
     out = np.empty((stop - start, *self.spec.row_shape), self.spec.numpy_dtype)
     on_disk = min(stop, self.flushed)
     if start < on_disk and self._array is not None:
-      with io_errors(f"read {self.path} of", self._store.url):
-        out[: on_disk - start] = self._array[start:on_disk].read().result()
+      out[: on_disk - start] = self._read_array(start, on_disk)
     at = self.flushed
     for part in self._tail:
       low, high = max(start, at), min(stop, at + len(part))
       if low < high:
         out[low - start : high - start] = part[low - at : high - at]
       at += len(part)
+    return out
+
+  def _read_array(self, start: int, stop: int) -> np.ndarray:
+    """Flushed rows, checked. Raises: McjaxError."""
+    assert self._array is not None
+    chunk = self.spec.chunk
+    low, high = start, stop
+    if self._checked:
+      low = start // chunk * chunk
+      high = min(-(-stop // chunk) * chunk, self.flushed)
+    with io_errors(f"read {self.path} of", self._store.url):
+      rows = self._array[low:high].read().result()
+    if self._checked:
+      found, rest = _checksums(rows, chunk)
+      expected = self._expected(low // chunk, low // chunk + len(found))
+      if high % chunk:
+        found, expected = [*found, rest], [*expected, self._crc]
+      for at, (here, right) in enumerate(zip(found, expected, strict=True)):
+        if here != right:
+          at = low + at * chunk
+          raise McjaxError(
+            f"{self.path} of {self._store.url} is damaged: rows {at} to"
+            f" {min(at + chunk, high)} are not those that were committed"
+            " (checksum); see tools/check_tree"
+          )
+    return rows[start - low : stop - low]
+
+  def _expected(self, first: int, last: int) -> list[int]:
+    """Checksums of complete chunks [first, last)."""
+    out: list[int] = []
+    while first < last:
+      assert self._sums is not None
+      page, at = divmod(first, _SUMS.chunk)
+      stop = min(last - first + at, _SUMS.chunk)
+      if len(self._pages.get(page, ())) < stop:
+        begin = page * _SUMS.chunk
+        end = min(begin + _SUMS.chunk, self._sums.length)
+        while len(self._pages) >= _PAGES:
+          self._pages.pop(next(iter(self._pages)))
+        self._pages[page] = self._sums.read(begin, end)
+      out += self._pages[page][at:stop].tolist()
+      first += stop - at
     return out
 
   def start_flush(self, everything: bool) -> ts.WriteFutures | None:
@@ -61,9 +135,7 @@ class Column:
     Returns:
       The pending write, or None if there is nothing to write.
     """
-    stop = self.length
-    if not everything:
-      stop -= stop % self.spec.shard
+    stop = self._flushable(everything)
     if stop <= self.flushed:
       return None
     if self._array is None:
@@ -71,30 +143,98 @@ class Column:
     rows = self.read(self.flushed, stop)
     return self._array[self.flushed : stop].write(rows)
 
+  def _flushable(self, everything: bool) -> int:
+    shard = 1 if everything else self.spec.shard
+    return self.length // shard * shard
+
   def finish_flush(self, everything: bool) -> None:
     """Drops the rows from RAM that `start_flush` has written."""
-    stop = self.length
-    if not everything:
-      stop -= stop % self.spec.shard
+    stop = self._flushable(everything)
     if stop > self.flushed:
+      if self._checked:
+        self._add_sums(self.read(self.flushed, stop))
       kept = self.read(stop, self.length)
       self._tail = [kept] if len(kept) else []
       self.flushed = stop
 
-  def snapshot(self) -> tuple[int, int, list[np.ndarray]]:
-    """A state to `restore`; costs no copy of rows."""
-    return self.length, self.flushed, list(self._tail)
+  def _add_sums(self, rows: np.ndarray) -> None:
+    """Takes up the checksums of rows behind those flushed."""
+    filled = self.flushed % self.spec.chunk
+    sums, self._crc = _checksums(rows, self.spec.chunk, filled, self._crc)
+    if sums and self._sums is None:
+      self._sums = Column(
+        self._store, f"{self.path}/sums", _SUMS, 0, {})
+    if self._sums is not None:
+      self._sums.append(np.array(sums, np.uint32))
 
-  def restore(self, state: tuple[int, int, list[np.ndarray]]) -> None:
+  def begin_sums(self) -> None:
+    """Makes the checksums of a column that has none; reads it once."""
+    if self._checked:
+      return
+    self._checked, stop, self.flushed = True, self.flushed, 0
+    step = max(self.spec.shard, self.spec.chunk)
+    for start in range(0, stop, step):
+      assert self._array is not None
+      with io_errors(f"read {self.path} of", self._store.url):
+        rows = self._array[start : min(start + step, stop)].read().result()
+      self._add_sums(rows)
+      self.flushed = start + len(rows)
+
+  @property
+  def sums(self) -> Column | None:
+    """The column of its checksums, where there is one."""
+    return self._sums
+
+  def record_sums(self) -> dict[str, int]:
+    """What the commit record says of it; valid when all is flushed."""
+    if not self._checked:
+      return {}
+    deeper = self._sums.record_sums() if self._sums is not None else {}
+    return {self.path: self._crc, **deeper}
+
+  def snapshot(self) -> tuple:
+    """A state to `restore`; costs no copy of rows."""
+    sums = None if self._sums is None else self._sums.snapshot()
+    return (self.length, self.flushed, list(self._tail), self._crc,
+            self._sums, sums, self._checked)
+
+  def restore(self, state: tuple) -> None:
     """Back to a snapshot; rows written since become invisible."""
-    self.length, self.flushed, self._tail = state[0], state[1], list(state[2])
+    (self.length, self.flushed, tail, self._crc, self._sums, sums,
+     self._checked) = state
+    self._tail, self._pages = list(tail), {}
+    if self._sums is not None:
+      self._sums.restore(sums)
+
+
+def _checksums(
+  rows: np.ndarray, chunk: int, filled: int = 0, crc: int = 0
+) -> tuple[list[int], int]:
+  """CRC-32 of every chunk that rows complete, and of the rest.
+
+  Args:
+    rows: what follows the first `filled` rows of a chunk.
+    chunk: rows of a chunk.
+    filled: rows that `crc` is of.
+    crc: of those.
+  """
+  sums: list[int] = []
+  at = 0
+  while at < len(rows):
+    part = np.ascontiguousarray(rows[at : at + chunk - filled])
+    crc = zlib.crc32(part.view(np.uint8).reshape(-1), crc)
+    filled, at = filled + len(part), at + len(part)
+    if filled == chunk:
+      sums.append(crc)
+      filled = crc = 0
+  return sums, crc
 
 
 def flush_columns(columns: list[Column], url: str, *, everything: bool) -> None:
   """Writes the tails of many columns at once. Raises: McjaxError.
 
-  After a failure no column has changed: what did reach the arrays lies beyond
-  their flushed length and will be overwritten.
+  After a failure every column holds what it held: what did reach the arrays
+  lies beyond their flushed length and will be overwritten.
   """
   with io_errors("write to", url):
     pending: list[ts.WriteFutures] = []
@@ -109,6 +249,9 @@ def flush_columns(columns: list[Column], url: str, *, everything: bool) -> None:
       raise failures[0]
   for column in columns:
     column.finish_flush(everything)
+  sums = [column.sums for column in columns if column.sums is not None]
+  if sums:
+    flush_columns(sums, url, everything=everything)
 
 
 class AccessCounts:
@@ -218,17 +361,32 @@ class TokenFrequency:
 
   EVERY = 2048  # blocks between two writes
 
-  def __init__(self, store: Store, vocab_size: int, slot: int, blocks: int):
-    """Loads the counts of the first `blocks` blocks from a slot."""
+  def __init__(self, store: Store, vocab_size: int, slot: int, blocks: int,
+               crc: int | None = None):
+    """Loads the counts of the first `blocks` blocks from a slot.
+
+    Args:
+      store: where they lie.
+      vocab_size: counts.
+      slot, blocks, crc: of the commit record; crc is missing in old ones.
+
+    Raises:
+      McjaxError: unreadable, or not those that were committed.
+    """
     self._store = store
     self._spec = ArraySpec("uint32", vocab_size, 1, 1)
-    self._slot, self._saved = slot, blocks
+    self._slot, self._saved, self._crc = slot, blocks, crc
     self.blocks = blocks
     self.counts = np.zeros(vocab_size, np.uint32)
     if blocks:
       array = store.array("frequency", self._spec, create=False)
       with io_errors("read token frequencies of", store.url):
         self.counts[:] = array[slot].read().result()
+      if crc is not None and crc != zlib.crc32(self.counts.view(np.uint8)):
+        raise McjaxError(
+          f"the token frequencies of {store.url} are damaged (checksum); see"
+          " tools/check_tree"
+        )
 
   def add(self, blocks: np.ndarray) -> None:
     """Counts new blocks of token ids [n, 32]."""
@@ -246,12 +404,15 @@ class TokenFrequency:
       array = self._store.array("frequency", self._spec, create=True)
       with io_errors("write token frequencies of", self._store.url):
         array[slot].write(self.counts).result()
-      return {"slot": slot, "blocks": self.blocks}
-    return {"slot": self._slot, "blocks": self._saved}
+      crc = zlib.crc32(self.counts.view(np.uint8))
+      return {"slot": slot, "blocks": self.blocks, "crc": crc}
+    state = {"slot": self._slot, "blocks": self._saved}
+    return state if self._crc is None else {**state, "crc": self._crc}
 
   def saved(self, state: dict[str, int]) -> None:
     """To be called once the record that holds `state` is written."""
     self._slot, self._saved = state["slot"], state["blocks"]
+    self._crc = state.get("crc")
 
   def snapshot(self) -> tuple[int, np.ndarray]:
     """A state to `restore`."""

@@ -1,4 +1,4 @@
-"""Format version 1 of a stored tree: its arrays, its record, its gist rows.
+"""Format version 2 of a stored tree: its arrays, its record, its gist rows.
 
 mcjax_tree.json   the record: who made it, how long it is; written last
 tokens            [cursor] uint16, or uint32 above 65,536 ids
@@ -10,26 +10,34 @@ access/L0, L1..   [nodes] uint32
 frequency         [2, vocab_size] uint32, two slots
 journal           [bytes] uint8, JSON lines of events
 
-The record's "lens" is {"fingerprint", "key_dim", "epoch"}, or None in a tree
-without lens keys; records from before there were any lack it. "lens_epochs"
-counts the epochs that a tree ever had, so that none is used twice. "journal" is
-the length of the journal in bytes; records from before there was one lack it.
+PATH/sums         [chunks] uint32: CRC-32 of every complete chunk of the rows of
+                  an append-only array (all but the last two)
+
+The record's "sums" holds, for each append-only array, the CRC-32 of the rows
+of its last, incomplete chunk: those of a "sums" array too, which is checked as
+the others are. Its "lens" is {"fingerprint", "key_dim", "epoch"}, or None in a
+tree without lens keys; records from before there were any lack it.
+"lens_epochs" counts the epochs that a tree ever had, so that none is used
+twice. "journal" is the length of the journal in bytes; records from before
+there was one lack it.
+
+Version 1 had no checksums; the first commit to such a tree makes them.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tensorstore as ts
 
 from mcjax.tree import learned_keys as lens_keys
 from mcjax.tree import lexical_keys as keys
-from mcjax.tree.store import ArraySpec
-from mcjax.types import McjaxError
+from mcjax.tree.store import MAX_ROWS, ArraySpec
+from mcjax.types import BRANCHING, McjaxError
 
 FORMAT = "mcjax-tree"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 GIST_DTYPES = ("bfloat16", "float32", "int8")
 _BFLOAT16 = ts.bfloat16.numpy_dtype
 _SCALE_BYTES = 4  # an int8 gist ends with its float32 scale
@@ -151,6 +159,7 @@ def new_record(
     "keys": keys.SCHEME,
     "cursor": 0,
     "frequency": {"slot": 0, "blocks": 0},
+    "sums": {},
     "extra": {},
   }
   return with_lens(record, keyer)
@@ -165,11 +174,17 @@ def check_record(
 ) -> None:
   """Raises McjaxError unless the record is readable and of these models."""
   if record.get("format") != FORMAT:
-    raise McjaxError(f"{url} is not a tree but {record.get('format')!r}")
-  if record["version"] > FORMAT_VERSION:
+    raise McjaxError(f"{url} is not a tree but {record.get('format')!r:.99}")
+  version = record.get("version")
+  if type(version) is int and version > FORMAT_VERSION:
     raise McjaxError(
-      f"{url} has format version {record['version']}, newer than"
+      f"{url} has format version {version}, newer than"
       f" {FORMAT_VERSION}, which this mcjax reads: update mcjax"
+    )
+  if fields := _wrong_fields(record):
+    raise McjaxError(
+      f"the commit record of {url} is damaged: field {fields[0]!r} is missing"
+      " or makes no sense"
     )
   if record["keys"] != keys.SCHEME:
     raise McjaxError(
@@ -187,3 +202,47 @@ def check_record(
       f"{url} holds gists of the GistNet {made_with}, not of"
       f" {encoder.fingerprint}: load that one, or rebuild the gists"
     )
+
+
+def _wrong_fields(record: dict) -> list[str]:
+  """Names of fields that no tree can have."""
+
+  def whole(value: object, low: int = 0, high: int = MAX_ROWS) -> bool:
+    return type(value) is int and low <= value <= high
+
+  def texts(value: object, *names: str) -> bool:
+    return isinstance(value, dict) and all(
+      isinstance(value.get(name), str) for name in names)
+
+  def get(name: str, *inner: str) -> Any:
+    value = record.get(name)
+    for key in inner:
+      value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+  lens, sums = get("lens"), get("sums")
+  blocks = get("frequency", "blocks")
+  crc = get("frequency", "crc")
+  checks = {
+    "version": whole(get("version"), 1, FORMAT_VERSION),
+    "base": texts(get("base"), "name", "fingerprint"),
+    "gistnet": texts(get("gistnet"), "fingerprint")
+    and whole(get("gistnet", "d_model"), 1, 2**20),
+    "vocab_size": whole(get("vocab_size"), 1, 2**31),
+    "gist_dtype": get("gist_dtype") in GIST_DTYPES,
+    "gist_epoch": whole(get("gist_epoch")),
+    "keys": isinstance(get("keys"), str),
+    "cursor": whole(get("cursor")),
+    "frequency": whole(get("frequency", "slot"), 0, 1) and whole(blocks)
+    and whole(get("cursor")) and blocks <= record["cursor"] // BRANCHING
+    and (crc is None or whole(crc, 0, 2**32 - 1)),
+    "extra": isinstance(get("extra"), dict),
+    "journal": whole(record.get("journal", 0)),
+    "lens": lens is None or texts(lens, "fingerprint")
+    and whole(get("lens", "key_dim"), 1, 2**20)
+    and whole(get("lens", "epoch")),
+    "lens_epochs": whole(record.get("lens_epochs", 0)),
+    "sums": sums is None and get("version") == 1 or isinstance(sums, dict)
+    and all(whole(value, 0, 2**32 - 1) for value in sums.values()),
+  }
+  return [name for name, fine in checks.items() if not fine]

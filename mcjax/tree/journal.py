@@ -7,6 +7,7 @@ before the commit record, which says how many bytes of it count.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import json
 
 import numpy as np
@@ -30,9 +31,10 @@ class Journal:
       see any more.
   """
 
-  def __init__(self, store: Store, length: int):
+  def __init__(self, store: Store, length: int,
+               sums: Mapping[str, int] | None = None):
     """Reads `length` bytes. Raises: McjaxError if they are no JSON lines."""
-    self.column = Column(store, PATH, SPEC, length)
+    self.column = Column(store, PATH, SPEC, length, sums)
     lines = self.column.read(0, length).tobytes()
     try:
       self.events = [json.loads(line) for line in lines.splitlines()]

@@ -35,7 +35,8 @@ class Levels:
     self.cursor = record["cursor"]
     self.ingested = 0
     spec = tree_format.tokens_spec(record["vocab_size"])
-    self.tokens = Column(store, "tokens", spec, self.cursor)
+    self._sums = record.get("sums")
+    self.tokens = Column(store, "tokens", spec, self.cursor, self._sums)
     self._columns: dict[tuple[str, int], Column] = {}
     level = 1
     while self.num_nodes(level):
@@ -72,7 +73,7 @@ class Levels:
   ) -> Column:
     spec = tree_format.column_spec(kind, level, record)
     path = f"{tree_format.folder(kind, record)}/L{level}"
-    return Column(self._store, path, spec, length)
+    return Column(self._store, path, spec, length, self._sums)
 
   def blocks(self, start: int, stop: int) -> np.ndarray:
     """Token ids of blocks [start, stop): int32 [n, 32]."""
@@ -109,8 +110,11 @@ class Levels:
     made_by = lens["fingerprint"], lens["key_dim"]
     return (keyer.fingerprint, keyer.key_dim) == made_by
 
+  def _without_lens(self) -> dict[tuple[str, int], Column]:
+    return {k: c for k, c in self._columns.items() if k[0] != "lens"}
+
   def _drop_lens_columns(self) -> None:
-    self._columns = {k: c for k, c in self._columns.items() if k[0] != "lens"}
+    self._columns = self._without_lens()
 
   def _encode(
     self,
@@ -190,14 +194,36 @@ class Levels:
     columns = [self.tokens, *self._columns.values()]
     flush_columns(columns, self._store.url, everything=everything)
 
+  def begin_sums(self) -> None:
+    """Makes the checksums of a tree that has none; reads it once."""
+    if self._sums is None:
+      self._sums = {}
+      for column in (self.tokens, *self._columns.values()):
+        column.begin_sums()
+
+  def record_sums(self, rebuilt: bool = False) -> dict[str, int]:
+    """What the commit record says of the columns; valid when all is flushed.
+
+    Args:
+      rebuilt: of those that `switch` takes into use.
+    """
+    columns = dict(self._columns)
+    if rebuilt:
+      columns = self._without_lens() | self._rebuilt[0]
+    out = self.tokens.record_sums()
+    for column in columns.values():
+      out |= column.record_sums()
+    return out
+
   def snapshot(self) -> tuple:
     """A state to `restore`; copies no rows."""
     columns = {key: (c, c.snapshot()) for key, c in self._columns.items()}
-    return self.cursor, self._record, self.tokens.snapshot(), columns
+    return (self.cursor, self._record, self.tokens.snapshot(), columns,
+            self._sums)
 
   def restore(self, state: tuple) -> None:
     """Forgets every row since a snapshot."""
-    self.cursor, self._record, tokens, columns = state
+    self.cursor, self._record, tokens, columns, self._sums = state
     self.tokens.restore(tokens)
     self._columns = {key: column for key, (column, _) in columns.items()}
     for column, column_state in columns.values():

@@ -10,6 +10,11 @@ invisible and are overwritten by the next append.
 
 Arrays are declared 2**46 rows long and never resized, so an append touches no
 array metadata.
+
+Only one writer is let in at a time (`lock`), so TensorStore's own lock files
+are off: one that a killed process leaves behind would be written over, not
+truncated, by the next write of its key. Without them each write goes through a
+new file of its own, and what a killed process leaves is litter.
 """
 
 from __future__ import annotations
@@ -32,6 +37,9 @@ from mcjax.types import McjaxError
 
 MAX_ROWS = 2**46
 RECORD_KEY = "mcjax_tree.json"
+_RECORD_BYTES = 64 << 20  # no record is larger
+_OURS = "mcjax_tree."  # what an interrupted creation leaves starts with this
+_LITTER = ".__lock"  # what a killed write leaves ends with this
 CACHE_BYTES = 64 << 20  # decoded chunks kept in RAM, per process
 _REMOTE = re.compile(r"^(memory|gs|s3)://")
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
@@ -40,7 +48,10 @@ _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 @functools.cache
 def shared_context() -> ts.Context:
   """The process's one TensorStore context; `memory://` lives inside it."""
-  return ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+  return ts.Context({
+    "cache_pool": {"total_bytes_limit": CACHE_BYTES},
+    "file_io_locking": {"mode": "none"},
+  })
 
 
 @contextlib.contextmanager
@@ -115,6 +126,12 @@ class Store:
   def read_record(self) -> tuple[bytes | None, bytes]:
     """The raw record (None where there is none) and its generation."""
     with io_errors("read", self.url):
+      if self.folder is not None:
+        path = self.folder / RECORD_KEY
+        if path.exists() and not path.is_file():
+          raise McjaxError(f"{path} is not a file")
+        if path.exists() and path.stat().st_size > _RECORD_BYTES:
+          raise McjaxError(f"{path} is too large for a commit record")
       found = self._kv.read(RECORD_KEY).result()
     value = bytes(found.value) if found.state == "value" else None
     return value, found.stamp.generation
@@ -190,14 +207,15 @@ class Store:
     with io_errors("read", self.url):
       return self._kv.read(path + "/zarr.json").result().state == "value"
 
-  def is_empty(self) -> bool:
-    """Whether nothing at all lies under the url."""
-    if self.folder is not None:
+  def is_unused(self) -> bool:
+    """Whether nothing lies under the url but traces of a failed creation."""
+    if self.folder is None:
+      names = self._keys()
+    else:
       with io_errors("read", self.url):
-        if not self.folder.exists():
-          return True
-        return not any(self.folder.iterdir())
-    return not self._keys()
+        names = [p.name for p in self.folder.iterdir()] if (
+          self.folder.exists()) else []
+    return all(name.startswith(_OURS) for name in names)
 
   def _keys(self) -> list[str]:
     with io_errors("list", self.url):
@@ -222,31 +240,38 @@ class Store:
     if self.folder is not None and prefix.endswith("/"):
       shutil.rmtree(self.folder / prefix, ignore_errors=True)
 
-  @contextlib.contextmanager
-  def removed_on_error(self) -> Iterator[None]:
-    """Leaves an empty url as it was if the body fails to write the record."""
-    created = None
-    if self.folder is not None:
-      missing = [
-        p for p in (self.folder, *self.folder.parents) if not p.exists()
-      ]
-      created = missing[-1] if missing else None
-    try:
-      yield
-    except BaseException:
-      ours = False
-      with contextlib.suppress(McjaxError):
-        ours = self.read_record()[0] is None  # else another one was faster
-      if not ours:
-        raise
-      with contextlib.suppress(ValueError, OSError):
-        self._kv.delete_range(ts.KvStore.KeyRange()).result()
-      if created is not None:
-        shutil.rmtree(created, ignore_errors=True)
-      elif self.folder is not None and self.folder.is_dir():
-        for child in self.folder.iterdir():  # a lock that is not listed
-          child.unlink(missing_ok=True)
-      raise
+  def make_folder(self) -> list[pathlib.Path]:
+    """Makes the local folder. Returns: those that are new, outermost last."""
+    if self.folder is None:
+      return []
+    chain = (self.folder, *self.folder.parents)
+    with io_errors("create", self.url):
+      made = [p for p in chain if not p.exists()]
+      self.folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+  def unmake(self, made: list[pathlib.Path], locked: bool) -> None:
+    """Undoes a creation that wrote no record.
+
+    Args:
+      made: of `make_folder`.
+      locked: what lies there is ours; else only empty folders go.
+    """
+    with contextlib.suppress(ValueError, OSError, McjaxError):
+      if locked and self.read_record()[0] is None:
+        self.delete(_OURS)
+      for folder in made:
+        folder.rmdir()
+
+  def remove_litter(self) -> int:
+    """Deletes what killed writes left of files; the number of them."""
+    if self.folder is None:
+      return 0
+    found = list(self.folder.rglob("*" + _LITTER))
+    for path in found:
+      with contextlib.suppress(OSError):
+        path.unlink()
+    return len(found)
 
 
 def encode_record(fields: dict[str, object]) -> bytes:
@@ -265,7 +290,9 @@ def decode_record(raw: bytes, url: str) -> dict[str, object]:
     body = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     if zlib.crc32(body.encode()) != checksum:
       raise ValueError("checksum mismatch")
-  except (ValueError, KeyError, AttributeError, TypeError) as error:
+  except (
+    ValueError, KeyError, AttributeError, TypeError, RecursionError
+  ) as error:
     raise McjaxError(
       f"the commit record of {url} is damaged ({error}): restore"
       f" {RECORD_KEY} from a backup"

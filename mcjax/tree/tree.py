@@ -13,10 +13,12 @@ import contextlib
 import json
 import os
 
+from absl import logging
 from jaxtyping import Float32, Int8, Int32, UInt8, UInt32
 import numpy as np
 
 from mcjax.tree import format as tree_format
+from mcjax.tree import lock as writer_lock
 from mcjax.tree.columns import AccessCounts, TokenFrequency, flush_columns
 from mcjax.tree.journal import Journal
 from mcjax.tree.learned_keys import Keyer
@@ -30,6 +32,10 @@ __all__ = ["Encoder", "Keyer", "MegaContextTree"]
 class MegaContextTree:
   """An append-only history; one writer at a time, not thread-safe.
 
+  The writer holds the tree exclusively from `create` or `open` to `close`.
+  Readers (mode "r") come and go as they like: they see one commit, and a newer
+  one after `refresh`.
+
   Attributes:
     journal: events beside the tokens, committed with them.
   """
@@ -41,22 +47,29 @@ class MegaContextTree:
     generation: bytes,
     encoder: Encoder | None,
     keyer: Keyer | None,
+    lock: writer_lock.WriterLock | None,
   ):
     """Use `create` or `open`."""
-    self._store, self._generation = store, generation
-    self._record, self._encoder = record, encoder
+    self._store, self._encoder, self._lock = store, encoder, lock
     self._closed = False
     self._transient = 0
     kinds = ("tokens", "gists", "keys", "lens", "access")
     self._reads = dict.fromkeys(kinds, 0)
-    self._levels = Levels(store, record, keyer)
-    self._access = AccessCounts(store)
-    self._frequency = TokenFrequency(
+    self._load(record, generation, keyer)
+
+  def _load(self, record: dict, generation: bytes, keyer: Keyer | None) -> None:
+    """Takes up a commit."""
+    store = self._store
+    levels = Levels(store, record, keyer)
+    frequency = TokenFrequency(
       store, record["vocab_size"], **record["frequency"]
     )
-    self.journal = Journal(store, record.get("journal", 0))
-    recent = self._levels.blocks(self._frequency.blocks, self.num_nodes(1))
-    self._frequency.add(recent)
+    journal = Journal(store, record.get("journal", 0), record.get("sums"))
+    blocks = record["cursor"] // span_width(1)
+    frequency.add(levels.blocks(frequency.blocks, blocks))
+    self._levels, self._frequency = levels, frequency
+    self.journal, self._access = journal, AccessCounts(store)
+    self._record, self._generation = record, generation
 
   @classmethod
   def create(
@@ -92,14 +105,19 @@ class MegaContextTree:
     )
     record["extra"] = extra or record["extra"]
     store = Store(url)
-    raw, generation = store.read_record()
-    if raw is not None:
-      raise McjaxError(f"{store.url} already holds a tree: open it instead")
-    if not store.is_empty():
-      raise McjaxError(f"{store.url} is not empty: give a new or empty folder")
-    with store.removed_on_error():
+    _check_unused(store)
+    made, lock = store.make_folder(), None
+    try:
+      lock = writer_lock.acquire(store)
+      generation = _check_unused(store)  # under the lock, once more
+      store.remove_litter()
       generation = store.write_record(encode_record(record), generation)
-    return cls(store, record, generation, encoder, keyer)
+    except BaseException:
+      store.unmake(made, locked=lock is not None)
+      if lock is not None:
+        lock.release()
+      raise
+    return cls(store, record, generation, encoder, keyer, lock)
 
   @classmethod
   def open(
@@ -110,6 +128,7 @@ class MegaContextTree:
     base_name: str,
     encoder: Encoder | None,
     keyer: Keyer | None = None,
+    mode: str = "a",
   ) -> MegaContextTree:
     """Opens a tree at its last commit.
 
@@ -123,19 +142,29 @@ class MegaContextTree:
         with None, the stored ones can be read until the first append, which
         drops them; `rebuild_lens_keys` makes new ones.
 
+      mode: "a" to append, which one process at a time can; "r" to read, beside
+        a writer and where nothing can be written. What a reader appends stays
+        within `transient`.
+
     Raises:
-      McjaxError: missing, damaged, of a newer format, or made with another base
-        LM or GistNet.
+      McjaxError: missing, damaged, of a newer format, made with another base
+        LM or GistNet, or open for writing elsewhere.
     """
+    if mode not in ("a", "r"):
+      raise McjaxError(f'mode {mode!r} is not "a" (append) or "r" (read)')
     store = Store(url)
-    raw, generation = store.read_record()
-    if raw is None:
-      raise McjaxError(f"there is no tree at {store.url}")
-    record = decode_record(raw, store.url)
-    tree_format.check_record(
-      record, store.url, base_fingerprint, base_name, encoder
-    )
-    return cls(store, record, generation, encoder, keyer)
+    models = base_fingerprint, base_name, encoder
+    record, generation = _read_checked(store, *models)
+    if mode == "r":
+      return cls(store, record, generation, encoder, keyer, None)
+    lock = writer_lock.acquire(store)
+    try:
+      record, generation = _read_checked(store, *models)
+      _recover(store, lock, record)
+      return cls(store, record, generation, encoder, keyer, lock)
+    except BaseException:
+      lock.release()
+      raise
 
   @staticmethod
   def exists(url: str | os.PathLike[str]) -> bool:
@@ -147,6 +176,11 @@ class MegaContextTree:
   @property
   def url(self) -> str:
     return self._store.url
+
+  @property
+  def read_only(self) -> bool:
+    """Whether it was opened with mode "r"."""
+    return self._lock is None
 
   @property
   def cursor(self) -> int:
@@ -203,6 +237,8 @@ class MegaContextTree:
         failed write; the tree is then as before the call.
     """
     self._check_open()
+    if not self._transient:
+      self._check_writable()
     ids = np.asarray(token_ids)
     if ids.size == 0:
       return
@@ -227,7 +263,7 @@ class MegaContextTree:
         first = self.num_nodes(1)
         self._levels.grow(ids[at : at + room], self._encoder)
         self._frequency.add(self._levels.blocks(first, self.num_nodes(1)))
-        if self._levels.has_full_shard:
+        if self._levels.has_full_shard and not self.read_only:
           self._check_not_changed()
           self._levels.flush(everything=False)
         at += room
@@ -248,10 +284,16 @@ class MegaContextTree:
     self._check_open()
     if self._transient:
       raise McjaxError("a transient append cannot be committed")
+    self._check_writable()
     self._check_not_changed()
+    self._levels.begin_sums()
+    self.journal.column.begin_sums()
     self._levels.flush(everything=True)
     flush_columns([self.journal.column], self.url, everything=True)
     record = dict(self._record, cursor=self.cursor, lens=self._levels.lens)
+    record["version"] = tree_format.FORMAT_VERSION
+    record["sums"] = self._levels.record_sums()
+    record["sums"] |= self.journal.column.record_sums()
     record["journal"] = self.journal.column.length
     if extra is not None:
       try:
@@ -263,13 +305,29 @@ class MegaContextTree:
     self._write_record(record)
     self._frequency.saved(record["frequency"])
     self._delete_unused(before)
-    self._access.flush(self.num_nodes)
+    self._flush_access()
+
+  def _flush_access(self) -> None:
+    """Writes the access counts; they are statistics and may fail."""
+    try:
+      self._access.flush(lambda level: self.committed // span_width(level))
+    except McjaxError as error:
+      logging.log_first_n(logging.WARNING, "%s", 1, error)
 
   def _write_record(self, record: dict) -> None:
-    self._generation = self._store.write_record(
-      encode_record(record), self._generation
-    )
-    self._record = record
+    raw = encode_record(record)
+    try:
+      generation = self._store.write_record(raw, self._generation)
+    except BaseException as error:
+      # An interrupt, or an answer that got lost, after it was written?
+      with contextlib.suppress(McjaxError):
+        found, generation = self._store.read_record()
+        if found == raw:
+          self._generation, self._record = generation, record
+      if self._record is not record or not isinstance(error, McjaxError):
+        raise
+      return
+    self._generation, self._record = generation, record
 
   def _delete_unused(self, before: dict) -> None:
     """Deletes the epochs that an older record names and this one does not."""
@@ -278,7 +336,12 @@ class MegaContextTree:
       for folder in epochs(before) - epochs(self._record):
         self._store.delete(folder + "/")
 
+  def _check_writable(self) -> None:
+    if self.read_only:
+      raise McjaxError(f'{self.url} was opened with mode="r": cannot write')
+
   def _check_not_changed(self) -> None:
+    self._lock.check()
     if self._store.read_record()[1] != self._generation:
       raise McjaxError(
         f"another process wrote {self.url} meanwhile: close this tree and open"
@@ -295,6 +358,22 @@ class MegaContextTree:
     finally:
       self._transient -= 1
       self._restore(state)
+
+  def mark(self) -> tuple:
+    """A state to go `back_to`; costs no copy of rows."""
+    return self._record, self._snapshot()
+
+  def back_to(self, mark: tuple) -> bool:
+    """Forgets what was appended since `mark`.
+
+    Returns:
+      False, and no change, if there was a commit since.
+    """
+    record, state = mark
+    if self._record is not record:
+      return False
+    self._restore(state)
+    return True
 
   def _snapshot(self) -> tuple:
     parts = (self._levels, self._frequency, self._access, self.journal)
@@ -370,7 +449,8 @@ class MegaContextTree:
       raise IndexError("negative level or index")
     if np.any(index >= self.cursor // width):
       raise IndexError("access to a node that is not complete")
-    self._access.add(level, index)
+    if not self.read_only:  # a reader could not write them ever
+      self._access.add(level, index)
 
   def access_counts(self, level: int, start: int, stop: int
                     ) -> UInt32[np.ndarray, " n"]:
@@ -448,6 +528,8 @@ class MegaContextTree:
       self._store.delete(folder + "/")  # what a crash left behind
     try:
       self._levels.rebuild(record, encoder, keyer)
+      record["sums"] = self._levels.record_sums(rebuilt=True)
+      record["sums"] |= self.journal.column.record_sums()
       self._write_record(record)
     except BaseException:
       with contextlib.suppress(McjaxError):
@@ -458,8 +540,80 @@ class MegaContextTree:
     self._levels.switch()
     self._delete_unused(before)
 
+  def refresh(self) -> bool:
+    """Goes on to the last commit; of readers.
+
+    Returns:
+      Whether there was a newer one.
+
+    Raises:
+      McjaxError: the tree is gone or damaged, or other models wrote it since;
+        the tree is then as before the call.
+    """
+    self._check_open()
+    if not self.read_only or self._transient:
+      raise McjaxError(f"{self.url} is not a reader's to refresh")
+    base = self._record["base"]
+    record, generation = _read_checked(
+      self._store, base["fingerprint"], base["name"], self._encoder
+    )
+    if generation == self._generation:
+      return False
+    self._load(record, generation, self._levels.keyer)
+    return True
+
   def close(self) -> None:
     """Keeps the access counts; drops appends that were not committed."""
-    if not self._closed:
-      self._closed = True
-      self._access.flush(lambda level: self.committed // span_width(level))
+    if self._closed:
+      return
+    self._closed = True
+    if self._lock is None:
+      return
+    try:
+      self._flush_access()
+    finally:
+      self._lock.release()
+
+  def __enter__(self) -> MegaContextTree:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+def _check_unused(store: Store) -> bytes:
+  """The generation of the record that is not there. Raises: McjaxError."""
+  raw, generation = store.read_record()
+  if raw is not None:
+    raise McjaxError(f"{store.url} already holds a tree: open it instead")
+  if not store.is_unused():
+    raise McjaxError(f"{store.url} is not empty: give a new or empty folder")
+  return generation
+
+
+def _read_checked(
+  store: Store, base_fingerprint: str, base_name: str, encoder: Encoder | None
+) -> tuple[dict, bytes]:
+  """The commit record, for these models, and its generation."""
+  raw, generation = store.read_record()
+  if raw is None:
+    raise McjaxError(f"there is no tree at {store.url}")
+  record = decode_record(raw, store.url)
+  tree_format.check_record(
+    record, store.url, base_fingerprint, base_name, encoder
+  )
+  return record, generation
+
+
+def _recover(
+  store: Store, lock: writer_lock.WriterLock, record: dict
+) -> None:
+  """Clears up behind a writer that was killed, and says so."""
+  if lock.crashed is None:
+    return
+  count = store.remove_litter()
+  logging.warning(
+    "%s was not closed by %s: going on from its last commit, %d tokens;"
+    " %d files of unfinished writes removed",
+    store.url, lock.crashed, record["cursor"], count,
+  )

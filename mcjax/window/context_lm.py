@@ -358,16 +358,20 @@ class ContextLM:
 
   # --- whole state --------------------------------------------------------
 
-  def snapshot(self) -> tuple:
-    """A copy of everything `restore` needs; device buffers are duplicated."""
-    return (
-      self.window.copy(), jax.tree.map(jnp.copy, self.state), self._hidden,
-      self._rows, self._logits,
-    )
+  def snapshot(self, cache: bool = True) -> tuple:
+    """A copy of everything `restore` needs; device buffers are duplicated.
+
+    Args:
+      cache: False leaves the cache out, where the LM will not run.
+    """
+    state = jax.tree.map(jnp.copy, self.state) if cache else None
+    return self.window.copy(), state, self._hidden, self._rows, self._logits
 
   def restore(self, snapshot: tuple) -> None:
     """Puts the window and its cache back; consumes the snapshot."""
-    window, self.state, self._hidden, self._rows, self._logits = snapshot
+    window, state, self._hidden, self._rows, self._logits = snapshot
+    if state is not None:
+      self.state = state
     self.window.become(window)
     if self._contrast is not None:
       self._contrast.clear()

@@ -186,17 +186,11 @@ def test_what_a_failed_creation_leaves(tmp_path, existing):
   (tmp_path / existing).mkdir(parents=True, exist_ok=True)
   before = sorted(tmp_path.rglob("*"))
   store = Store(tmp_path / "a" / "b")
-  with pytest.raises(OSError), store.removed_on_error():
-    (tmp_path / "a" / "b").mkdir(parents=True, exist_ok=True)
-    (tmp_path / "a" / "b" / "x.__lock").write_text("")
-    raise OSError("full")
+  made = store.make_folder()
+  (tmp_path / "a" / "b" / "mcjax_tree.json_1.__lock").write_text("")
+  store.unmake(made, locked=True)
   assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_lost_race_to_create_leaves_the_winner():
-  store = new_store()
-  missing = store.read_record()[1]
-  store.write_record(b"winner", missing)
-  with pytest.raises(McjaxError), store.removed_on_error():
-    store.write_record(b"loser", missing)
-  assert store.read_record()[0] == b"winner"
+  made = store.make_folder()
+  store.write_record(b"another one's", store.read_record()[1])
+  store.unmake(made, locked=True)
+  assert store.read_record()[0] == b"another one's"

@@ -1,9 +1,11 @@
 """MegaContextTree: contents, commits, crashes and rebuilds."""
 
 import json
+import os
 import pathlib
 import resource
 import shutil
+import time
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,11 +15,13 @@ import pytest
 
 from mcjax.testing.tiny_base import memory_url
 from mcjax.testing.tree_reference import (
+  BASE,
   FailingWrites,
   TinyEncoder,
   TinyKeyer,
   check,
   create,
+  peek,
   random_ids,
   reopen,
   round_trip,
@@ -25,6 +29,7 @@ from mcjax.testing.tree_reference import (
 from mcjax.tree import format as tree_format
 from mcjax.tree import lexical_keys as keys
 from mcjax.tree.store import RECORD_KEY
+from mcjax.tree.tree import MegaContextTree
 from mcjax.types import McjaxError
 
 ARTEFACT = pathlib.Path(__file__).parent / "artefacts" / "tree_v1"
@@ -43,8 +48,8 @@ def test_append_is_readable_at_once_and_durable_after_commit(url):
   assert tree.extra == {"focus": [1, 2]} and tree.committed == 2100
   tree.append(ids[:50])
   tree.commit()
-  check(reopen(url), np.concatenate([ids, ids[:50]]))
-  assert reopen(url).extra == {"focus": [1, 2]}
+  check(peek(url), np.concatenate([ids, ids[:50]]))
+  assert peek(url).extra == {"focus": [1, 2]}
 
 
 def test_uncommitted_appends_vanish(url):
@@ -58,7 +63,7 @@ def test_uncommitted_appends_vanish(url):
   check(tree, ids[:100])
   tree.append(ids[:3000])
   tree.commit()
-  check(reopen(url), np.concatenate([ids[:100], ids[:3000]]))
+  check(peek(url), np.concatenate([ids[:100], ids[:3000]]))
 
 
 @pytest.mark.parametrize("dtype", tree_format.GIST_DTYPES)
@@ -67,7 +72,7 @@ def test_gist_dtypes(dtype):
   tree = create(url, gist_dtype=dtype)
   tree.append(ids)
   tree.commit()
-  check(reopen(url), ids, dtype=dtype)
+  check(peek(url), ids, dtype=dtype)
 
 
 def test_int8_error_is_below_half_a_step():
@@ -170,9 +175,9 @@ def test_transient_changes_nothing_durable(tmp_path):
   check(tree, np.concatenate([ids, ids[:40]]))
   assert tree.access_counts(1, 3, 4) == [1]
   assert (tmp_path / "t" / RECORD_KEY).read_bytes() == before
-  check(reopen(url), ids)
+  check(peek(url), ids)
   tree.commit()
-  check(reopen(url), np.concatenate([ids, ids[:40]]))
+  check(peek(url), np.concatenate([ids, ids[:40]]))
 
 
 def test_an_encoder_that_fails_leaves_the_tree_as_it_was():
@@ -212,7 +217,7 @@ def test_crash_at_any_write_of_a_commit(url, monkeypatch, allowed):
   check(crashed, ids[: {1: 1500, 2: 36_000}[n]])
   crashed.append(ids[crashed.cursor : crashed.cursor + 4000])
   crashed.commit({"n": 3})
-  check(reopen(url), ids[: crashed.cursor])
+  check(peek(url), ids[: crashed.cursor])
 
 
 def test_commit_can_be_tried_again(tmp_path, monkeypatch):
@@ -224,18 +229,65 @@ def test_commit_can_be_tried_again(tmp_path, monkeypatch):
       tree.commit()
   tree.append(ids[:10])
   check(tree, np.concatenate([ids, ids[:10]]))
-  assert reopen(tmp_path / "t").cursor == 0
+  assert peek(tmp_path / "t").cursor == 0
 
 
-def test_a_second_writer_is_refused(url):
+def test_a_second_writer_is_refused_at_once_and_says_whom_it_met(url):
   first, ids = create(url), random_ids(200)
-  second = reopen(url)
+  known = dict(BASE, encoder=TinyEncoder())
+  begin = time.perf_counter()
+  with pytest.raises(McjaxError, match=f"process {os.getpid()} on .* for 0 s"):
+    MegaContextTree.open(url, **known)
+  assert time.perf_counter() - begin < 1
   first.append(ids)
   first.commit()
-  second.append(ids[:64])
-  with pytest.raises(McjaxError, match="another process"):
-    second.commit()
-  check(reopen(url), ids)
+  first.close()
+  second = MegaContextTree.open(url, **known)
+  check(second, ids)
+  second.close()
+
+
+def test_a_reader_sees_whole_commits_and_refreshes(url):
+  tree, ids = create(url), random_ids(40_000)
+  reader = peek(url)
+  tree.append(ids)
+  check(reader, ids[:0])
+  assert not reader.refresh()
+  tree.commit()
+  check(reader, ids[:0])
+  assert reader.refresh()
+  check(reader, ids)
+  with reader.transient():  # as an answer that is not remembered
+    reader.append(ids)
+    check(reader, np.concatenate([ids, ids]))
+  for write in (reader.commit, lambda: reader.append(ids[:1])):
+    with pytest.raises(McjaxError, match='mode="r"'):
+      write()
+  reader.close()
+  tree.close()
+  with pytest.raises(McjaxError, match="mode 'w'"):
+    MegaContextTree.open(url, mode="w", encoder=None, **BASE)
+
+
+def test_a_deleted_folder_is_told_and_not_made_again(tmp_path):
+  url, ids = tmp_path / "t", random_ids(100)
+  tree = create(url)
+  tree.append(ids)
+  shutil.rmtree(url)
+  with pytest.raises(McjaxError, match="deleted"):
+    tree.commit()
+  tree.close()
+  assert not url.exists()
+
+
+def test_an_interrupted_creation_is_done_again(tmp_path):
+  url = tmp_path / "t"
+  url.mkdir()
+  for name in (".lock", ".owner.json", ".json_0a1b.__lock"):
+    (url / ("mcjax_tree" + name)).write_text("")
+  tree = create(url)
+  tree.close()
+  assert {p.name for p in url.iterdir()} == {RECORD_KEY, "mcjax_tree.lock"}
 
 
 def test_access_counts(url):
@@ -336,7 +388,7 @@ def test_rebuild_gists(url):
   check(tree, ids, new)
   tree.append(ids[:100])
   tree.rebuild_gists(TinyEncoder())
-  check(reopen(url), np.concatenate([ids, ids[:100]]))
+  check(peek(url), np.concatenate([ids, ids[:100]]))
   assert not any(k.startswith("gists/1/") for k in tree._store.sizes())
 
 
@@ -355,7 +407,7 @@ def test_crash_in_a_rebuild_keeps_the_old_gists(url, monkeypatch, allowed):
   tree = reopen(url)
   check(tree, ids)
   tree.rebuild_gists(new)
-  check(reopen(url, new), ids, new)
+  check(peek(url, new), ids, new)
 
 
 def artefact_ids():
@@ -373,7 +425,7 @@ def test_a_stored_tree_of_version_1_opens(tmp_path):
   tree.append(ids[:100])
   tree.commit()
   ids = np.concatenate([ids, ids[:100]])
-  check(reopen(tmp_path / "t", encoder), ids, encoder)
+  check(peek(tmp_path / "t", encoder), ids, encoder)
   record = json.loads((ARTEFACT / RECORD_KEY).read_text())
   assert record["version"] == 1 and "lens" not in record
   tree = reopen(tmp_path / "t", encoder, keyer=TinyKeyer())
@@ -381,7 +433,7 @@ def test_a_stored_tree_of_version_1_opens(tmp_path):
   ids = np.concatenate([ids, ids[:100]])
   check(tree, ids, encoder)
   tree.rebuild_lens_keys(TinyKeyer())
-  check(reopen(tmp_path / "t", encoder), ids, encoder, keyer=TinyKeyer())
+  check(peek(tmp_path / "t", encoder), ids, encoder, keyer=TinyKeyer())
 
 
 def test_memory_is_bounded_in_a_long_append(tmp_path):

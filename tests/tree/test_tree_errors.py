@@ -15,6 +15,7 @@ from mcjax.testing.tree_reference import (
   TinyEncoder,
   check,
   create,
+  peek,
   random_ids,
   reopen,
 )
@@ -75,6 +76,7 @@ def test_open_without_a_gistnet_reads_only(url):
   tree = create(url)
   tree.append(random_ids(64))
   tree.commit()
+  tree.close()
   tree = MegaContextTree.open(url, encoder=None, **BASE)
   assert tree.gists(1, 0, 2).shape == (2, 8)
   with pytest.raises(McjaxError, match="without a GistNet"):
@@ -116,7 +118,7 @@ def test_newer_format_and_foreign_record(tmp_path):
   path = tmp_path / "t" / RECORD_KEY
   record = decode_record(path.read_bytes(), "t")
   for field, value, message in (
-    ("version", 2, "format version 2, newer than 1"),
+    ("version", 3, "format version 3, newer than 2"),
     ("format", "other", "not a tree"),
     ("keys", "learned-9", "learned-9"),
   ):
@@ -173,13 +175,13 @@ def test_read_only_folder(tmp_path):
     tmp_path.chmod(0o700)
     (tmp_path / "t").chmod(0o700)
   assert [p.name for p in tmp_path.iterdir()] == ["t"]
-  check(reopen(tmp_path / "t"), random_ids(0))
+  check(peek(tmp_path / "t"), random_ids(0))
 
 
 FULL_DISK = """
 import resource, signal, sys
 sys.path.insert(0, {root!r})
-from mcjax.testing.tree_reference import create, reopen, random_ids, check
+from mcjax.testing.tree_reference import create, peek, random_ids, check
 from mcjax.types import McjaxError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def limit(n):
@@ -199,7 +201,7 @@ try:
   raise SystemExit("committed")
 except McjaxError as error:
   print(error)
-check(reopen({url!r} + "/t"), random_ids(64))
+check(peek({url!r} + "/t"), random_ids(64))
 """
 
 

@@ -16,6 +16,7 @@ from mcjax.testing.tree_reference import (
   TinyKeyer,
   check,
   create,
+  peek,
   random_ids,
   reopen,
 )
@@ -59,13 +60,13 @@ def test_lens_keys_in_pieces_equal_those_at_once(url, dtype):
   check(tree, ids, dtype=dtype, keyer=keyer)
   tree.commit()
   tree.close()
-  check(reopen(url), ids, dtype=dtype, keyer=keyer)
+  check(peek(url), ids, dtype=dtype, keyer=keyer)
   tree = reopen(url, keyer=keyer)
   assert tree.nbytes_on_disk()["lens"] < 2400 * 3 + 8192
   tree.append(ids[:5000])
   tree.commit()
   ids = np.concatenate([ids, ids[:5000]])
-  check(reopen(url, keyer=keyer), ids, dtype=dtype, keyer=keyer)
+  check(peek(url, keyer=keyer), ids, dtype=dtype, keyer=keyer)
 
 
 @settings(max_examples=25, deadline=None)
@@ -125,18 +126,18 @@ def test_the_first_append_without_its_keyer_drops_lens_keys(url, keyer):
     assert tree.lens_fingerprint is None
   check(tree, ids, keyer=own)
   tree.append([])
-  check(reopen(url, keyer=own), ids, keyer=own)
+  check(peek(url, keyer=own), ids, keyer=own)
   tree.append(ids[:1])
   check(tree, np.append(ids, ids[0]))
-  check(reopen(url), ids, keyer=own)  # not committed yet
+  check(peek(url), ids, keyer=own)  # not committed yet
   tree.commit()
   assert not lens_files(tree)
   ids = np.append(ids, ids[0])
-  check(reopen(url, keyer=own), ids)
+  check(peek(url, keyer=own), ids)
   tree = reopen(url)
   tree.rebuild_lens_keys(own)
   assert lens_files(tree) == {"1"}  # no epoch is used twice
-  check(reopen(url), ids, keyer=own)
+  check(peek(url), ids, keyer=own)
 
 
 def test_without_a_gistnet_lens_keys_are_read():
@@ -145,7 +146,7 @@ def test_without_a_gistnet_lens_keys_are_read():
   tree = MegaContextTree.open(url, encoder=None, **BASE)
   check(tree, ids, keyer=keyer)
   tree.rebuild_lens_keys(TinyKeyer(7, 2))
-  check(reopen(url), ids, keyer=TinyKeyer(7, 2))
+  check(peek(url), ids, keyer=TinyKeyer(7, 2))
 
 
 def test_a_keyer_that_fails_leaves_the_tree_as_it_was():
@@ -165,14 +166,14 @@ def test_rebuild_lens_keys(url):
   tree.rebuild_lens_keys(new)
   check(tree, ids, keyer=new)
   assert lens_files(tree) == {"1"}
-  check(reopen(url), ids, keyer=new)
+  check(peek(url), ids, keyer=new)
   tree.append(ids[:3000])  # the new keyer goes on
   tree.commit()
   ids = np.concatenate([ids, ids[:3000]])
-  check(reopen(url), ids, keyer=new)
+  check(peek(url), ids, keyer=new)
   tree.rebuild_lens_keys(TinyKeyer())
   assert lens_files(tree) == {"2"}
-  check(reopen(url), ids, keyer=TinyKeyer())
+  check(peek(url), ids, keyer=TinyKeyer())
 
 
 def test_rebuild_lens_keys_of_an_empty_tree(url):
@@ -180,7 +181,7 @@ def test_rebuild_lens_keys_of_an_empty_tree(url):
   tree.rebuild_lens_keys(TinyKeyer())
   tree.append(ids)
   tree.commit()
-  check(reopen(url), ids, keyer=TinyKeyer())
+  check(peek(url), ids, keyer=TinyKeyer())
 
 
 def test_rebuild_gists_makes_lens_keys_anew_or_drops_them(url):
@@ -194,7 +195,7 @@ def test_rebuild_gists_makes_lens_keys_anew_or_drops_them(url):
   tree.rebuild_gists(TinyEncoder())
   check(tree, ids)
   assert not lens_files(tree)
-  check(reopen(url), ids)
+  check(peek(url), ids)
 
 
 @pytest.mark.parametrize("kind", ["gists", "lens"])
@@ -225,9 +226,9 @@ def test_crash_in_a_rebuild_keeps_the_old_lens_keys(monkeypatch, kind, allowed):
   assert lens_files(tree) == {"1"}
   if kind == "gists":
     encoder = TinyEncoder(seed=3)
-    check(reopen(url, encoder), ids, encoder, keyer=keyer)
+    check(peek(url, encoder), ids, encoder, keyer=keyer)
   else:
-    check(reopen(url), ids, keyer=TinyKeyer(6, 3))
+    check(peek(url), ids, keyer=TinyKeyer(6, 3))
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -257,7 +258,7 @@ def test_crash_at_any_write_of_a_commit_with_lens_keys(
   check(crashed, ids[: crashed.cursor], keyer=held)
   crashed.append(ids[crashed.cursor :])
   crashed.commit({"n": 3})
-  check(reopen(url), ids, keyer=held)
+  check(peek(url), ids, keyer=held)
 
 
 def test_damaged_lens_keys_are_told(tmp_path):

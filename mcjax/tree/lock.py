@@ -1,0 +1,173 @@
+"""One writer at a time: who holds a tree, and how another one is refused.
+
+On local files the lock is the kernel's (`flock`), held from open to close, so
+it goes with its process, however that ends. A tree in `memory://` is locked in
+the process it lives in. Readers take no lock.
+
+mcjax_tree.lock        what is locked; stays, empty
+mcjax_tree.owner.json  who holds it, for messages; left behind by a process
+                       that was killed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import socket
+import time
+from typing import Protocol
+import weakref
+
+import filelock
+
+from mcjax.tree.store import Store
+from mcjax.types import McjaxError
+
+LOCK_NAME = "mcjax_tree.lock"
+OWNER_NAME = "mcjax_tree.owner.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Owner:
+  """Who holds a tree open for writing, and since when (Unix seconds)."""
+
+  pid: int
+  host: str
+  since: float
+
+  @classmethod
+  def here(cls) -> Owner:
+    return cls(os.getpid(), socket.gethostname(), time.time())
+
+  @classmethod
+  def parse(cls, raw: bytes | str) -> Owner | None:
+    """Inverse of `dump`; None if it is cut or strange."""
+    try:
+      fields = json.loads(raw)
+      return cls(
+        int(fields["pid"]), str(fields["host"])[:100], float(fields["since"])
+      )
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+      return None
+
+  def dump(self) -> str:
+    return json.dumps(dataclasses.asdict(self))
+
+  def __str__(self) -> str:
+    age = max(0.0, time.time() - self.since)
+    return f"process {self.pid} on {self.host} for {_duration(age)}"
+
+
+def _duration(seconds: float) -> str:
+  for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+    if seconds >= 2 * size:
+      return f"{seconds / size:.0f} {unit}"
+  return f"{seconds:.0f} s"
+
+
+def refusal(url: str, owner: Owner | None) -> McjaxError:
+  """What a second writer is told."""
+  by = f" by {owner}" if owner else ""
+  return McjaxError(
+    f"{url} is open for writing{by}: close it there first, or open it with"
+    ' mode="r"'
+  )
+
+
+class WriterLock(Protocol):
+  """The right to write one tree.
+
+  Attributes:
+    crashed: the owner before, if it did not close.
+  """
+
+  crashed: Owner | None
+
+  def check(self) -> None:
+    """Raises McjaxError if the right is lost or its place is gone."""
+
+  def release(self) -> None:
+    """Gives the right up; never raises."""
+
+
+class FileLock:
+  """A `WriterLock` of a local folder, which must exist."""
+
+  def __init__(self, folder: pathlib.Path):
+    """Raises: McjaxError, at once, if another writer holds it."""
+    self._folder = folder
+    self._path, self._owner = folder / LOCK_NAME, folder / OWNER_NAME
+    # Not bound to a thread: it is released where the tree is closed.
+    self._lock = filelock.FileLock(self._path, timeout=0, thread_local=False)
+    try:
+      self._lock.acquire()
+    except filelock.Timeout:
+      raise refusal(str(folder), self._read_owner()) from None
+    except OSError as error:
+      raise McjaxError(
+        f"cannot open {folder} for writing ({error.strerror or error}):"
+        ' mode="r" reads it'
+      ) from error
+    self._inode = -1
+    try:
+      self._inode = self._path.stat().st_ino
+      self.crashed = self._read_owner()
+      self._owner.write_text(Owner.here().dump(), encoding="utf-8")
+    except OSError as error:
+      self.release()
+      with contextlib.suppress(OSError):
+        self._path.unlink()
+      raise McjaxError(f"could not write to {folder}: {error}") from error
+
+  def _read_owner(self) -> Owner | None:
+    with contextlib.suppress(OSError):
+      return Owner.parse(self._owner.read_bytes())
+    return None
+
+  def check(self) -> None:
+    with contextlib.suppress(OSError):
+      if self._path.stat().st_ino == self._inode:
+        return
+    raise McjaxError(
+      f"{self._folder} was deleted or replaced while it was open for writing"
+    )
+
+  def release(self) -> None:
+    with contextlib.suppress(OSError, McjaxError):
+      self.check()  # else the owner there is another one
+      self._owner.unlink()
+    with contextlib.suppress(OSError):
+      self._lock.release()
+
+
+class MemoryLock:
+  """A `WriterLock` of a tree that lives in this process only."""
+
+  _held: weakref.WeakValueDictionary[str, MemoryLock] = (
+    weakref.WeakValueDictionary()
+  )
+  crashed = None
+
+  def __init__(self, url: str):
+    """Raises: McjaxError if another tree object of the process holds it."""
+    self._url, self._me = url, Owner.here()
+    holder = self._held.setdefault(url, self)
+    if holder is not self:
+      raise refusal(url, holder._me)
+
+  def check(self) -> None:
+    pass
+
+  def release(self) -> None:
+    if self._held.get(self._url) is self:
+      del self._held[self._url]
+
+
+def acquire(store: Store) -> WriterLock:
+  """The exclusive right to write a tree. Raises: McjaxError if it is taken."""
+  if store.folder is not None:
+    return FileLock(store.folder)
+  return MemoryLock(store.url)

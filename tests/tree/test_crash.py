@@ -1,0 +1,130 @@
+"""Trees whose writers are killed, and files that are damaged or exchanged."""
+
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from mcjax.testing import torture
+from mcjax.testing.tree_reference import (
+  TinyKeyer,
+  check,
+  create,
+  peek,
+  random_ids,
+)
+from mcjax.tree.store import RECORD_KEY
+from mcjax.types import McjaxError
+
+
+def test_fifty_kills_with_ordinary_runs_between_lose_nothing(tmp_path):
+  outcomes = list(torture.torture(tmp_path, 50, seed=1))
+  assert [o for _, o in outcomes if o != "ok"] == []
+  assert len({doing for doing, _ in outcomes}) >= 2
+
+
+@pytest.fixture(scope="module")
+def generations(tmp_path_factory):
+  """A tree's folder after each of three commits, and its tokens then."""
+  folder = tmp_path_factory.mktemp("generations")
+  ids, keyer = random_ids(45_000), TinyKeyer()
+  tree = create(folder / "t", keyer=keyer)
+  out = []
+  for stop in (9_000, 40_000, 45_000):
+    tree.append(ids[tree.cursor : stop])
+    tree.journal.add("note", text="x" * stop)
+    tree.commit()
+    shutil.copytree(folder / "t", folder / str(stop))
+    out.append(folder / str(stop))
+  tree.close()
+  return out, ids, keyer
+
+
+def damages(folder, old, rng, count):
+  """(what is done, how to do it) to files of a tree, at random."""
+  files = sorted(p.relative_to(folder) for p in folder.rglob("*")
+                 if p.is_file() and not p.name.startswith("mcjax_tree.l"))
+  arrays = [p for p in files if p.parts[0] != RECORD_KEY]
+  for number in range(count):
+    path = files[rng.integers(len(files))]
+    other = arrays[rng.integers(len(arrays))]
+    kind = ("flip", "cut", "delete", "swap", "older")[number % 5]
+    yield kind, path, other, old / path
+
+
+def do(kind, folder, path, other, older, rng):
+  """Damages a file; whether anything is different now."""
+  target = folder / path
+  raw = target.read_bytes()
+  if kind == "flip":
+    at = int(rng.integers(len(raw)))
+    flipped = raw[at] ^ (1 << int(rng.integers(8)))
+    target.write_bytes(raw[:at] + bytes([flipped]) + raw[at + 1 :])
+  elif kind == "cut":
+    target.write_bytes(raw[: int(rng.integers(len(raw)))])
+  elif kind == "delete":
+    target.unlink()
+  elif kind == "swap":
+    target.write_bytes((folder / other).read_bytes())
+    (folder / other).write_bytes(raw)
+  elif older.exists():
+    shutil.copy(older, target)
+  else:
+    target.unlink()
+
+
+@pytest.mark.parametrize("count", [
+  150, pytest.param(1500, marks=pytest.mark.slow)])
+def test_no_damage_is_silent(generations, tmp_path, count):
+  folders, ids, keyer = generations
+  rng, told = np.random.default_rng(count), 0
+  for old in folders[:2]:
+    work = damages(folders[2], old, rng, count // 2)
+    for number, (kind, path, other, older) in enumerate(work):
+      place = tmp_path / f"{old.name}-{number}"
+      shutil.copytree(folders[2], place)
+      do(kind, place, path, other, older, rng)
+      try:
+        tree = peek(place, keyer=keyer)
+        texts = [e["text"] for e in tree.journal.events]
+        if path == pathlib.Path(RECORD_KEY) and kind == "older":
+          check(tree, ids[: tree.cursor], keyer=keyer)  # an older commit
+        else:
+          check(tree, ids, keyer=keyer)
+          assert texts == ["x" * n for n in (9_000, 40_000, 45_000)]
+      except McjaxError as error:
+        told += 1
+        assert "\n" not in str(error)
+      shutil.rmtree(place)
+  assert told > count // 2
+
+
+def test_a_stale_and_an_exchanged_shard_are_told_where_they_are(
+  generations, tmp_path
+):
+  folders, ids, _ = generations
+  place = tmp_path / "t"
+  shutil.copytree(folders[2], place)
+  shutil.copy(folders[0] / "gists/0/L1/c/1/0", place / "gists/0/L1/c/1/0")
+  tree = peek(place)
+  tree.tokens(0, 45_000)
+  tree.gists(1, 0, 256)
+  with pytest.raises(McjaxError, match=r"gists/0/L1 .* rows 288 to 320 "):
+    tree.gists(1, 290, 291)
+
+
+def test_positions_beyond_two_to_the_31(tmp_path):
+  """A tree that says it is long reads and grows at its far end."""
+  from mcjax.tree.columns import Column, flush_columns
+  from mcjax.tree.store import ArraySpec, Store
+
+  far = 2**31 + 5 * 2**15
+  spec = ArraySpec("uint16", 0, 1024, 2**15)
+  store, ids = Store(tmp_path / "t"), random_ids(40_000)
+  column = Column(store, "tokens", spec, 0)
+  column.length = column.flushed = far
+  column.append(ids)
+  flush_columns([column], "t", everything=True)
+  again = Column(store, "tokens", spec, far + 40_000)
+  np.testing.assert_array_equal(again.read(far, far + 40_000), ids)
