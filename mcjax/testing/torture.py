@@ -78,7 +78,7 @@ def victim(url: str, seed: int, pipe: Connection | None) -> None:
     for _ in range(rng.integers(1, 4)):
       count = int(rng.choice(_APPENDS))
       tree.append(stream(tree.cursor, tree.cursor + count))
-    tree.record_access(1, np.arange(min(3, tree.num_nodes(1))))
+    tree.record_access(np.array(1), np.arange(min(3, tree.num_nodes(1))))
     tell("commit", tree.committed)
     tree.commit({"cursor": tree.cursor})
     if rng.random() < 0.2:

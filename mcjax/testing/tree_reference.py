@@ -86,6 +86,7 @@ def create(url, encoder=None, **kwargs):
 def reopen(url, encoder=None, **kwargs):
   """Opens for writing, as a new process after the old one was killed."""
   if (old := _WRITERS.pop(str(url), None)) is not None:
+    assert old._lock is not None
     old._lock.release()  # as the kernel does; nothing is flushed
   tree = MegaContextTree.open(
     url, encoder=encoder or TinyEncoder(), **{**BASE, **kwargs}

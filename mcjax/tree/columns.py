@@ -222,7 +222,7 @@ def _checksums(
   at = 0
   while at < len(rows):
     part = np.ascontiguousarray(rows[at : at + chunk - filled])
-    crc = zlib.crc32(part.view(np.uint8).reshape(-1), crc)
+    crc = zlib.crc32(part.view(np.uint8).reshape(-1).data, crc)
     filled, at = filled + len(part), at + len(part)
     if filled == chunk:
       sums.append(crc)
@@ -382,7 +382,7 @@ class TokenFrequency:
       array = store.array("frequency", self._spec, create=False)
       with io_errors("read token frequencies of", store.url):
         self.counts[:] = array[slot].read().result()
-      if crc is not None and crc != zlib.crc32(self.counts.view(np.uint8)):
+      if crc is not None and crc != zlib.crc32(self.counts.data):
         raise McjaxError(
           f"the token frequencies of {store.url} are damaged (checksum); see"
           " tools/check_tree"
@@ -404,7 +404,7 @@ class TokenFrequency:
       array = self._store.array("frequency", self._spec, create=True)
       with io_errors("write token frequencies of", self._store.url):
         array[slot].write(self.counts).result()
-      crc = zlib.crc32(self.counts.view(np.uint8))
+      crc = zlib.crc32(self.counts.data)
       return {"slot": slot, "blocks": self.blocks, "crc": crc}
     state = {"slot": self._slot, "blocks": self._saved}
     return state if self._crc is None else {**state, "crc": self._crc}

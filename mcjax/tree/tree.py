@@ -341,6 +341,7 @@ class MegaContextTree:
       raise McjaxError(f'{self.url} was opened with mode="r": cannot write')
 
   def _check_not_changed(self) -> None:
+    assert self._lock is not None
     self._lock.check()
     if self._store.read_record()[1] != self._generation:
       raise McjaxError(
