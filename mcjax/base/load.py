@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import re
-import struct
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax.base import hub
-from mcjax.base.config import decoder_config_from_gguf, decoder_config_from_hf
+from mcjax.base import files, hub
+from mcjax.base.config import Folds, decoder_config_from_hf, folds_from_hf
+from mcjax.base.gguf_config import decoder_config_from_gguf, folds_from_gguf
+from mcjax.base.gguf_file import GgufFile
 from mcjax.base.layout import (
   Leaf,
   Tensors,
@@ -31,12 +31,15 @@ from mcjax.base.layout import (
   read_sharded,
 )
 from mcjax.base.model import DecoderConfig
-from mcjax.base.parts import Quantised, stored_tensors
+from mcjax.base.parts import stored_tensors
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.parallel.sharding import RULES, Rules
 from mcjax.types import McjaxError
 
 _DTYPES = ("float32", "bfloat16")
+_MAX_HEADER = 1 << 23  # bytes that describe the tensors of a file
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "model*.bin")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,10 +120,10 @@ def load_decoder_config(source: str | os.PathLike) -> DecoderConfig:
   path = pathlib.Path(os.fspath(source)).expanduser()
   try:
     if path.name == "config.json" and path.is_file():
-      return decoder_config_from_hf(read_json(path))
+      return decoder_config_from_hf(files.read_json(path))
     path = _resolve(os.fspath(source))
     if path.is_dir():
-      return decoder_config_from_hf(read_json(path / "config.json"))
+      return decoder_config_from_hf(files.read_json(path / "config.json"))
     with _open_gguf(path) as (config, *_):
       return config
   except McjaxError as e:
@@ -158,61 +161,67 @@ def _resolve(source: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _open_folder(path: pathlib.Path) -> Iterator[tuple]:
-  config = decoder_config_from_hf(read_json(path / "config.json"))
+  hf = files.read_json(path / "config.json")
+  if isinstance(hf.get("text_config"), dict):
+    raise McjaxError(
+      "config.json describes a model of several kinds of input; take its "
+      "text-only folder")
+  config, folds = decoder_config_from_hf(hf), folds_from_hf(hf)
   tokenizer = Tokenizer.from_folder(path)
   with contextlib.ExitStack() as stack:
     tensors = _safetensors(path, stack)
-    yield config, tensors, _hf_leaves(config), tokenizer
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Parses a JSON object; McjaxError if it is missing or malformed."""
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except OSError as e:
-    raise McjaxError(f"cannot read {path.name}: {e.strerror}") from e
-  except ValueError as e:
-    raise McjaxError(f"{path.name} is not JSON: {e}") from e
-  if not isinstance(value, dict):
-    raise McjaxError(f"{path.name} holds no JSON object")
-  return value
+    yield config, tensors, _hf_leaves(config, folds), tokenizer
 
 
 def _safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Tensors:
   """Opens model.safetensors, or the shards that its index names."""
-  import safetensors
-
-  if (path / "model.safetensors").is_file():
-    files = ["model.safetensors"]
-  elif (path / "model.safetensors.index.json").is_file():
-    index = read_json(path / "model.safetensors.index.json").get("weight_map")
+  one, many = "model.safetensors", "model.safetensors.index.json"
+  if files.is_file(path / one):
+    names = [one]
+  elif files.is_file(path / many):
+    index = files.read_json(path / many, files.MAX_INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
-      raise McjaxError("model.safetensors.index.json has no 'weight_map'")
-    files = sorted({os.path.basename(str(name)) for name in index.values()})
+      raise McjaxError(f"{many} has no 'weight_map'")
+    names = sorted({os.path.basename(str(name)) for name in index.values()})
+  elif any(found for p in _PICKLES for found in path.glob(p)):
+    raise McjaxError(
+      f"its weights are pickled (.bin), which can run code; save them anew as "
+      f"{one}: AutoModelForCausalLM.from_pretrained(folder)"
+      f".save_pretrained(folder)")
   else:
-    raise McjaxError("no model.safetensors and no model.safetensors.index.json")
+    raise McjaxError(f"no {one} and no {many}")
   owner, shapes, stored = {}, {}, {}
-  for file in files:
-    if not (path / file).is_file():
-      raise McjaxError(f"{file} is missing")
-    try:
-      opened = safetensors.safe_open(path / file, framework="numpy")
-      handle = stack.enter_context(opened)
-      for key in handle.keys():
-        piece = handle.get_slice(key)
-        if piece.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-          raise McjaxError(f"{key!r} in {file} is {piece.get_dtype()}")
-        owner[key], shapes[key] = handle, tuple(piece.get_shape())
-    except (safetensors.SafetensorError, OSError) as e:
-      raise McjaxError(f"{file} is damaged: {e}") from e
-    stored.update(stored_tensors(path / file))
+  for name in names:
+    handle = _open_safetensors(path / name, stack)
+    for key in handle.keys():
+      piece = handle.get_slice(key)
+      if piece.get_dtype() not in _FLOATS:
+        raise McjaxError(f"{key!r} in {name} is {piece.get_dtype()}")
+      owner[key], shapes[key] = handle, tuple(piece.get_shape())
+    stored.update(stored_tensors(path / name))
   return Tensors(
     shapes, lambda name: owner[name].get_tensor(name),
     lambda name, slices: stored[name].part(slices),
     lambda name, at: stored[name].points(at))
 
 
-def _hf_leaves(config: DecoderConfig) -> dict[str, Leaf]:
+def _open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
+  """An open file of tensors, its header within limits."""
+  import safetensors
+
+  if not files.is_file(path):
+    raise McjaxError(f"{path.name} is missing")
+  try:
+    with path.open("rb") as file:
+      size = int.from_bytes(file.read(8), "little")
+    if size > _MAX_HEADER:
+      raise McjaxError(f"{path.name} is damaged: its header has {size} bytes")
+    return stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+  except (safetensors.SafetensorError, OSError) as e:
+    raise McjaxError(f"{path.name} is damaged: {e}") from e
+
+
+def _hf_leaves(config: DecoderConfig, folds: Folds) -> dict[str, Leaf]:
   """Parameter path -> leaf, `{i}` standing for the layer."""
   layer = "model.layers.{i}."
   names = dict(
@@ -232,13 +241,21 @@ def _hf_leaves(config: DecoderConfig) -> dict[str, Leaf]:
     q_norm="self_attn.q_norm.weight",
     k_norm="self_attn.k_norm.weight",
   )
+  if config.post_norm:
+    names.update(attn_post_norm="post_attention_layernorm.weight",
+                 mlp_norm="pre_feedforward_layernorm.weight",
+                 mlp_post_norm="post_feedforward_layernorm.weight")
+  if config.family == "phi3":
+    names.update(dict.fromkeys(("wq", "wk", "wv"), "self_attn.qkv_proj.weight"),
+                 w_gate="mlp.gate_up_proj.weight",
+                 w_up="mlp.gate_up_proj.weight")
   names = {key: layer + name for key, name in names.items()}
   names.update(
     embed="model.embed_tokens.weight",
     final_norm="model.norm.weight",
     unembed="lm_head.weight",
   )
-  return leaves_of(config, names, permuted=False)
+  return leaves_of(config, names, permuted=False, folds=folds)
 
 
 # --- GGUF --------------------------------------------------------------------
@@ -246,50 +263,19 @@ def _hf_leaves(config: DecoderConfig) -> dict[str, Leaf]:
 
 @contextlib.contextmanager
 def _open_gguf(path: pathlib.Path) -> Iterator[tuple]:
-  import gguf
-
-  try:
-    reader = gguf.GGUFReader(path)
-  except (ValueError, IndexError, KeyError, OSError, struct.error) as e:
-    raise McjaxError(f"not a whole GGUF file: {e}") from e
-  config = decoder_config_from_gguf(reader)
-  stored = {t.name: _quantised(t) for t in reader.tensors}
-  shapes = {name: tensor.shape for name, tensor in stored.items()}
-
-  def read(name: str) -> np.ndarray:
-    whole = tuple(slice(0, n) for n in shapes[name])
-    return stored[name].part(whole)
-
-  tokenizer = Tokenizer.from_gguf(reader)
-  reader.fields.clear()  # a view per token of the vocabulary
+  file = GgufFile(path)
+  config, folds = decoder_config_from_gguf(file), folds_from_gguf(file)
+  stored = {name: file.stored(name) for name in file.tensors}
+  shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+  tokenizer = Tokenizer.from_gguf(file)
+  file.fields.clear()  # a text per token of the vocabulary
   tensors = Tensors(
-    shapes, read, lambda name, slices: stored[name].part(slices),
+    shapes, file.read, lambda name, slices: stored[name].part(slices),
     lambda name, at: stored[name].points(at))
-  yield config, tensors, _gguf_leaves(config), tokenizer
+  yield config, tensors, _gguf_leaves(config, folds), tokenizer
 
 
-def _quantised(tensor) -> Quantised:
-  """A tensor of an open GGUF file."""
-  import gguf
-
-  def dequantise(rows: np.ndarray) -> np.ndarray:
-    try:
-      return gguf.quants.dequantize(rows, tensor.tensor_type)
-    except NotImplementedError as e:
-      raise McjaxError(
-        f"{tensor.name!r} is quantised as {tensor.tensor_type.name}, which the "
-        "gguf package cannot read"
-      ) from e
-
-  rows = tensor.data.reshape(-1, tensor.data.shape[-1])
-  shape = tuple(int(d) for d in tensor.shape[::-1])
-  plain = rows.shape[-1] == shape[-1]
-  return Quantised(
-    rows, shape, dequantise,
-    (1, 1) if plain else gguf.GGML_QUANT_SIZES[tensor.tensor_type])
-
-
-def _gguf_leaves(config: DecoderConfig) -> dict[str, Leaf]:
+def _gguf_leaves(config: DecoderConfig, folds: Folds) -> dict[str, Leaf]:
   names = dict(
     attn_norm="attn_norm.weight",
     mlp_norm="ffn_norm.weight",
@@ -306,13 +292,17 @@ def _gguf_leaves(config: DecoderConfig) -> dict[str, Leaf]:
     bo="attn_output.bias",
     q_norm="attn_q_norm.weight",
     k_norm="attn_k_norm.weight",
+    attn_post_norm="post_attention_norm.weight",
+    mlp_post_norm="post_ffw_norm.weight",
   )
+  if config.family == "phi3":
+    names.update(dict.fromkeys(("wq", "wk", "wv"), "attn_qkv.weight"),
+                 w_gate="ffn_up.weight", w_up="ffn_up.weight")
   names = {key: "blk.{i}." + name for key, name in names.items()}
   names.update(
     embed="token_embd.weight",
     final_norm="output_norm.weight",
     unembed="output.weight",
   )
-  return leaves_of(
-    config, names, permuted=config.family in ("llama", "smollm3")
-  )
+  permuted = config.family in ("llama", "smollm3", "granite")
+  return leaves_of(config, names, permuted, folds)

@@ -19,6 +19,8 @@ Parameters (L layers stacked in front, scanned):
   layers/bq [L, N, H], bk, bv [L, K, H]              if config.qkv_bias
   layers/bo [L, D]                                   if config.o_bias
   layers/q_norm, k_norm [L, H]                       if config.qk_norm
+         [L, N, H], [L, K, H]                        if config.qk_norm_whole
+  layers/attn_post_norm, mlp_post_norm [L, D]        if config.post_norm
   gist_adapter/gain, shift [L, D]                    if gists are read by one
 
 `unstacked` gives the same with a tuple of L layers in place of the stack.
@@ -40,6 +42,10 @@ import numpy as np
 from mcjax.types import Array
 
 REMAT = ("none", "dots", "layer")  # policies of `forward`
+_ACTIVATIONS = {
+  "silu": jax.nn.silu,
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 _NEGATIVE = -1e30  # masked score: finite, so an all-masked row stays finite
 
 
@@ -74,6 +80,16 @@ class DecoderConfig:
   qk_norm: bool = False
   rope_scaling: RopeScaling | None = None
   nope_layers: tuple[int, ...] = ()  # layers without RoPE (SmolLM3)
+  # Fields from here on came later; at their defaults no fingerprint has them.
+  rope_freqs: tuple[float, ...] | None = None  # in place of rope_theta's
+  rope_magnitude: float = 1.0  # of cosines and sines
+  local_layers: tuple[int, ...] = ()  # that read the newest positions only
+  local_window: int = 0  # positions that a local layer reads, its own included
+  local_rope_theta: float | None = None  # of local layers, if another
+  qk_norm_whole: bool = False  # one norm over all heads (OLMo 2)
+  pre_norm: bool = True  # a block's input is normalised
+  post_norm: bool = False  # a block's output is (Gemma 3, OLMo 2)
+  act: str = "silu"  # or gelu_tanh
 
   @property
   def flops_per_token(self) -> int:
@@ -151,42 +167,97 @@ def rms_norm(
 
 def rope_tables(
   config: DecoderConfig, positions: Int[Array, " S"]
-) -> tuple[Float[jax.Array, "S half"], Float[jax.Array, "S half"]]:
-  """Cosines and sines [S, H/2] in float32 for integer positions [S]."""
-  half = config.head_dim // 2
-  exponents = jnp.arange(half, dtype=jnp.float32) / half
-  freqs = jnp.exp(-math.log(config.rope_theta) * exponents)
+) -> tuple[Float[jax.Array, "S rotated"], ...]:
+  """Cosines and sines [S, R] in float32 for integer positions [S].
+
+  R is half the channels that are rotated. Where local layers turn otherwise,
+  their cosines and sines follow.
+  """
+  angles = positions.astype(jnp.float32)[:, None] * _frequencies(config)[None]
+  tables = jnp.cos(angles), jnp.sin(angles)
+  if config.rope_magnitude != 1.0:
+    tables = tuple(t * config.rope_magnitude for t in tables)
+  if config.local_rope_theta is None:
+    return tables
+  near = _powers(config.local_rope_theta, config.head_dim // 2)
+  angles = positions.astype(jnp.float32)[:, None] * near[None]
+  return (*tables, jnp.cos(angles), jnp.sin(angles))
+
+
+def _powers(theta: float, count: int) -> jax.Array:
+  exponents = jnp.arange(count, dtype=jnp.float32) / count
+  return jnp.exp(-math.log(theta) * exponents)
+
+
+def _frequencies(config: DecoderConfig) -> jax.Array:
+  """Radians a position, [R]."""
+  if config.rope_freqs is not None:
+    return jnp.array(config.rope_freqs, jnp.float32)
+  freqs = _powers(config.rope_theta, config.head_dim // 2)
   s = config.rope_scaling
-  if s is not None:
-    wavelength = 2 * math.pi / freqs
-    low = s.original_max_positions / s.low_freq_factor
-    high = s.original_max_positions / s.high_freq_factor
-    smooth = (s.original_max_positions / wavelength - s.low_freq_factor) / (
-      s.high_freq_factor - s.low_freq_factor
-    )
-    mixed = (1 - smooth) * freqs / s.factor + smooth * freqs
-    freqs = jnp.where(
-      wavelength > low,
-      freqs / s.factor,
-      jnp.where(wavelength < high, freqs, mixed),
-    )
-  angles = positions.astype(jnp.float32)[:, None] * freqs[None, :]
-  return jnp.cos(angles), jnp.sin(angles)
+  if s is None:
+    return freqs
+  wavelength = 2 * math.pi / freqs
+  low = s.original_max_positions / s.low_freq_factor
+  high = s.original_max_positions / s.high_freq_factor
+  smooth = (s.original_max_positions / wavelength - s.low_freq_factor) / (
+    s.high_freq_factor - s.low_freq_factor
+  )
+  mixed = (1 - smooth) * freqs / s.factor + smooth * freqs
+  return jnp.where(
+    wavelength > low,
+    freqs / s.factor,
+    jnp.where(wavelength < high, freqs, mixed),
+  )
 
 
 def rotate(
   x: Float[Array, "... S H"],
-  cos: Float[Array, "S half"],
-  sin: Float[Array, "S half"],
+  cos: Float[Array, "S rotated"],
+  sin: Float[Array, "S rotated"],
 ) -> Float[jax.Array, "... S H"]:
-  """Rotates x [..., S, H] by tables [S, H/2]; half-split convention."""
+  """Rotates x [..., S, H] by tables [S, R]; half-split convention.
+
+  The first 2 R channels of a head are rotated, the others stay.
+  """
   lead = (1,) * (x.ndim - 2)
   cos = cos.reshape(lead + cos.shape)
   sin = sin.reshape(lead + sin.shape)
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate(
-    [a * cos - b * sin, b * cos + a * sin], axis=-1
-  ).astype(x.dtype)
+  turned = 2 * cos.shape[-1]
+  wide = x.astype(jnp.float32)
+  a, b = jnp.split(wide[..., :turned], 2, axis=-1)
+  parts = [a * cos - b * sin, b * cos + a * sin]
+  if turned < x.shape[-1]:
+    parts.append(wide[..., turned:])
+  return jnp.concatenate(parts, axis=-1).astype(x.dtype)
+
+
+class LayerKinds(NamedTuple):
+  """What differs from layer to layer; a field is None where none does.
+
+  Attributes:
+    rope: [L] bool, whether a layer rotates queries and keys.
+    local: [L] bool, whether it reads the newest positions only.
+  """
+
+  rope: jax.Array | None = None
+  local: jax.Array | None = None
+
+  def at(self, layer: int) -> LayerKinds:
+    """The kinds of one layer."""
+    return LayerKinds(*(None if a is None else a[layer] for a in self))
+
+
+def layer_kinds(config: DecoderConfig) -> LayerKinds:
+  """The kinds of all layers."""
+  def among(layers, sense: bool) -> jax.Array | None:
+    if not layers:
+      return None
+    return jnp.array(
+      [(i in layers) == sense for i in range(config.n_layers)], bool)
+
+  return LayerKinds(
+    among(config.nope_layers, False), among(config.local_layers, True))
 
 
 def rotate_keys(
@@ -196,22 +267,21 @@ def rotate_keys(
 ) -> Float[jax.Array, "L K S H"]:
   """Rotates a cache [L, K, S, H] to `positions` [S], once for many queries."""
   tables = rope_tables(config, positions)
-
-  def layer(scanned):
-    on, keys = scanned
-    rotated = rotate(keys, *tables)
-    return rotated if on is None else jnp.where(on, rotated, keys)
-
   # A loop over layers: else XLA fuses the cosines into the rotation and
   # computes each of them anew for every layer and head.
-  on = _rope_on(config) if config.nope_layers else None
-  return jax.lax.map(layer, (on, keys))
+  return jax.lax.map(
+    lambda layer: turn(layer[1], tables, layer[0]), (layer_kinds(config), keys))
 
 
-def _rope_on(config: DecoderConfig) -> Bool[jax.Array, " L"]:
-  return jnp.array(
-    [i not in config.nope_layers for i in range(config.n_layers)], bool
-  )
+def turn(x: jax.Array, table: tuple[jax.Array, ...], kind: LayerKinds
+         ) -> jax.Array:
+  """Rotates x [..., S, H] as a layer of this kind does, by its table."""
+  cos, sin = table[:2]
+  if len(table) > 2 and kind.local is not None:
+    cos, sin = (jnp.where(kind.local, near, far)
+                for near, far in zip(table[2:], table[:2]))
+  turned = rotate(x, cos, sin)
+  return turned if kind.rope is None else jnp.where(kind.rope, turned, x)
 
 
 def embed(
@@ -236,7 +306,7 @@ def unembed(
     spec, hidden.astype(w.dtype), w, preferred_element_type=jnp.float32)
 
 
-def _attend(config, query, segments, tables, q_positions, rope_on):
+def _attend(config, query, segments, tables, q_positions, kind):
   """Softmax attention of query [T, N, H] over all segments; returns [T, N, H].
 
   `segments` are (keys [K, S, H], values [K, S, H], positions, visible,
@@ -252,9 +322,12 @@ def _attend(config, query, segments, tables, q_positions, rope_on):
   scores = []
   for (keys, _, positions, visible, _), table in zip(segments, tables):
     if table is not None:
-      keys = _turn(keys, table, rope_on)
+      keys = turn(keys, table, kind)
     s = jnp.einsum("kmh,ksh->kms", q, keys, preferred_element_type=jnp.float32)
-    allowed = (positions[None, :] <= q_positions[:, None]) & visible[None, :]
+    ahead = q_positions[:, None] - positions[None, :]
+    allowed = (ahead >= 0) & visible[None, :]
+    if kind.local is not None:
+      allowed &= (ahead < config.local_window) | ~kind.local
     s = s.reshape(k_heads, t, groups, keys.shape[1]) / math.sqrt(h)
     scores.append(jnp.where(allowed[None, :, None], s, _NEGATIVE))
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
@@ -272,7 +345,9 @@ def _attend(config, query, segments, tables, q_positions, rope_on):
 
 def _project(config, layer, x):
   """Un-rotated queries [T, N, H], keys and values [K, T, H] of x [T, D]."""
-  y = rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
+  y = x
+  if config.pre_norm:
+    y = rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
   q = product("td,dnh->tnh", y, layer["wq"])
   k = product("td,dkh->tkh", y, layer["wk"])
   v = product("td,dkh->tkh", y, layer["wv"])
@@ -281,19 +356,22 @@ def _project(config, layer, x):
     k = k + layer["bk"][None].astype(k.dtype)
     v = v + layer["bv"][None].astype(v.dtype)
   if config.qk_norm:
-    q = rms_norm(q, layer["q_norm"], config.rms_norm_eps)
-    k = rms_norm(k, layer["k_norm"], config.rms_norm_eps)
+    q = _norm_heads(config, q, layer["q_norm"])
+    k = _norm_heads(config, k, layer["k_norm"])
   return q, k.transpose(1, 0, 2), v.transpose(1, 0, 2)
 
 
-def _turn(x, table, rope_on):
-  """Rotates x [K, T, H] by its table, unless this layer has no rotation."""
-  turned = rotate(x, *table)
-  return turned if rope_on is None else jnp.where(rope_on, turned, x)
+def _norm_heads(config, x, scale):
+  """Norm of queries or keys x [T, heads, H]: each head's, or all in one."""
+  if not config.qk_norm_whole:
+    return rms_norm(x, scale, config.rms_norm_eps)
+  flat = rms_norm(
+    x.reshape(x.shape[0], -1), scale.reshape(-1), config.rms_norm_eps)
+  return flat.reshape(x.shape)
 
 
-def _turn_queries(q, table, rope_on):
-  return _turn(q.transpose(1, 0, 2), table, rope_on).transpose(1, 0, 2)
+def _turn_queries(q, table, kind):
+  return turn(q.transpose(1, 0, 2), table, kind).transpose(1, 0, 2)
 
 
 def _finish(config, layer, x, mixed):
@@ -303,11 +381,19 @@ def _finish(config, layer, x, mixed):
   out = product("ta,ad->td", mixed.reshape(-1, wo.shape[0]), wo)
   if config.o_bias:
     out = out + layer["bo"][None].astype(out.dtype)
+  if config.post_norm:
+    out = rms_norm(out, layer["attn_post_norm"], config.rms_norm_eps)
   x = x + out
-  y = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
+  y = x
+  if config.pre_norm:
+    y = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
   gate = product("td,df->tf", y, layer["w_gate"])
-  gated = jax.nn.silu(gate) * product("td,df->tf", y, layer["w_up"])
-  return x + product("tf,fd->td", gated, layer["w_down"])
+  gated = _ACTIVATIONS[config.act](gate)
+  gated = gated * product("td,df->tf", y, layer["w_up"])
+  out = product("tf,fd->td", gated, layer["w_down"])
+  if config.post_norm:
+    out = rms_norm(out, layer["mlp_post_norm"], config.rms_norm_eps)
+  return x + out
 
 
 def _checkpointed(step, remat: str):
@@ -338,14 +424,14 @@ def _adapt(adapter, x, gists):
   return jnp.where(gists[:, None], read.astype(x.dtype), x)
 
 
-def _layer(config, layer, rope_on, x, positions, own_table, segments, tables,
+def _layer(config, layer, kind, x, positions, own_table, segments, tables,
            own_visible):
   """One decoder layer on x [T, D]; returns x and its new keys and values."""
   q, k, v = _project(config, layer, x)
   own = (k, v, positions, own_visible, False)
   mixed = _attend(
-    config, _turn_queries(q, own_table, rope_on), [*segments, own],
-    [*tables, own_table], positions, rope_on)
+    config, _turn_queries(q, own_table, kind), [*segments, own],
+    [*tables, own_table], positions, kind)
   return _finish(config, layer, x, mixed), k, v
 
 
@@ -386,7 +472,7 @@ def forward(
   tables = [
     None if s.rotated else rope_tables(config, s.positions) for s in segments
   ]
-  rope_on = _rope_on(config) if config.nope_layers else None
+  kinds = layer_kinds(config)
   caches = [(s.keys, s.values) for s in segments]
   adapter = params.get("gist_adapter")
 
@@ -404,12 +490,12 @@ def forward(
 
   step = _checkpointed(step, remat)
   if isinstance(params["layers"], dict):
-    scanned = (params["layers"], rope_on, caches, adapter)
+    scanned = (params["layers"], kinds, caches, adapter)
     x, (keys, values) = jax.lax.scan(step, x, scanned)
   else:
     new = []
     for i, layer in enumerate(params["layers"]):
-      on = None if rope_on is None else rope_on[i]
+      on = kinds.at(i)
       read = adapter and {name: a[i] for name, a in adapter.items()}
       x, own = step(x, (layer, on, [(k[i], v[i]) for k, v in caches], read))
       new.append(own)
@@ -455,7 +541,7 @@ def forward_branches(
   n, t, _ = branches.shape
   trunk_table = rope_tables(config, trunk_positions)
   tables = jax.vmap(lambda p: rope_tables(config, p))(positions)
-  rope_on = _rope_on(config) if config.nope_layers else None
+  kinds = layer_kinds(config)
   whole = jnp.ones((size,), bool)
   own_visible = jnp.ones((t,), bool)
 
@@ -464,7 +550,7 @@ def forward_branches(
     if adapter is not None and gists is not None:
       x = x.at[:size].set(_adapt(adapter, x[:size], gists))
     q, k, v = _project(config, layer, x)
-    keys, values = _turn(k[:, :size], trunk_table, on), v[:, :size]
+    keys, values = turn(k[:, :size], trunk_table, on), v[:, :size]
 
     def branch(q, k, v, positions, table, visible):
       return _attend(
@@ -488,7 +574,7 @@ def forward_branches(
   step = _checkpointed(step, remat)
   x = jnp.concatenate([trunk, branches.reshape(n * t, -1)])
   x, (keys, values) = jax.lax.scan(
-    step, x, (params["layers"], rope_on, params.get("gist_adapter")))
+    step, x, (params["layers"], kinds, params.get("gist_adapter")))
   hidden = rms_norm(x[size:], params["final_norm"], config.rms_norm_eps)
   return hidden.reshape(n, t, -1), keys, values
 

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
-from mcjax.base import gguf_vocabulary
+from mcjax.base import files, gguf_vocabulary
 from mcjax.base.chat_template import Ending, chat_template
+from mcjax.base.gguf_file import GgufFile
 from mcjax.types import McjaxError
 
 # Texts are cut here when they are long: in every byte-level pre-tokenizer a
@@ -36,6 +37,9 @@ _ENDS = (
   "<|eom_id|>",
   "</s>",
 )
+# Limits of tokenizer.json; the largest in the field has 33 MB and 1.5M entries.
+_MAX_FILE, _MAX_ENTRIES = 1 << 26, 1 << 22
+_MAX_STEPS, _MAX_GROWTH = 64, 1 << 10
 # How byte-level and SentencePiece vocabularies spell blanks and newlines.
 _SPELLED = (("\u0120", " "), ("\u010a", "\n"), ("\u2581", " "),
             ("<0x0A>", "\n"))
@@ -111,14 +115,8 @@ class Tokenizer:
     Raises:
       McjaxError: tokenizer.json is missing or malformed.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-      raise McjaxError("no tokenizer.json (a fast tokenizer is needed)")
-    try:
-      core = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as e:  # the Rust side raises bare Exception
-      raise McjaxError(f"tokenizer.json is damaged: {e}") from e
-    settings = _optional_json(folder / "tokenizer_config.json")
+    core = _read_core(folder / "tokenizer.json")
+    settings = files.optional_json(folder / "tokenizer_config.json")
     names: dict[str, Any] = {
       key: value.get("content") if isinstance(value, dict) else value
       for key, value in settings.items()
@@ -126,7 +124,7 @@ class Tokenizer:
     }
     stops = [core.token_to_id(names.get("eos_token") or "")]
     for file in ("config.json", "generation_config.json"):
-      ids = _optional_json(folder / file).get("eos_token_id")
+      ids = files.optional_json(folder / file).get("eos_token_id")
       stops += ids if isinstance(ids, list) else [ids]
     return cls(
       core,
@@ -137,16 +135,16 @@ class Tokenizer:
     )
 
   @classmethod
-  def from_gguf(cls, reader) -> Tokenizer:
+  def from_gguf(cls, file: GgufFile) -> Tokenizer:
     """Rebuilds the tokenizer that a GGUF file describes.
 
     Args:
-      reader: an open `gguf.GGUFReader`.
+      file: an open GGUF file.
 
     Raises:
       McjaxError: the file has no tokenizer, or one of an unknown kind.
     """
-    parts = gguf_vocabulary.read(reader)
+    parts = gguf_vocabulary.read(file)
     return cls(
       parts.core,
       bos_id=parts.bos_id if parts.adds_bos else None,
@@ -418,9 +416,9 @@ def _cuttable(core: tokenizers.Tokenizer, added: Iterable) -> bool:
 
 
 def _without_vocabulary(core: tokenizers.Tokenizer) -> str:
-  """JSON of a tokenizer's normaliser and pre-tokenizer alone."""
+  """JSON of a tokenizer without its model."""
   bare = tokenizers.Tokenizer(tokenizers.models.BPE())
-  for part in ("normalizer", "pre_tokenizer"):
+  for part in ("normalizer", "pre_tokenizer", "decoder"):
     if getattr(core, part) is not None:
       setattr(bare, part, getattr(core, part))
   return bare.to_str()
@@ -429,14 +427,46 @@ def _without_vocabulary(core: tokenizers.Tokenizer) -> str:
 # --- Hugging Face folders ----------------------------------------------------
 
 
-def _optional_json(path: pathlib.Path) -> dict[str, Any]:
-  if not path.is_file():
-    return {}
+def _read_core(path: pathlib.Path) -> tokenizers.Tokenizer:
+  """Reads tokenizer.json, within limits."""
+  if not files.is_file(path):
+    raise McjaxError("no tokenizer.json (a fast tokenizer is needed)")
+  text = files.read_text(path, _MAX_FILE)
+  if text.count(",") > _MAX_ENTRIES:
+    raise McjaxError(f"tokenizer.json has more than {_MAX_ENTRIES} entries")
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as e:
-    raise McjaxError(f"{path.name} is not JSON: {e}") from e
-  return value if isinstance(value, dict) else {}
+    core = tokenizers.Tokenizer.from_str(text)
+    # Before anything is encoded: a text may be padded to any length.
+    core.no_padding()
+    core.no_truncation()
+    core.encode("a", add_special_tokens=True)
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as e:  # bare Exceptions, and panics of the Rust side
+    why = " ".join(str(e).split())[:300]
+    raise McjaxError(f"tokenizer.json is damaged: {why}") from e
+  _check_steps(json.loads(_without_vocabulary(core)))
+  return core
+
+
+def _check_steps(setup: Any) -> None:
+  """Refuses steps that make ever longer texts of a short one."""
+  growth, steps = 1.0, 0
+  nodes = [setup]
+  while nodes:
+    node = nodes.pop()
+    if isinstance(node, list):
+      nodes += node
+    elif isinstance(node, dict):
+      nodes += node.values()
+      steps += "type" in node
+      if node.get("type") == "Replace":
+        pattern = node.get("pattern") or {}
+        old = pattern.get("String") if isinstance(pattern, dict) else ""
+        new = len(node.get("content") or "")
+        growth *= max(1, new / max(1, len(old or "")))
+  if growth > _MAX_GROWTH or steps > _MAX_STEPS:
+    raise McjaxError("tokenizer.json has steps that lengthen texts endlessly")
 
 
 def _folder_bos(core, settings: dict, names: dict[str, str]) -> int | None:
@@ -455,10 +485,11 @@ def _folder_bos(core, settings: dict, names: dict[str, str]) -> int | None:
 def _folder_template(folder: pathlib.Path, settings: dict) -> str | None:
   """chat_template.jinja, else the (default) entry of tokenizer_config."""
   path = folder / "chat_template.jinja"
-  if path.is_file():
-    return path.read_text(encoding="utf-8")
+  if files.is_file(path):
+    return files.read_text(path)
   template = settings.get("chat_template")
   if isinstance(template, list):
-    named = {t.get("name"): t.get("template") for t in template}
+    named = {t.get("name"): t.get("template") for t in template
+             if isinstance(t, dict)}
     template = named.get("default")
   return template

@@ -19,6 +19,8 @@ from safetensors.numpy import save_file
 from mcjax.types import McjaxError
 
 FORMAT_VERSION = 1
+_MAX_HEADER = 1 << 22  # bytes that describe the tensors of a file
+_MOST, _MOST_LAYERS = 1 << 20, 1 << 10  # of a setting, and of layers
 _ROOT = pathlib.Path(__file__).parent
 
 
@@ -61,27 +63,72 @@ def read_weights(path, kind: str) -> tuple[dict, dict, dict]:
     McjaxError: no such file, not weights of `kind`, or of another version.
   """
   path = pathlib.Path(path)
-  if not path.is_file():
+  if not path.exists():
     raise McjaxError(f"no {kind} weights at {path}")
+  if not path.is_file():
+    raise McjaxError(f"{path} is not a regular file")
   try:
+    with path.open("rb") as file:
+      size = int.from_bytes(file.read(8), "little")
+    if size > _MAX_HEADER:
+      raise McjaxError(f"{path}: its header has {size} bytes")
     with safe_open(path, framework="numpy") as file:
       metadata = file.metadata() or {}
       flat = {name: file.get_tensor(name) for name in file.keys()}
-  except (SafetensorError, OSError) as error:
+  except (SafetensorError, OSError, TypeError) as error:
     raise McjaxError(f"{path} is not a safetensors file: {error}") from error
   if metadata.get("format") != f"mcjax-{kind}":
     raise McjaxError(f"{path} holds no {kind} weights")
   if metadata.get("version") != str(FORMAT_VERSION):
     raise McjaxError(f"{path} has format version {metadata.get('version')}; "
                      f"this release reads {FORMAT_VERSION}")
+  config = _metadata(path, metadata, "config")
+  _check_sizes(path, config)
+  params = _nested(path, flat)
+  return params, config, _metadata(path, metadata, "card")
+
+
+def _nested(path, flat: dict[str, np.ndarray]) -> dict:
+  """{"a": {"b": array}} of {"a.b": array}, all of it finite numbers."""
   params: dict = {}
   for name, value in flat.items():
+    if value.dtype != np.int8 and value.dtype != np.float32:
+      raise McjaxError(f"{path}: {name!r} is {value.dtype}, not float32 or int8")
+    if not np.isfinite(value).all():
+      raise McjaxError(f"{path}: {name!r} holds NaN or infinite values")
     *parents, leaf = name.split(".")
     node = params
     for parent in parents:
       node = node.setdefault(parent, {})
+      if not isinstance(node, dict):
+        raise McjaxError(f"{path}: {name!r} is within another tensor")
+    if leaf in node:
+      raise McjaxError(f"{path}: {name!r} is within another tensor")
     node[leaf] = jnp.asarray(value)
-  return params, json.loads(metadata["config"]), json.loads(metadata["card"])
+  return params
+
+
+def _metadata(path, metadata: dict[str, str], key: str) -> dict:
+  """A JSON object of the metadata."""
+  try:
+    value = json.loads(metadata[key])
+  except (KeyError, ValueError, RecursionError) as error:
+    raise McjaxError(f"{path}: its {key!r} is missing or no JSON") from error
+  if not isinstance(value, dict):
+    raise McjaxError(f"{path}: its {key!r} is no JSON object")
+  return value
+
+
+def _check_sizes(path, config: dict) -> None:
+  """Refuses settings that no network has, before one is laid out."""
+  for name, value in config.items():
+    numbers = value if isinstance(value, list) else [value]
+    if len(numbers) > _MOST_LAYERS:
+      raise McjaxError(f"{path}: config {name!r} has {len(numbers)} entries")
+    most = _MOST_LAYERS if "layer" in name else _MOST
+    for number in numbers:
+      if isinstance(number, (int, float)) and not -most <= number <= most:
+        raise McjaxError(f"{path}: config {name!r} is {str(number)[:40]}")
 
 
 def shipped(base_name: str, kind: str) -> pathlib.Path | None:

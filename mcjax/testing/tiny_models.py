@@ -82,6 +82,80 @@ CONFIGS = {
     head_dim=32,
     rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
   ),
+  "mistral_local": _config(
+    "mistral", "MistralForCausalLM", rope_theta=10000.0, sliding_window=8),
+  "qwen2_yarn": _config(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    rope_theta=1000.0,
+    rope_scaling=dict(
+      rope_type="yarn", factor=4.0, original_max_position_embeddings=32),
+  ),
+  "llama_linear": _config(
+    "llama",
+    "LlamaForCausalLM",
+    rope_theta=1000.0,
+    rope_scaling=dict(rope_type="linear", factor=3.0),
+  ),
+  "gemma3": _config(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    head_dim=32,
+    hidden_activation="gelu_pytorch_tanh",
+    layer_types=["sliding_attention"] * 2 + ["full_attention"] * 2,
+    sliding_window=8,
+    rope_theta=50000.0,
+    rope_local_base_freq=100.0,
+    rope_scaling=dict(rope_type="linear", factor=2.0),
+    query_pre_attn_scalar=24,
+    tie_word_embeddings=True,
+  ),
+  # As a GGUF file can say it: every sixth layer is global.
+  "gemma3_six": _config(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    num_hidden_layers=6,
+    head_dim=32,
+    hidden_activation="gelu_pytorch_tanh",
+    sliding_window=8,
+    rope_theta=1e6,
+    query_pre_attn_scalar=32,
+    tie_word_embeddings=True,
+  ),
+  "phi3": _config(
+    "phi3",
+    "Phi3ForCausalLM",
+    rope_theta=10000.0,
+    sliding_window=16,
+    original_max_position_embeddings=128,
+    pad_token_id=0,
+  ),
+  "phi4_mini": _config(
+    "phi3",
+    "Phi3ForCausalLM",
+    rope_theta=10000.0,
+    sliding_window=None,
+    partial_rotary_factor=0.75,
+    original_max_position_embeddings=64,
+    rope_scaling=dict(
+      rope_type="longrope",
+      short_factor=[1.0, 1.1, 1.3, 1.7, 2.0, 2.5],
+      long_factor=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+    ),
+    tie_word_embeddings=True,
+    pad_token_id=0,
+  ),
+  "olmo2": _config("olmo2", "Olmo2ForCausalLM", rope_theta=10000.0),
+  "granite": _config(
+    "granite",
+    "GraniteForCausalLM",
+    rope_theta=10000.0,
+    embedding_multiplier=12.0,
+    logits_scaling=8.0,
+    residual_multiplier=0.22,
+    attention_multiplier=0.1,
+    tie_word_embeddings=True,
+  ),
   "smollm3": _config(
     "smollm3",
     "SmolLM3ForCausalLM",
@@ -114,11 +188,14 @@ def weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
   def norm(size):
     return 1 + normal((size,), 0.2)
 
+  def norms(p, names, size=d):
+    for name in names:
+      out[f"{p}{name}.weight"] = norm(size) - (kind == "gemma3_text")
+
   out = {"model.embed_tokens.weight": normal((v, d), 1.0)}
   for i in range(config["num_hidden_layers"]):
     p = f"model.layers.{i}."
-    out[p + "input_layernorm.weight"] = norm(d)
-    out[p + "post_attention_layernorm.weight"] = norm(d)
+    norms(p, _NORMS.get(kind, _NORMS["llama"]))
     for name, rows, columns in (
       ("q", n * h, d),
       ("k", k * h, d),
@@ -129,15 +206,35 @@ def weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
       biased = config.get("attention_bias") or (kind == "qwen2" and name != "o")
       if biased:
         out[f"{p}self_attn.{name}_proj.bias"] = normal((rows,), 0.5)
-      if kind == "qwen3" and name in "qk":
-        out[f"{p}self_attn.{name}_norm.weight"] = norm(h)
+      if kind in ("qwen3", "gemma3_text", "olmo2") and name in "qk":
+        norms(p, [f"self_attn.{name}_norm"], rows if kind == "olmo2" else h)
     out[p + "mlp.gate_proj.weight"] = linear(f, d)
     out[p + "mlp.up_proj.weight"] = linear(f, d)
     out[p + "mlp.down_proj.weight"] = linear(d, f)
-  out["model.norm.weight"] = norm(d)
+    if kind == "phi3":
+      _fuse(out, p + "self_attn.qkv_proj", [
+        f"{p}self_attn.{name}_proj" for name in "qkv"])
+      _fuse(out, p + "mlp.gate_up_proj", [
+        p + "mlp.gate_proj", p + "mlp.up_proj"])
+  norms("model.", ["norm"])
   if not config["tie_word_embeddings"]:
     out["lm_head.weight"] = linear(v, d)
   return out
+
+
+_NORMS = {
+  "llama": ("input_layernorm", "post_attention_layernorm"),
+  "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+  "gemma3_text": (
+    "input_layernorm", "post_attention_layernorm",
+    "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
+
+
+def _fuse(out: dict, name: str, parts: list[str]) -> None:
+  """Puts parts below one another, as Phi-3 stores them."""
+  out[name + ".weight"] = np.concatenate(
+    [out.pop(part + ".weight") for part in parts])
 
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|spare|>")
@@ -198,7 +295,12 @@ def write_folder(
   return folder
 
 
+_GGUF_KINDS = {"gemma3_text": "gemma3"}
 _GGUF_NAMES = (
+  ("self_attn.qkv_proj", "attn_qkv"),
+  ("mlp.gate_up_proj", "ffn_up"),
+  ("pre_feedforward_layernorm", "ffn_norm"),
+  ("post_feedforward_layernorm", "post_ffw_norm"),
   ("model.embed_tokens", "token_embd"),
   ("model.norm", "output_norm"),
   ("lm_head", "output"),
@@ -239,6 +341,7 @@ def write_gguf(
   import gguf
 
   kind = config["model_type"]
+  kind = _GGUF_KINDS.get(kind, kind)
   heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
   w = gguf.GGUFWriter(path, kind)
   w.add_block_count(config["num_hidden_layers"])
@@ -248,7 +351,25 @@ def write_gguf(
   w.add_head_count(heads)
   w.add_head_count_kv(kv)
   w.add_layer_norm_rms_eps(config["rms_norm_eps"])
+  if config.get("sliding_window") and kind in ("gemma3", "phi3"):
+    w.add_sliding_window(config["sliding_window"])
   rope = config.get("rope_parameters", config)
+  scaling = config.get("rope_scaling") or {}
+  if scaling.get("rope_type") in ("linear", "yarn"):
+    w.add_rope_scaling_type(gguf.RopeScalingType(scaling["rope_type"]))
+    w.add_rope_scaling_factor(scaling["factor"])
+  if scaling.get("rope_type") in ("longrope", "yarn"):
+    w.add_rope_scaling_orig_ctx_len(scaling.get(
+      "original_max_position_embeddings",
+      config.get("original_max_position_embeddings")))
+  if "partial_rotary_factor" in config:
+    w.add_rope_dimension_count(
+      int(config["hidden_size"] // heads * config["partial_rotary_factor"]))
+  if kind == "granite":
+    w.add_embedding_scale(config["embedding_multiplier"])
+    w.add_residual_scale(config["residual_multiplier"])
+    w.add_attention_scale(config["attention_multiplier"])
+    w.add_logit_scale(config["logits_scaling"])
   w.add_rope_freq_base(rope["rope_theta"])
   if "head_dim" in config:
     w.add_key_length(config["head_dim"])
@@ -266,7 +387,11 @@ def write_gguf(
   w.add_eos_token_id(tokens.index("<|im_end|>"))
   w.add_chat_template(CHATML)
   for name, value in tensors.items():
-    if kind in ("llama", "smollm3") and "_proj" in name:
+    if kind == "gemma3" and name.endswith("norm.weight"):
+      value = value + np.float32(1)
+    if kind in ("gemma3", "olmo2"):
+      name = name.replace("post_attention_layernorm", "post_attention_norm")
+    if kind in ("llama", "smollm3", "granite") and "_proj" in name:
       if "q_proj" in name:
         value = _permute(value, heads)
       elif "k_proj" in name:
@@ -280,6 +405,10 @@ def write_gguf(
       w.add_tensor(name, gguf.quants.quantize(value, q8), raw_dtype=q8)
     else:
       w.add_tensor(name, np.ascontiguousarray(value))
+  for length in ("long", "short"):
+    if f"{length}_factor" in scaling:
+      w.add_tensor(f"rope_factors_{length}.weight",
+                   np.array(scaling[f"{length}_factor"], np.float32))
   if rope_freqs is not None:
     w.add_tensor("rope_freqs.weight", rope_freqs.astype(np.float32))
   w.write_header_to_file()

@@ -126,9 +126,10 @@ def _rope(config, positions):
 )
 def _look(config, old, state, tables):
   del old
+  kinds = model.layer_kinds(config)
   keys = tuple(
     state.keys[i] if i in config.nope_layers
-    else model.rotate(state.keys[i], *tables)
+    else model.turn(state.keys[i], tables, kinds.at(i)._replace(rope=None))
     for i in range(config.n_layers)
   )
   return View(keys, tuple(state.values))

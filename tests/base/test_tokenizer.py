@@ -270,22 +270,16 @@ def test_folder_settings(tmp_path):
   assert Tokenizer.from_folder(tmp_path).bos_id is None
 
 
-class _Field:
-  def __init__(self, value):
-    self._value = value
-
-  def contents(self):
-    return self._value
-
-
-class _Reader:
-  """The part of gguf.GGUFReader that a vocabulary needs."""
+class _File:
+  """The part of a GgufFile that a vocabulary needs."""
 
   def __init__(self, **fields):
-    self._fields = {f"tokenizer.ggml.{k}": v for k, v in fields.items()}
+    self._fields = {
+      f"tokenizer.ggml.{k}": np.array(v) if k in ("token_type", "scores") and v
+      else v for k, v in fields.items()}
 
-  def get_field(self, key):
-    return _Field(self._fields[key]) if key in self._fields else None
+  def get(self, key, default=None):
+    return self._fields.get(key, default)
 
 
 def _sentence_piece_fields() -> dict:
@@ -303,7 +297,7 @@ def _sentence_piece_fields() -> dict:
 
 
 def test_sentence_piece_from_gguf():
-  tokenizer = Tokenizer.from_gguf(_Reader(**_sentence_piece_fields()))
+  tokenizer = Tokenizer.from_gguf(_File(**_sentence_piece_fields()))
   assert tokenizer.bos_id == 1 and tokenizer.stop_ids == (2,)
   for text in ("abc ab", "a  cab", "né 🙂", "abc</s>ab"):
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -326,4 +320,4 @@ def test_sentence_piece_from_gguf():
 def test_unknown_vocabularies(changes, words):
   fields = {**_sentence_piece_fields(), **changes}
   with pytest.raises(McjaxError, match=words):
-    Tokenizer.from_gguf(_Reader(**fields))
+    Tokenizer.from_gguf(_File(**fields))

@@ -55,7 +55,8 @@ def trace(params, config: model.DecoderConfig, x: jax.Array
   Raises:
     McjaxError: layers without rotation, biases or query norms.
   """
-  if config.nope_layers or config.qkv_bias or config.qk_norm or config.o_bias:
+  if (config.nope_layers or config.qkv_bias or config.qk_norm or config.o_bias
+      or config.local_layers or config.post_norm or config.act != "silu"):
     raise McjaxError("Objective.attend covers plain Llama layers only, not "
                      f"those of a {config.family}; leave it at 0")
   places = jnp.arange(x.shape[0], dtype=jnp.int32)
