@@ -226,7 +226,7 @@ def rotate(
   turned = 2 * cos.shape[-1]
   wide = x.astype(jnp.float32)
   a, b = jnp.split(wide[..., :turned], 2, axis=-1)
-  parts = [a * cos - b * sin, b * cos + a * sin]
+  parts: list[Array] = [a * cos - b * sin, b * cos + a * sin]
   if turned < x.shape[-1]:
     parts.append(wide[..., turned:])
   return jnp.concatenate(parts, axis=-1).astype(x.dtype)

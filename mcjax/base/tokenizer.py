@@ -100,6 +100,8 @@ class Tokenizer:
     self._vocab = core.get_vocab(with_added_tokens=True)
     added = core.get_added_tokens_decoder()
     self._cuttable = _cuttable(core, added.values())
+    if not self._vocab:
+      raise McjaxError("the tokenizer has no tokens")
     self.vocab_size = 1 + max(self._vocab.values())
     self.special_ids = frozenset(i for i, t in added.items() if t.special)
     self.bos_id = bos_id
@@ -201,7 +203,8 @@ class Tokenizer:
 
   def largest_text_id(self) -> int:
     """The largest id that `encode` can give."""
-    return max(i for i in self._vocab.values() if i not in self.special_ids)
+    text = (i for i in self._vocab.values() if i not in self.special_ids)
+    return max(text, default=-1)
 
   # --- Chat ------------------------------------------------------------------
 
@@ -439,13 +442,15 @@ def _read_core(path: pathlib.Path) -> tokenizers.Tokenizer:
     # Before anything is encoded: a text may be padded to any length.
     core.no_padding()
     core.no_truncation()
+    _check_steps(json.loads(_without_vocabulary(core)))
     core.encode("a", add_special_tokens=True)
+  except McjaxError:
+    raise
   except (KeyboardInterrupt, SystemExit):
     raise
   except BaseException as e:  # bare Exceptions, and panics of the Rust side
     why = " ".join(str(e).split())[:300]
     raise McjaxError(f"tokenizer.json is damaged: {why}") from e
-  _check_steps(json.loads(_without_vocabulary(core)))
   return core
 
 

@@ -234,14 +234,8 @@ def read_gistnet(path) -> tuple[dict, GistNetConfig, dict]:
       that do not fit the stored configuration.
   """
   params, fields, card = pretrained.read_weights(path, "gistnet")
-  try:
-    config = GistNetConfig(**fields)
-  except TypeError as error:
-    raise McjaxError(f"{path}: unknown configuration, {error}") from error
-  expected = jax.eval_shape(lambda: init_params(config))
-  shapes = [jax.tree.map(lambda a: a.shape, p) for p in (params, expected)]
-  if shapes[0] != shapes[1]:
-    raise McjaxError(f"{path}: weights do not fit the stored configuration")
+  config = pretrained.laid_out(
+    path, params, init_params, GistNetConfig, fields)
   return params, config, card
 
 

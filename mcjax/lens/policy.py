@@ -383,7 +383,8 @@ def _load(lm: BaseLM, source):
   path = source or pretrained.shipped(lm.name, "lensnet")
   if path is not None:
     params, fields, card = pretrained.read_weights(path, "lensnet")
-    config = lensnet.LensNetConfig(**fields)
+    config = pretrained.laid_out(
+      path, params, lensnet.init_params, lensnet.LensNetConfig, fields)
     if config.d_model == lm.config.d_model:
       return params, config, card
     if source is not None:

@@ -6,6 +6,7 @@ the format, the version, the configuration and the facts of the model card.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -20,7 +21,9 @@ from mcjax.types import McjaxError
 
 FORMAT_VERSION = 1
 _MAX_HEADER = 1 << 22  # bytes that describe the tensors of a file
-_MOST, _MOST_LAYERS = 1 << 20, 1 << 10  # of a setting, and of layers
+_MOST, _MOST_LAYERS = 1 << 20, 1 << 8  # of a setting, and of layers
+_REPEATED = ("layers", "children_layers", "rounds", "levels", "adapter_layers",
+             "slots_per_gist", "slot_parts")
 _ROOT = pathlib.Path(__file__).parent
 
 
@@ -71,7 +74,8 @@ def read_weights(path, kind: str) -> tuple[dict, dict, dict]:
     with path.open("rb") as file:
       size = int.from_bytes(file.read(8), "little")
     if size > _MAX_HEADER:
-      raise McjaxError(f"{path}: its header has {size} bytes")
+      raise McjaxError(
+        f"{path} is not a safetensors file: its header has {size} bytes")
     with safe_open(path, framework="numpy") as file:
       metadata = file.metadata() or {}
       flat = {name: file.get_tensor(name) for name in file.keys()}
@@ -88,12 +92,57 @@ def read_weights(path, kind: str) -> tuple[dict, dict, dict]:
   return params, config, _metadata(path, metadata, "card")
 
 
+def laid_out(
+  path, params: dict, make, settings: type, fields: dict, exact: bool = True
+):
+  """The configuration of weights that fit it.
+
+  Args:
+    path: of the file, for the words of an error.
+    params: what it holds.
+    make: parameters of a configuration; only their shapes are worked out.
+    settings: class of the configuration.
+    fields: of it, as they are stored.
+    exact: whether the file may hold nothing else.
+
+  Raises:
+    McjaxError: a field is unknown, of another kind or out of range, or a
+      weight is missing or of another shape.
+  """
+  try:
+    for field in dataclasses.fields(settings):
+      known = field.default is not dataclasses.MISSING
+      kind = type(field.default) if known else int
+      value = fields.get(field.name, field.default if known else None)
+      if kind in (bool, int, float) and type(value) not in (kind, int):
+        raise TypeError(f"{field.name} is {value!r}")
+    config = settings(**fields)
+    expected = _shapes(jax.eval_shape(lambda: make(config)))
+  except Exception as error:  # what JAX and Flax raise of absurd sizes
+    why = " ".join(str(error).split())[:200]
+    raise McjaxError(f"{path}: unknown configuration, {why}") from error
+  found = _shapes(params)
+  for name in {**expected, **(found if exact else {})}:
+    if found.get(name) != expected.get(name):
+      raise McjaxError(
+        f"{path}: weights do not fit the stored configuration: {name!r} is "
+        f"{found.get(name, 'missing')}, expected {expected.get(name, 'none')}")
+  return config
+
+
+def _shapes(params) -> dict[str, tuple[int, ...]]:
+  """{"a.b": shape} of a nested dictionary."""
+  flat = jax.tree_util.tree_flatten_with_path(params)[0]
+  return {".".join(k.key for k in path): tuple(leaf.shape)
+          for path, leaf in flat}
+
+
 def _nested(path, flat: dict[str, np.ndarray]) -> dict:
   """{"a": {"b": array}} of {"a.b": array}, all of it finite numbers."""
   params: dict = {}
   for name, value in flat.items():
     if value.dtype != np.int8 and value.dtype != np.float32:
-      raise McjaxError(f"{path}: {name!r} is {value.dtype}, not float32 or int8")
+      raise McjaxError(f"{path}: {name!r} is of {value.dtype}")
     if not np.isfinite(value).all():
       raise McjaxError(f"{path}: {name!r} holds NaN or infinite values")
     *parents, leaf = name.split(".")
@@ -125,7 +174,7 @@ def _check_sizes(path, config: dict) -> None:
     numbers = value if isinstance(value, list) else [value]
     if len(numbers) > _MOST_LAYERS:
       raise McjaxError(f"{path}: config {name!r} has {len(numbers)} entries")
-    most = _MOST_LAYERS if "layer" in name else _MOST
+    most = _MOST_LAYERS if name in _REPEATED else _MOST
     for number in numbers:
       if isinstance(number, (int, float)) and not -most <= number <= most:
         raise McjaxError(f"{path}: config {name!r} is {str(number)[:40]}")
