@@ -88,7 +88,7 @@ _BASE = (
   ("embed", P(TENSOR, FSDP)),
   ("unembed", P(FSDP, TENSOR)),
   ("final_norm", P()),
-  (r"layers/(attn_norm|mlp_norm|q_norm|k_norm|bo)", P()),
+  (r"layers/((attn|mlp)_(post_)?norm|q_norm|k_norm|bo)", P()),
   (r"layers/wq", P(None, FSDP, TENSOR, None)),
   (r"layers/(wk|wv)", P(None, FSDP, KEY_HEADS, None)),
   (r"layers/wo", P(None, TENSOR, None, FSDP)),

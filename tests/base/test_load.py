@@ -11,6 +11,7 @@ import pytest
 
 from mcjax.base import hub
 from mcjax.base.load import load_base_lm
+from mcjax.parallel import sharding
 from mcjax.testing import tiny_models
 from mcjax.types import McjaxError
 
@@ -62,6 +63,16 @@ def test_gguf_equals_folder(case, tmp_path):
   _assert_same(file.params, folder.params)
   assert file.fingerprint == folder.fingerprint
   assert file.tokenizer.stop_ids == folder.tokenizer.stop_ids
+
+
+@pytest.mark.parametrize("case", ["gemma3_six", "phi3", "olmo2", "granite"])
+def test_each_family_is_read_into_shards(case, tmp_path):
+  """Constants and shared tensors too, device by device."""
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  path = _folder(tmp_path / "m", case)
+  whole, split = load_base_lm(path), load_base_lm(path, mesh=mesh)
+  _assert_same(whole.params, split.params)
+  assert whole.fingerprint == split.fingerprint
 
 
 def test_gguf_dequantises(tmp_path):
