@@ -17,7 +17,7 @@ from runtime_cases import SMALL, WINDOW, settled_logits, state_of
 from mcjax import Config, MegaContext
 from mcjax.runtime.telemetry import compile_count
 from mcjax.testing import tiny_base
-from mcjax.types import BRANCHING
+from mcjax.types import BRANCHING, McjaxError
 
 # --- Ingest and generate -----------------------------------------------------
 
@@ -305,11 +305,40 @@ def test_a_crash_resumes_at_the_last_commit(make, tiny_lm, tiny_gistnet):
   mc.ingest(tiny_base.text(700))
   focus = mc.focus()
   mc._loop.remember(np.arange(50, dtype=np.int32))  # and no commit
+  mc.tree.close()  # drops it, as a crash does
+  mc._closed = True
   again = MegaContext.open(mc.tree.url, tiny_lm, gistnet=tiny_gistnet)
   assert again.cursor == 701 and again.focus() == focus
   again.close()
-  mc.tree.close()
-  mc._closed = True
+
+
+def test_a_turn_that_fails_leaves_everything_as_before(make, tiny_lm,
+                                                       tiny_gistnet):
+  mc = make()
+  mc.ingest(tiny_base.text(700))
+  mc.next_logits()  # runs the window; from now on only the newest token
+  before = mc.cursor, mc.focus(), mc.next_logits()
+
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  for fail in (
+    lambda: mc.generate("what?", max_new_tokens=40, on_text=stop),
+    lambda: mc.ingest(tiny_base.text(900, 1), progress=stop),
+  ):
+    with pytest.raises(KeyboardInterrupt):
+      fail()
+    assert (mc.cursor, mc.focus()) == before[:2]
+    np.testing.assert_array_equal(mc.next_logits(), before[2])
+  with MegaContext.open(mc.tree.url, tiny_lm, gistnet=tiny_gistnet, mode="r"
+                        ) as reader:
+    assert reader.generate("what?", max_new_tokens=2, remember=False).text
+    for write in (lambda: reader.ingest("x"), lambda: reader.generate("x")):
+      with pytest.raises(McjaxError, match='mode="r"'):
+        write()
+    assert not reader.refresh()
+    mc.ingest("more")
+    assert reader.refresh() and reader.cursor == mc.cursor
 
 
 # --- Cost --------------------------------------------------------------------

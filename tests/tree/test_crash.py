@@ -110,8 +110,8 @@ def test_a_stale_and_an_exchanged_shard_are_told_where_they_are(
   tree = peek(place)
   tree.tokens(0, 45_000)
   tree.gists(1, 0, 256)
-  with pytest.raises(McjaxError, match=r"gists/0/L1 .* rows 288 to 320 "):
-    tree.gists(1, 290, 291)
+  with pytest.raises(McjaxError, match=r"gists/0/L1 .* rows 256 to 288 "):
+    tree.gists(1, 285, 286)
 
 
 def test_positions_beyond_two_to_the_31(tmp_path):
