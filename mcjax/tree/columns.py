@@ -105,7 +105,7 @@ class Column:
           raise McjaxError(
             f"{self.path} of {self._store.url} is damaged: rows {at} to"
             f" {min(at + chunk, high)} are not those that were committed"
-            " (checksum); see tools/check_tree"
+            " (checksum): restore the tree from a backup"
           )
     return rows[start - low : stop - low]
 
@@ -384,8 +384,8 @@ class TokenFrequency:
         self.counts[:] = array[slot].read().result()
       if crc is not None and crc != zlib.crc32(self.counts.data):
         raise McjaxError(
-          f"the token frequencies of {store.url} are damaged (checksum); see"
-          " tools/check_tree"
+          f"the token frequencies of {store.url} are damaged (checksum):"
+          " restore the tree from a backup"
         )
 
   def add(self, blocks: np.ndarray) -> None:
