@@ -10,7 +10,7 @@ POLICIES = ("auto", "lensnet", "similarity", "recency", "random", "oracle")
 KV_MODES = ("splice", "exact")
 GIST_ATTENTION = ("auto", "visible", "masked")
 RAW_ATTENTION = ("sentences", "blocks", "all")
-MIN_WINDOW = 512
+MIN_WINDOW = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Config:
       sentences: where sentences answer it, these and the history's first token
       alone, unless the whole history is raw; blocks: instead of the sentences
       the blocks of 32 tokens that hold them; all: everything.
+    read_tokens: tokens of such sentences that are read at most; 0 does what the
+      card of the base's LensNet measured to be best.
     contrast: how much an answer that is read from such text alone leans on
       what it adds to what the base says without it (context-aware decoding,
       two forward passes a token); 0 leaves it out.
@@ -46,8 +48,10 @@ class Config:
       reduced automatically so that the window fits the base's range. None
       where the LM does not attend to gists.
     sink_tokens: first tokens of the history pinned at L0 (StreamingLLM).
-    recent_tokens: newest tokens at L0 at cold start.
-    gists_per_level: nodes kept at each level at cold start, nearest first.
+    recent_tokens: newest tokens at L0 at cold start; 0 fills what the window
+      has room for.
+    gists_per_level: nodes kept at each level at cold start, nearest first;
+      where the LM sees no gists and recent_tokens is 0, as few as can be.
     protect_tokens: newest tokens that are never collapsed; of those before a
       question none.
     renew_tokens: newest tokens run again after an expand, so that they read
@@ -76,10 +80,11 @@ class Config:
   search_nodes: int = 256
   gist_attention: str = "auto"
   raw_attention: str = "sentences"
+  read_tokens: int = 0
   contrast: float = 0.5
   gist_stride: int = 1
   sink_tokens: int = 32
-  recent_tokens: int = 256
+  recent_tokens: int = 0
   gists_per_level: int = 64
   protect_tokens: int = 64
   renew_tokens: int = 1
@@ -108,7 +113,8 @@ class Config:
     for name, low in (
       ("refocus_every", BRANCHING), ("max_edits", 1), ("cooldown", 0),
       ("settle_steps", 0), ("search_nodes", BRANCHING), ("gist_stride", 1),
-      ("sink_tokens", 0), ("recent_tokens", BRANCHING), ("gists_per_level", 0),
+      ("sink_tokens", 0), ("recent_tokens", 0), ("gists_per_level", 0),
+      ("read_tokens", 0),
       ("protect_tokens", BRANCHING), ("renew_tokens", 1), ("refresh_every", 0),
       ("delta_nll_every", 0), ("seed", 0),
     ):

@@ -1,17 +1,24 @@
 """What the tests of LensNet's rows and policy share: a history, its view."""
 
+import dataclasses
+
+import numpy as np
+
 from mcjax import Config, MegaContext
 from mcjax.testing import tiny_base
-from mcjax.window.focus_view import FocusView
 
 
-def view_of(mc, query_start=None):
-  window = mc._loop.context.window
-  query = mc._loop.query
-  return FocusView(
-    window.entries, mc.tree, query.ids, query.weights,
-    query.start if query_start is None else query_start, False, 0, False,
-    context_lm=mc._loop.context)
+def view_of(mc, **changes):
+  """What a policy sees of text that is read on."""
+  return dataclasses.replace(mc._loop.view(), **changes)
+
+
+def asked_view(mc, question):
+  """What it sees of a question about the history as it is."""
+  ids = np.asarray(mc.lm.tokenizer.encode(question), np.int32)
+  return view_of(
+    mc, query_start=mc.cursor, asked=True, query_ids=ids,
+    query_weights=np.ones(len(ids), np.float32))
 
 
 def opened(tiny_lm, tiny_gistnet, count, text=None, policy=None, **config):

@@ -12,7 +12,7 @@ def test_defaults_are_those_of_the_design():
   config = Config()
   assert dataclasses.asdict(config) | dict(
     window=2048, policy="auto", kv="splice", refocus_every=32,
-    max_edits=4, cooldown=2, threshold=0.2, settle_steps=8, recent_tokens=256,
+    max_edits=4, cooldown=2, threshold=0.2, settle_steps=8, recent_tokens=0,
     gists_per_level=64, gist_stride=1,
   ) == dataclasses.asdict(config)
   assert config.gists_per_level * 32 == 2048  # cold start: 2,048 at L1
@@ -32,7 +32,7 @@ def test_every_policy_is_accepted(policy):
 
 
 @pytest.mark.parametrize("field, value", [
-  ("window", 480), ("window", 513), ("window", 0), ("window", -512),
+  ("window", 224), ("window", 513), ("window", 0), ("window", -512),
   ("window", 1024.0), ("window", "2048"), ("window", None), ("window", True),
   ("policy", "best"), ("policy", None), ("policy", 3), ("policy", ""),
   ("kv", "fast"), ("kv", True),
@@ -45,7 +45,7 @@ def test_every_policy_is_accepted(policy):
   ("gist_attention", "on"), ("gist_attention", True),
   ("gist_stride", 0), ("gist_stride", 33),
   ("sink_tokens", -32), ("sink_tokens", 31), ("sink_tokens", 1024),
-  ("recent_tokens", 0), ("recent_tokens", 40),
+  ("recent_tokens", -32), ("recent_tokens", 40),
   ("gists_per_level", -1), ("protect_tokens", 0), ("protect_tokens", 544),
   ("refresh_every", -1), ("delta_nll_every", -5),
   ("chat", "always"), ("temperature", -0.1), ("temperature", float("nan")),

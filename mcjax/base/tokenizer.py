@@ -194,6 +194,22 @@ class Tokenizer:
       out.append(piece)
     return out
 
+  def token_bytes(self, token_id: int) -> bytes:
+    """The UTF-8 bytes that a token adds to text; may end within a character."""
+    piece = self._core.id_to_token(token_id) or ""
+    if self._is_byte_level:
+      known = _byte_alphabet()
+      if all(character in known for character in piece):
+        return bytes(known[character] for character in piece)
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
+      return bytes([int(piece[3:5], 16)])
+    return piece.replace("\u2581", " ").encode("utf-8", "replace")
+
+  @functools.cached_property
+  def _is_byte_level(self) -> bool:
+    """Whether the vocabulary spells bytes as characters (GPT-2's way)."""
+    return self._core.token_to_id("\u0120") is not None
+
   def vocabulary_digest(self) -> bytes:
     """SHA-256 of the tokens in the order of their ids."""
     text = json.dumps(
@@ -313,6 +329,14 @@ class Tokenizer:
     return self._encode_template(self._template.ending().closed)
 
   @functools.cached_property
+  def question_ids(self) -> np.ndarray:
+    """Ids [T] int32 that open a later user's turn; empty without a template."""
+    if not self.has_chat_template:
+      return np.zeros((0,), np.int32)
+    layout = self._template.later(("user",), True)
+    return self._encode_template(layout.pieces[0])
+
+  @functools.cached_property
   def answer_ids(self) -> np.ndarray:
     """Ids [T] int32 that open the model's answer; empty without a template."""
     if not self.has_chat_template:
@@ -391,6 +415,15 @@ def _alternate(words, pieces) -> list[tuple[str, int]]:
   for i, text in enumerate(words):
     out += [(pieces[i], -1), (text, i)]
   return out
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+  """The byte that each character of a byte-level vocabulary stands for."""
+  plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [b for b in range(256) if b not in plain]
+  return {chr(b): b for b in plain} | {
+    chr(256 + i): b for i, b in enumerate(others)}
 
 
 def _pieces(text: str) -> list[str]:

@@ -37,6 +37,7 @@ class Oracle:
     self._similar = Similarity(config.search_nodes)
     self.touched = 0
     self.bytes_read = 0
+    self.answerable = 0.0
     self.sources: tuple[tuple[int, int], ...] = ()
 
   def score(self, view: FocusView) -> np.ndarray:

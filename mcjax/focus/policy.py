@@ -12,8 +12,12 @@ from typing import Protocol
 
 import numpy as np
 
+from mcjax.types import BRANCHING
 from mcjax.window.context_lm import ContextLM
 from mcjax.window.focus_view import FocusView
+
+WISH = 0.2  # tau, the allocator's: scores beyond it ask for an edit
+_COST = BRANCHING - 1  # slots of an expand
 
 
 class Policy(Protocol):
@@ -21,36 +25,70 @@ class Policy(Protocol):
 
   Attributes:
     touched, bytes_read: work of the last call of `score`.
+    sources: token spans (start, stop) that answer the prompt, in order, as far
+      as the history holds an answer.
+    answerable: how surely it does, in [0, 1].
   """
 
   touched: int
   bytes_read: int
+  answerable: float
 
   @property
   def sources(self) -> Sequence[tuple[int, int]]:
-    """Token spans (start, stop) of the sentences that answer the question.
-
-    Empty where the last query was none, or nothing answers it.
-    """
+    """See the class."""
+    ...
 
   def score(self, view: FocusView) -> np.ndarray:
     """Signed score in [-1, 1] per entry, [E] float32."""
+    ...
 
   def warm_up(self, context: ContextLM) -> None:
     """Compiles what `score` needs, so that nothing compiles in the loop."""
+    ...
 
 
 def age_scores(view: FocusView) -> np.ndarray:
-  """Scores in (-0.2, 0], older entries lower; all 0.2 lower under pressure.
+  """Scores in (-0.2, 0], older entries lower.
 
-  So nothing collapses while slots are plenty, and the oldest entries pay for
-  new detail once they are not.
+  So nothing collapses on its own account, and where slots are short the oldest
+  entries pay.
   """
   start = view.entries.start()
   cursor = max(int(start[-1]) + 1, 1) if len(start) else 1
   age = 1.0 - (start + view.entries.width() / 2) / cursor
-  scores = -0.19 * np.clip(age, 0.0, 1.0) - (0.21 if view.pressure else 0.0)
-  return scores.astype(np.float32)
+  return (-0.19 * np.clip(age, 0.0, 1.0)).astype(np.float32)
+
+
+def with_payment(view: FocusView, scores: np.ndarray) -> np.ndarray:
+  """Scores [E] in which the lowest groups give their slots to the wishes.
+
+  An expand takes 31 slots. Where they are not free, as many groups of siblings
+  are offered for a collapse as the step can trade, those of the lowest mean
+  score first, and none that is worth as much as the wish it pays for.
+  """
+  wishes = np.sort(scores[view.can_expand & (scores > WISH)])[::-1]
+  trades = max(1, view.max_edits // 2)
+  paid = max(0, view.room // _COST)  # expands that free slots pay for
+  wishes = wishes[paid : max(paid, min(len(wishes), trades))]
+  if not len(wishes):
+    return scores
+  total = np.concatenate([[0.0], np.cumsum(scores, dtype=np.float64)])
+  first = np.flatnonzero(view.can_collapse)
+  mean = (total[first + BRANCHING] - total[first]) / BRANCHING
+  out, chosen = scores.copy(), []
+  for at in first[np.argsort(mean, kind="stable")].tolist():
+    if len(chosen) == len(wishes):
+      break
+    worth = scores[at : at + BRANCHING].mean()
+    if worth >= wishes[len(chosen)]:
+      break
+    if all(abs(at - other) >= BRANCHING for other in chosen):
+      chosen.append(at)
+      out[at : at + BRANCHING] = np.minimum(
+        out[at : at + BRANCHING] - worth - WISH - 1e-3,
+        -WISH - 1e-3).astype(np.float32)
+  return out
 
 
 class HostPolicy:
@@ -58,7 +96,12 @@ class HostPolicy:
 
   touched = 0
   bytes_read = 0
-  sources: Sequence[tuple[int, int]] = ()
+  answerable = 0.0
+
+  @property
+  def sources(self) -> Sequence[tuple[int, int]]:
+    """Nothing is read."""
+    return ()
 
   def warm_up(self, context: ContextLM) -> None:
     """Nothing to do."""

@@ -1,30 +1,52 @@
-"""What LensNet looks at: the blocks of the window, the query and the tail.
+"""What LensNet looks at: blocks, the query, how they match, and the tail.
 
 A row is an L1 block: raw in the window (32 L0 entries), there as its gist, or
 found by the search below a coarse entry. An edit always concerns such a block,
 so a row is what a score is about; scores of blocks become scores of entries
-in `lensnet_policy`.
+in `lens.policy`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from mcjax.tree import lexical_rank
+from mcjax.answer.matching import MARKS, REACH, Matcher, Matches, QueryWords
+from mcjax.base.tokenizer import Tokenizer
+from mcjax.gist.encoder import GistEncoder
+from mcjax.lens import alignment
+from mcjax.tree import lexical_keys, lexical_rank
 from mcjax.tree.tree import MegaContextTree
-from mcjax.types import BRANCHING
-from mcjax.window.focus_view import FocusView
+from mcjax.types import BRANCHING, Array
 from mcjax.window.working_context import WorkingContext
 
 RAW, GIST, BURIED = range(3)  # states of a row
-MARGIN = 16  # neighbouring tokens shown on each side of a block
-SPAN = BRANCHING + 2 * MARGIN
-QUERY = 128  # query tokens, padded
 TAIL_GISTS = 6
 TAIL = TAIL_GISTS + 1 + BRANCHING  # gists, the newest block's, newest tokens
+_RARE = 10.0  # nats of rarity that count as 1
+_SPANS = ("own", "near", "wide")  # a block, with 1 and with 2 on each side
+_SHARES = ("exact", "spelling", "meaning", "pairs")
+_RANKED = ("exact_near", "exact_wide", "meaning_near", "spelling_near",
+           "times_near", "times_wide", "key_own", "key_near", "pairs_near")
+
+NAMES = (
+  *(f"{share}_{span}" for share in _SHARES for span in _SPANS),
+  *(f"key_{span}" for span in _SPANS),
+  "times_near", "times_wide", "rarest_own", "rarest_near", "words_near",
+  "first", "second", "third", "parent", "new_own", "new_near", "repeats",
+  *(f"best_{name}" for name in _RANKED), *(f"rank_{name}" for name in _RANKED),
+  "top_exact", "top_meaning", "top_times", "top_key", "top_pairs",
+  "known", "length", "new_share", "asked",
+  "raw", "gist", "buried", "distance", "within_2048", "within_256",
+  *MARKS,
+)
+FEATURES = len(NAMES)
+CONSTANT = tuple(  # the same for every row of a window
+  i for i, name in enumerate(NAMES)
+  if name.startswith("top_") or name in ("known", "length", "new_share",
+                                         "asked"))
 
 
 class Rows(NamedTuple):
@@ -44,38 +66,64 @@ class Rows(NamedTuple):
     return len(self.block)
 
 
+class Asking(Protocol):
+  """The part of a `FocusView` that a query is read from."""
+
+  @property
+  def query_ids(self) -> np.ndarray: ...
+
+  @property
+  def query_weights(self) -> np.ndarray: ...
+
+  @property
+  def asked(self) -> bool: ...
+
+
+class LensQuery(NamedTuple):
+  """What is asked for, as LensNet reads it.
+
+  Attributes:
+    words: the query's words.
+    key: [K] int32 learned key.
+    gist: [D] float32 of its newest 32 tokens.
+    asked: it is a prompt, not just the newest text.
+  """
+
+  words: QueryWords
+  key: np.ndarray
+  gist: np.ndarray
+  asked: bool
+
+
 class LensInputs(NamedTuple):
   """LensNet's inputs, padded to fixed shapes.
 
   Attributes:
-    ids: [R, SPAN] int32 tokens of a block and its neighbours; -1 for none.
+    features: [R, FEATURES] float32, see `NAMES`.
     gists: [R, D] float32.
-    state: [R] int32, see `Rows`.
-    distance: [R] float32 tokens between a block and the cursor.
+    block: [R] int32 index of the block.
     mask: [R] bool, False for padding.
-    query_ids: [QUERY] int32, -1 for none.
-    query_weights: [QUERY] float32 by age.
-    query_rarity: [QUERY] float32 inverse block frequency in nats.
-    newest_ids: [32] int32 newest tokens, the newest last; -1 for none.
-    newest_rarity: [32] float32.
-    asked: [] float32, 1 if the query is a question.
+    query: [D] float32 the query's gist.
     tail: [TAIL, D] float32 coarsest and newest gists, newest tokens.
     tail_mask: [TAIL] bool.
   """
 
-  ids: np.ndarray
-  gists: np.ndarray
-  state: np.ndarray
-  distance: np.ndarray
-  mask: np.ndarray
-  query_ids: np.ndarray
-  query_weights: np.ndarray
-  query_rarity: np.ndarray
-  newest_ids: np.ndarray
-  newest_rarity: np.ndarray
-  asked: np.ndarray
-  tail: np.ndarray
-  tail_mask: np.ndarray
+  features: Array
+  gists: Array
+  block: Array
+  mask: Array
+  query: Array
+  tail: Array
+  tail_mask: Array
+
+
+def empty_inputs(size: int, d_model: int) -> LensInputs:
+  """Inputs of `size` rows that hold nothing."""
+  return LensInputs(
+    np.zeros((size, FEATURES), np.float32),
+    np.zeros((size, d_model), np.float32), np.zeros(size, np.int32),
+    np.zeros(size, bool), np.zeros(d_model, np.float32),
+    np.zeros((TAIL, d_model), np.float32), np.zeros(TAIL, bool))
 
 
 def window_rows(window: WorkingContext, found: Sequence[int]) -> Rows:
@@ -85,7 +133,7 @@ def window_rows(window: WorkingContext, found: Sequence[int]) -> Rows:
   gist = np.flatnonzero(e.level == 1)
   starts = e.start()
   buried, above = [], []
-  for block in found:
+  for block in dict.fromkeys(found):
     at = int(np.searchsorted(starts, block * BRANCHING, side="right")) - 1
     if e.level[at] > 1:
       buried.append(block)
@@ -99,31 +147,203 @@ def window_rows(window: WorkingContext, found: Sequence[int]) -> Rows:
   )
 
 
-def block_spans(tree: MegaContextTree, blocks: np.ndarray) -> np.ndarray:
-  """Tokens [n, SPAN] int32 around blocks; -1 beyond the history's ends."""
-  out = np.full((len(blocks), SPAN), -1, np.int32)
-  for run in _runs(blocks):
-    first, last = int(blocks[run[0]]), int(blocks[run[-1]])
-    low = first * BRANCHING - MARGIN
-    high = (last + 1) * BRANCHING + MARGIN
-    flat = np.full(high - low, -1, np.int32)
-    a, b = max(low, 0), min(high, tree.cursor)
-    flat[a - low : b - low] = tree.tokens(a, b)
-    out[run] = np.lib.stride_tricks.sliding_window_view(
-      flat, SPAN)[::BRANCHING]
+def read_query(matcher: Matcher, keyer, encoder: GistEncoder,
+               tokenizer: Tokenizer, view: Asking) -> LensQuery:
+  """The query of a view, for `gather`."""
+  ids = np.asarray(view.query_ids, np.int32)
+  newest = np.full(BRANCHING, int(tokenizer.encode("\n")[0]), np.int32)
+  part = ids[-BRANCHING:]
+  newest[BRANCHING - len(part) :] = part
+  return LensQuery(
+    matcher.query(ids, view.query_weights),
+    keyer.query(ids, view.query_weights),
+    encoder.encode_tokens(newest[None])[0], view.asked)
+
+
+def gather(
+  tree: MegaContextTree, rows: Rows, size: int, query: LensQuery,
+  matcher: Matcher,
+  tail: tuple[np.ndarray, np.ndarray],
+) -> LensInputs:
+  """Reads what LensNet needs, padded to `size` rows.
+
+  Args:
+    tree: the history.
+    rows: blocks, at most `size`.
+    size: rows of the result.
+    query: see `read_query`.
+    matcher: of the tree.
+    tail: see `read_tail`.
+  """
+  features = np.zeros((size, FEATURES), np.float32)
+  gists = np.zeros((size, tree.d_model), np.float32)
+  block, count = np.zeros(size, np.int32), len(rows)
+  if count:
+    features[:count] = row_features(tree, rows, query, matcher)
+    gists[:count] = block_gists(tree, rows.block)
+  block[:count] = rows.block
+  return LensInputs(
+    features, gists, block, np.arange(size) < count,
+    np.asarray(query.gist, np.float32), *tail)
+
+
+def row_features(
+  tree: MegaContextTree, rows: Rows, query: LensQuery, matcher: Matcher
+) -> np.ndarray:
+  """Features [R, FEATURES] float32 of rows; see `NAMES`."""
+  around = matcher.blocks_around(rows.block)
+  place = {block: i for i, block in enumerate(around.tolist())}
+  at = np.array([  # the last row of padded arrays is a block that is not there
+    [place.get(block + d, len(around)) for d in range(-REACH, REACH + 1)]
+    for block in rows.block.tolist()])
+  matches = matcher.match(around, query.words)
+  out = _match_features(matches, query.words, at)
+  out |= _key_features(tree, around, query.key, at)
+  out["parent"] = _parent_share(tree, rows.block, query.words)
+  out |= _novelty(matches, query.words, at, rows.state)
+  out["repeats"] = np.zeros(len(rows), np.float32)
+  if not query.asked:
+    out["repeats"] = _repeats(tree, rows)
+  for name in _RANKED:
+    value = out[name]
+    out[f"best_{name}"] = value / (value.max(initial=0.0) + 1e-3)
+    rank = np.empty(len(value))
+    rank[np.argsort(-value, kind="stable")] = np.arange(len(value))
+    out[f"rank_{name}"] = 1.0 / (1.0 + rank / 4.0)
+  for name, source in (("exact", "exact_near"), ("meaning", "meaning_near"),
+                       ("times", "times_near"), ("key", "key_near"),
+                       ("pairs", "pairs_near")):
+    out[f"top_{name}"] = np.full(len(rows), out[source].max(initial=0.0))
+  out["known"] = np.full(len(rows), query.words.known)
+  out["length"] = np.full(len(rows), np.log2(1 + len(query.words.ids)) / 8)
+  out["asked"] = np.full(len(rows), float(query.asked))
+  distance = tree.cursor - (rows.block + 1) * BRANCHING
+  out["distance"] = np.log2(1 + np.maximum(distance, 0) / BRANCHING) / 16
+  out["within_2048"] = np.minimum(distance, 2048) / 2048
+  out["within_256"] = np.where(distance < 256, 1 - distance / 256, 0.0)
+  for name, state in (("raw", RAW), ("gist", GIST), ("buried", BURIED)):
+    out[name] = rows.state == state
+  marks = matcher.marks(rows.block)
+  out |= {name: marks[:, i] for i, name in enumerate(MARKS)}
+  return np.stack([np.asarray(out[name], np.float32) for name in NAMES], 1)
+
+
+def _spread(values: np.ndarray, at: np.ndarray, reduce=np.maximum):
+  """Values [U, …] of blocks, by themselves, with 1 and with 2 on each side."""
+  padded = np.concatenate([values, np.zeros_like(values[:1])])
+  own = padded[at[:, 2]]
+  near = reduce(reduce(padded[at[:, 1]], padded[at[:, 3]]), own)
+  return own, near, reduce(reduce(padded[at[:, 0]], padded[at[:, 4]]), near)
+
+
+def _match_features(m: Matches, words: QueryWords, at: np.ndarray) -> dict:
+  """How much of the query's weight blocks hold, in its several senses."""
+  w = words.weights
+  total = w.sum() + 1e-6
+  spelling = np.where(m.spelling > 0.4, m.spelling, 0.0)
+  out = {}
+  for name, values in (("exact", m.exact), ("spelling", spelling),
+                       ("meaning", np.maximum(m.exact, m.meaning))):
+    for span, held in zip(_SPANS, _spread(values, at)):
+      out[f"{name}_{span}"] = held @ w / total
+  pair = np.minimum(w[:-1], w[1:])
+  for span, held in zip(_SPANS, _spread(m.pairs, at)):
+    out[f"pairs_{span}"] = held @ pair / (pair.sum() + 1e-6)
+  own, near, _ = _spread(m.exact, at)
+  _, times, wider = _spread(m.times, at, np.add)
+  # The saturation of BM25 (Robertson and Zaragoza 2009), k1 = 1.5 and more.
+  out["times_near"] = times / (times + 1.5) @ w / total
+  out["times_wide"] = wider / (wider + 2.5) @ w / total
+  out["rarest_own"] = (own * w).max(axis=1, initial=0.0) / _RARE
+  out["rarest_near"] = (near * w).max(axis=1, initial=0.0) / _RARE
+  out["words_near"] = near.sum(axis=1) / max(1, near.shape[1])
+  order = np.argsort(-w, kind="stable")
+  for i, name in enumerate(("first", "second", "third")):
+    out[name] = (near[:, order[i]] if i < len(order)
+                 else np.zeros(len(at), np.float32))
   return out
 
 
+def _key_features(tree: MegaContextTree, around: np.ndarray, key: np.ndarray,
+                  at: np.ndarray) -> dict:
+  """Cosines of the query's learned key and those of spans of blocks."""
+  keys = np.zeros((len(around), len(key)), np.float32)
+  for run in runs_of(around):
+    first = int(around[run[0]])
+    keys[run] = tree.lens_keys(1, first, first + len(run))
+  q = key.astype(np.float32)
+  out = {}
+  for span, total in zip(_SPANS, _spread(keys, at, np.add)):
+    length = np.linalg.norm(total, axis=1) * np.linalg.norm(q) + 1e-6
+    out[f"key_{span}"] = total @ q / length
+  return out
+
+
+def _parent_share(tree: MegaContextTree, blocks: np.ndarray,
+                  words: QueryWords) -> np.ndarray:
+  """Share of the query's tokens that the 1,024 around a block may hold."""
+  out = np.zeros(len(blocks), np.float32)
+  parents = blocks // BRANCHING
+  known = np.unique(parents[parents < tree.num_nodes(2)])
+  if not len(known) or not len(words.token_ids):
+    return out
+  keys = np.concatenate([
+    tree.keys(2, int(known[run[0]]), int(known[run[-1]]) + 1)
+    for run in runs_of(known)])
+  score = lexical_keys.scorer(words.token_ids, words.token_weights)(keys)
+  share = score / (words.token_weights.sum() + 1e-6)
+  place = np.searchsorted(known, parents)
+  inside = (place < len(known)) & (
+    known[np.minimum(place, len(known) - 1)] == parents)
+  out[inside] = share[place[inside]]
+  return out
+
+
+def _novelty(m: Matches, words: QueryWords, at: np.ndarray,
+             state: np.ndarray) -> dict:
+  """What blocks hold of the query that the raw text does not show."""
+  own, near, _ = _spread(m.exact, at)
+  shown = own[state == RAW].max(axis=0, initial=0.0)
+  new = words.weights * (1 - shown)
+  total = words.weights.sum() + 1e-6
+  return {"new_own": own @ new / total, "new_near": near @ new / total,
+          "new_share": np.full(len(at), new.sum() / total)}
+
+
+def _repeats(tree: MegaContextTree, rows: Rows) -> np.ndarray:
+  """How well the newest tokens repeat what stands before a block, [R].
+
+  Only beyond what the raw text up to the cursor repeats itself.
+  """
+  newest = tree.tokens(max(0, tree.cursor - alignment.SPAN), tree.cursor)
+  weights = alignment.span_weights(rarity(tree, newest))
+  raw = np.sort(rows.block[rows.state == RAW])
+  gaps = np.flatnonzero(np.diff(raw) != 1)
+  first = int(raw[gaps[-1] + 1 if len(gaps) else 0]) if len(raw) else 0
+  first = first if len(raw) else tree.cursor // BRANCHING
+  stop = first * BRANCHING
+  blocks = np.unique(np.concatenate([rows.block, rows.block - 1]))
+  found = alignment.continuations(
+    tree, [b for b in blocks.tolist() if 0 <= b < first], newest, weights,
+    stop)
+  shown = alignment.agreements(
+    tree.tokens(stop, max(stop, tree.cursor - 1)), newest, weights
+  ).max(initial=0.0)
+  return np.array([
+    share if (share := found.get(b, 0.0)) > shown else 0.0
+    for b in rows.block.tolist()], np.float32)
+
+
 def block_gists(tree: MegaContextTree, blocks: np.ndarray) -> np.ndarray:
-  """Gists [n, D] float32 of blocks."""
+  """Gists [n, D] float32 of blocks [n]."""
   out = np.zeros((len(blocks), tree.d_model), np.float32)
-  for run in _runs(blocks):
+  for run in runs_of(blocks):
     first = int(blocks[run[0]])
     out[run] = tree.gists(1, first, first + len(run))
   return out
 
 
-def _runs(values: np.ndarray) -> list[np.ndarray]:
+def runs_of(values: np.ndarray) -> list[np.ndarray]:
   """Positions of `values`, cut where they do not count up by one."""
   if not len(values):
     return []
@@ -138,50 +358,18 @@ def rarity(tree: MegaContextTree, ids: np.ndarray) -> np.ndarray:
   return (weights ** np.float32(1 / lexical_rank.IDF_POWER)).astype(np.float32)
 
 
-def gather(view: FocusView, rows: Rows, size: int, embed, encoder
-           ) -> LensInputs:
-  """Reads what LensNet needs, padded to `size` rows.
-
-  Args:
-    view: the policy's view.
-    rows: blocks, at most `size`.
-    size: rows of the result.
-    embed: token ids [n] -> input embeddings [n, D] float32.
-    encoder: the GistNet, for the newest tokens' provisional gist.
-  """
-  tree, count = view.tree, len(rows)
-  ids = np.full((size, SPAN), -1, np.int32)
-  gists = np.zeros((size, tree.d_model), np.float32)
-  state = np.zeros(size, np.int32)
-  distance = np.zeros(size, np.float32)
-  ids[:count] = block_spans(tree, rows.block)
-  gists[:count] = block_gists(tree, rows.block)
-  state[:count] = rows.state
-  distance[:count] = tree.cursor - (rows.block + 1) * BRANCHING
-  query_ids = np.full(QUERY, -1, np.int32)
-  weights, rare = np.zeros((2, QUERY), np.float32)
-  asked = view.query_ids[-QUERY:]
-  query_ids[: len(asked)] = asked
-  weights[: len(asked)] = view.query_weights[-QUERY:]
-  rare[: len(asked)] = rarity(tree, asked)
-  newest = tree.tokens(max(0, tree.cursor - BRANCHING), tree.cursor)
-  newest_ids = np.full(BRANCHING, -1, np.int32)
-  newest_rarity = np.zeros(BRANCHING, np.float32)
-  newest_ids[BRANCHING - len(newest) :] = newest
-  newest_rarity[BRANCHING - len(newest) :] = rarity(tree, newest)
-  tail, tail_mask = read_tail(tree, embed, encoder)
-  return LensInputs(
-    ids, gists, state, distance, np.arange(size) < count, query_ids, weights,
-    rare, newest_ids, newest_rarity, np.asarray(view.asked, np.float32), tail,
-    tail_mask,
-  )
-
-
-def read_tail(tree: MegaContextTree, embed, encoder):
+def read_tail(tree: MegaContextTree,
+              embed: Callable[[np.ndarray], np.ndarray],
+              encoder: GistEncoder) -> tuple[np.ndarray, np.ndarray]:
   """Coarsest and newest gists, the provisional gist, the newest tokens.
 
+  Args:
+    tree: the history.
+    embed: token ids [n] -> input embeddings [n, D] float32.
+    encoder: the GistNet, for the newest tokens' provisional gist.
+
   Returns:
-    tail [TAIL, D] float32 and its mask [TAIL] bool; arguments as of `gather`.
+    tail [TAIL, D] float32 and its mask [TAIL] bool.
   """
   newest = tree.tokens(max(0, tree.cursor - BRANCHING), tree.cursor)
   tail = np.zeros((TAIL, tree.d_model), np.float32)

@@ -53,6 +53,16 @@ class LensKeyer:
     self.key_dim = self._vectors.shape[1]
     self.by_meaning = part == TABLE
 
+  @property
+  def vectors(self) -> np.ndarray:
+    """[V, K] float32 of tokens."""
+    return self._vectors
+
+  @property
+  def salience(self) -> np.ndarray:
+    """[V] float32 how much a token counts in a key."""
+    return self._salience
+
   @classmethod
   def of_heads(cls, params: Mapping, config: lensnet.LensNetConfig, lm: BaseLM
                ) -> LensKeyer:

@@ -1,16 +1,18 @@
 """LensNet: a signed focus score for every block that an edit could concern.
 
-Blocks and tail attend to each other (dual cross-attention, cost O(R * tail)),
-not causally: the tail says what the next tokens will need, so an old block
-must see it. Token statistics of block and query, computed on the device, and
-the match of learned keys come in as features. The score is bounded by tanh:
-positive asks for the block's raw tokens, negative does without them.
+Three ways lead from a block to its score. How it matches the query in words
+and meaning (`lens.features`) goes through a small network of its own. Its gist
+is compared with the query's gist. And blocks and tail attend to each other
+(dual cross-attention, cost O(R * tail)), not causally: the tail says what the
+next tokens will need, so an old block must see it. From all of these together
+comes how much is worth reading at all, and whether the history answers. The
+score is bounded by tanh: positive asks for the block's raw tokens, negative
+does without them.
 
 The key and query heads give every block a small vector, whose match with the
-query's is one of these features. Unless the weights hold a better table of
-keys (`lens_keyer`), these vectors are also stored in the tree, and blocks
-anywhere in the history are found by them. Flax Linen modules, used as pure
-functions.
+query's is a feature. Unless the weights hold a better table of keys
+(`lens.keyer`), these vectors are also stored in the tree, and blocks anywhere
+in the history are found by them. Flax Linen modules, used as pure functions.
 
 Source: MegaContext, "LensNet"; design brief, sections 2.9 and 2.12.
 """
@@ -19,20 +21,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import cast
+from typing import NamedTuple, cast
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
 import numpy as np
 
-from mcjax.lens.features import MARGIN, SPAN, TAIL, LensInputs
+from mcjax.lens.features import CONSTANT, FEATURES, TAIL, LensInputs
 from mcjax.types import BRANCHING, Array
 
-FEATURES = 25
 KEY_SCALE = 254.0  # of a unit vector's components before rounding to int8
-_RARITY_POWER = 1.5  # as in `keys.query_weights`
+APART = ((1, 1), (2, 3), (4, 8))  # blocks between two that compete
+_MOST = 6.0  # standard deviations that a feature counts at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +42,37 @@ class LensNetConfig:
 
   Attributes:
     d_model: width D of embeddings and gists.
-    width: inner width.
+    width: inner width of the cross-attention.
     heads: attention heads.
     layers: rounds of blocks -> tail -> blocks.
     feature_width: hidden width of the features' own path to the score.
+    match_dim: width in which gists of block and query are compared.
     key_dim: K, length of a block's key.
+    features: number of features, which tells versions apart.
   """
 
   d_model: int
-  width: int = 96
+  width: int = 64
   heads: int = 4
   layers: int = 2
-  feature_width: int = 48
+  feature_width: int = 64
+  match_dim: int = 96
   key_dim: int = 64
+  features: int = FEATURES
+
+
+class Scores(NamedTuple):
+  """What LensNet says of a window.
+
+  Attributes:
+    rank: [R] logits among each other: how likely a block is the one needed.
+    worth: [R] logits of what its raw tokens are worth; tanh is the score.
+    answerable: [] logit that the history holds what is asked for.
+  """
+
+  rank: Array
+  worth: Array
+  answerable: Array
 
 
 class _CrossAttention(nn.Module):
@@ -81,47 +100,69 @@ class _CrossAttention(nn.Module):
 
 
 class LensNet(nn.Module):
-  """Logits [R] of blocks; their tanh is the score."""
+  """`Scores` of blocks."""
 
   config: LensNetConfig
 
   @nn.compact
-  def __call__(
-    self,
-    gists: Float[Array, "R D"],
-    features: Float[Array, "R F"],
-    mask: Bool[Array, " R"],
-    tail: Float[Array, "T D"],
-    tail_mask: Bool[Array, " T"],
-  ) -> Float[jax.Array, " R"]:
-    """Scores every block.
+  def __call__(self, inputs: LensInputs) -> Scores:
+    """Scores every block of a window; see `LensInputs` for shapes."""
+    mask = inputs.mask
+    mean = self.param("mean", nn.initializers.zeros, (FEATURES,))
+    scale = self.param("scale", nn.initializers.ones, (FEATURES,))
+    mean, scale = jax.lax.stop_gradient((mean, scale))
+    features = jnp.clip(
+      (inputs.features - mean[None]) * scale[None], -_MOST, _MOST)
+    rank = self._by_features(features) + self._by_gist(inputs)
+    rank = rank + self._by_tail(features, inputs)
+    rank = jnp.where(mask, rank, -1e9)
+    total = jax.nn.logsumexp(rank)
+    best = jnp.max(rank)
+    facts = jnp.concatenate([
+      features[0, np.array(CONSTANT)],
+      jnp.clip(jnp.stack([best, total]) / 8, -4, 4)])
+    facts = nn.gelu(nn.Dense(32, name="facts")(facts))
+    level, answerable = nn.Dense(2, name="level")(facts)
+    slope = nn.softplus(self.param("slope", nn.initializers.ones, ()))
+    return Scores(rank, slope * (rank - total) + level + 2.0, answerable)
 
-    Args:
-      gists: [R, D] of the blocks.
-      features: [R, FEATURES] float32, see `block_features`.
-      mask: [R] bool, False for padding.
-      tail: [T, D] what happens now: gists and newest tokens.
-      tail_mask: [T] bool.
-    """
+  def _by_features(self, features) -> jax.Array:
     c = self.config
-    unit = nn.RMSNorm(use_scale=False, name="unit")
-    x = nn.Dense(c.width, use_bias=False, name="project_gists")(unit(gists))
+    x = nn.gelu(nn.Dense(c.feature_width, name="feature_in")(features))
+    x = x + nn.gelu(nn.Dense(c.feature_width, name="feature_mid")(x))
+    return nn.Dense(1, use_bias=False, name="feature_score")(x)[:, 0]
+
+  def _by_gist(self, inputs: LensInputs) -> jax.Array:
+    c, unit = self.config, nn.RMSNorm(use_scale=False, name="unit")
+    block = nn.Dense(c.match_dim, use_bias=False, name="match_block")(
+      unit(inputs.gists))
+    query = nn.Dense(c.match_dim, use_bias=False, name="match_query")(
+      unit(inputs.query))
+    cosine = _unit(block) @ _unit(query)
+    return 10.0 * cosine * self.param("match", nn.initializers.zeros, ())
+
+  def _by_tail(self, features, inputs: LensInputs) -> jax.Array:
+    c, unit = self.config, nn.RMSNorm(use_scale=False, name="unit_tail")
+    x = nn.Dense(c.width, use_bias=False, name="project_gists")(
+      unit(inputs.gists))
     x = x + nn.Dense(c.width, name="project_features")(features)
-    y = nn.Dense(c.width, use_bias=False, name="project_tail")(unit(tail))
+    y = nn.Dense(c.width, use_bias=False, name="project_tail")(
+      unit(inputs.tail))
     y = y + self.param(
       "tail_position", nn.initializers.normal(0.02), (TAIL, c.width)
     )
     for i in range(c.layers):
-      y = _CrossAttention(c, name=f"tail_reads_blocks_{i}")(y, x, mask)
-      x = _CrossAttention(c, name=f"blocks_read_tail_{i}")(x, y, tail_mask)
+      y = _CrossAttention(c, name=f"tail_reads_blocks_{i}")(y, x, inputs.mask)
+      x = _CrossAttention(c, name=f"blocks_read_tail_{i}")(
+        x, y, inputs.tail_mask)
     x = nn.RMSNorm(name="final_norm")(x)
-    own = nn.Dense(c.feature_width, name="feature_up")(features)
-    own = nn.Dense(1, name="feature_score")(nn.gelu(own))[:, 0]
-    # Content starts at no say: statistics carry the score until it has learned.
+    # Content starts at no say: matches carry the score until it has learned.
     zero = nn.initializers.zeros
-    return own + nn.Dense(
-      1, use_bias=False, kernel_init=zero, name="score"
-    )(x)[:, 0]
+    return nn.Dense(1, use_bias=False, kernel_init=zero, name="score")(x)[:, 0]
+
+
+def _unit(x: jax.Array) -> jax.Array:
+  return x / jnp.sqrt(jnp.sum(jnp.square(x), -1, keepdims=True) + 1e-6)
 
 
 class KeyHeads(nn.Module):
@@ -149,15 +190,22 @@ class KeyHeads(nn.Module):
 
 
 def init_params(config: LensNetConfig, seed: int = 0):
-  """Deterministic untrained parameters: {"score": …, "keys": …}."""
+  """Deterministic untrained parameters.
+
+  "score" holds those for prompts, "text" those for text that is read on, "keys"
+  the key heads, "apart" what neighbours of better blocks lose.
+  """
   d = config.d_model
-  lens, heads = jax.random.split(jax.random.key(seed))
-  score = jax.jit(LensNet(config).init)(
-    lens, jnp.zeros((BRANCHING, d)), jnp.zeros((BRANCHING, FEATURES)),
-    jnp.ones(BRANCHING, bool), jnp.zeros((TAIL, d)), jnp.ones(TAIL, bool),
-  )["params"]
+  lens, heads, text = jax.random.split(jax.random.key(seed), 3)
+  empty = LensInputs(
+    jnp.zeros((BRANCHING, FEATURES)), jnp.zeros((BRANCHING, d)),
+    jnp.zeros(BRANCHING, jnp.int32), jnp.ones(BRANCHING, bool), jnp.zeros(d),
+    jnp.zeros((TAIL, d)), jnp.ones(TAIL, bool))
+  init = jax.jit(LensNet(config).init)
   keys = jax.jit(KeyHeads(config).init)(heads, jnp.zeros((BRANCHING, d)))
-  return {"score": score, "keys": keys["params"]}
+  return {"score": init(lens, empty)["params"],
+          "text": init(text, empty)["params"], "keys": keys["params"],
+          "apart": jnp.zeros(len(APART))}
 
 
 def key_tables(params, config: LensNetConfig, embeddings: jax.Array):
@@ -167,120 +215,51 @@ def key_tables(params, config: LensNetConfig, embeddings: jax.Array):
   )
 
 
-def block_keys(
-  tables, token_ids: Int[Array, "n T"]
-) -> Float[jax.Array, "n K"]:
-  """Unit keys [n, K] of blocks of token ids [n, T]; -1 is no token."""
-  vectors, salience, _ = tables
-  return _summed(vectors, salience, token_ids, jnp.ones(token_ids.shape))
+def evaluate(params, config: LensNetConfig, inputs: LensInputs,
+             part: str = "score") -> Scores:
+  """`Scores` of one window; `part` of the parameters is "score" or "text"."""
+  return cast(Scores, LensNet(config).apply({"params": params[part]}, inputs))
 
 
-def query_key(
-  tables, token_ids: Int[Array, "... Q"], weights: Float[Array, "... Q"]
-) -> Float[jax.Array, "... K"]:
-  """Unit query [..., K] of token ids [..., Q], -1 for none, with weights."""
-  vectors, _, salience = tables
-  return _summed(vectors, salience, token_ids, weights)
+def overshadowed(rank: Array, block: Array, mask: Array) -> jax.Array:
+  """Whether a better block stands in each distance of `APART`: bool [R, 3].
 
-
-def _summed(vectors, salience, token_ids, weights) -> jax.Array:
-  at = jnp.maximum(token_ids, 0)
-  weights = salience[at] * jnp.where(token_ids >= 0, weights, 0.0)
-  total = jnp.einsum("...t,...tk->...k", weights, vectors[at])
-  length = jnp.sqrt(jnp.sum(jnp.square(total), -1, keepdims=True) + 1e-6)
-  return total / length
-
-
-def block_features(
-  inputs: LensInputs, match: Float[Array, " R"]
-) -> Float[jax.Array, "R F"]:
-  """What token statistics say of every block, [R, FEATURES] float32.
-
-  Args:
-    inputs: see `LensInputs`.
-    match: [R] cosine of the blocks' keys and the query's.
+  Neighbours say much the same, so of several the best is worth most.
   """
-  x = inputs
-  ids = x.ids
-  weights = x.query_weights * x.query_rarity**_RARITY_POWER
-  cover, pairs, strongest = _overlap(
-    ids, x.query_ids, weights, x.query_rarity)
-  fading = np.float32(0.5) ** (
-    np.arange(BRANCHING - 1, -1, -1, dtype=np.float32) / 8)
-  rare = x.newest_rarity**_RARITY_POWER
-  now, now_pairs, now_strongest = _overlap(
-    ids, x.newest_ids, rare, x.newest_rarity)
-  ending, ending_pairs, _ = _overlap(
-    ids, x.newest_ids, rare * fading, x.newest_rarity)
-
-  def best(v):
-    return v / (jnp.max(jnp.where(x.mask, v, 0.0)) + 1e-3)
-
-  strong = [cover, pairs, best(cover), best(pairs), match, best(match)]
-  columns = [
-    *jnp.moveaxis(jax.nn.one_hot(x.state, 3), 1, 0),
-    jnp.log2(1 + jnp.maximum(x.distance, 0) / BRANCHING) / 16,
-    jnp.minimum(x.distance, 2048) / 2048,
-    jnp.where(x.distance < 256, 1 - x.distance / 256, 0.0),
-    *strong, strongest / 10, now, now_pairs, best(now), now_strongest / 10,
-    ending, ending_pairs,
-    jnp.broadcast_to(x.asked, cover.shape), *(x.asked * v for v in strong[:5]),
-  ]
-  return jnp.stack(columns, axis=1).astype(jnp.float32)
-
-
-def _overlap(ids, query_ids, weights, rarity):
-  """Share of the query's tokens and pairs in each block, and its rarest.
-
-  Args:
-    ids: [R, SPAN] int32; the margins count half.
-    query_ids: [Q] int32, -1 for none.
-    weights: [Q] float32.
-    rarity: [Q] float32 nats.
-
-  Returns:
-    three [R] float32.
-  """
-  near = np.full(SPAN, 0.5, np.float32)
-  near[MARGIN : MARGIN + BRANCHING] = 1.0
-  known = query_ids >= 0
-  same = (ids[:, :, None] == query_ids[None, None]) & known[None, None]
-  held = jnp.max(jnp.where(same, near[None, :, None], 0.0), axis=1)
-  cover = held @ weights / (jnp.sum(weights) + 1e-6)
-  strongest = jnp.max(held * rarity[None], axis=1)
-  both = same[:, :-1, :-1] & same[:, 1:, 1:]
-  near = np.maximum(near[:-1], near[1:])
-  held = jnp.max(jnp.where(both, near[None, :, None], 0.0), axis=1)
-  pair = jnp.minimum(weights[:-1], weights[1:])
-  return cover, held @ pair / (jnp.sum(pair) + 1e-6), strongest
-
-
-def logits(params, config: LensNetConfig, inputs: LensInputs,
-           match: Float[Array, " R"]) -> Float[jax.Array, " R"]:
-  """Logits [R]: about ten times the nats a token that raw tokens are worth."""
-  features = block_features(inputs, match)
-  found = LensNet(config).apply(
-    {"params": params["score"]}, inputs.gists, features, inputs.mask,
-    inputs.tail, inputs.tail_mask,
-  )
-  return cast(jax.Array, found)
+  far = jnp.abs(block[:, None] - block[None])
+  better = (rank[None] > rank[:, None]) & mask[None]
+  return jnp.stack([
+    jnp.any(better & (far >= low) & (far <= high), axis=1)
+    for low, high in APART], axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def apply(params, config: LensNetConfig, inputs: LensInputs,
-          match: jax.Array) -> jax.Array:
-  """Scores [R] in (-1, 1); 0 for padding."""
-  scores = jnp.tanh(logits(params, config, inputs, match))
-  return jnp.where(inputs.mask, scores, 0.0)
+def apply(score, apart, config: LensNetConfig, inputs: LensInputs
+          ) -> tuple[jax.Array, jax.Array]:
+  """Scores of one window.
+
+  Args:
+    score: "score" or "text" of the parameters, for a prompt or for text.
+    apart: [3] of the parameters; zeros for text.
+    config: sizes.
+    inputs: of the window.
+
+  Returns:
+    scores [R] in (-1, 1), 0 for padding; how surely it answers, in (0, 1).
+  """
+  out = evaluate({"score": score}, config, inputs)
+  shadow = overshadowed(out.rank, inputs.block, inputs.mask)
+  worth = out.worth - shadow.astype(jnp.float32) @ apart
+  scores = jnp.where(inputs.mask, jnp.tanh(worth), 0.0)
+  return scores, jax.nn.sigmoid(out.answerable)
 
 
 def flops(config: LensNetConfig, rows: int) -> int:
   """Multiply-adds x 2 of one forward over `rows` blocks."""
   c, w = config, config.width
-  inputs = (rows + TAIL) * c.d_model * w + rows * FEATURES * (
-    w + c.feature_width)
+  inputs = (rows + TAIL) * c.d_model * w + rows * c.d_model * c.match_dim
+  inputs += rows * FEATURES * (w + c.feature_width) + rows * c.feature_width**2
   one = 2 * w * w + 4 * w * w  # query, out; feed-forward
   attention = 2 * rows * TAIL * w
   layer = 2 * attention + (rows + TAIL) * (one + 2 * w * w)
-  overlap = rows * SPAN * (128 + 2 * BRANCHING) * 2
-  return 2 * (inputs + c.layers * layer) + overlap
+  return 2 * (inputs + c.layers * layer) + rows * rows * len(APART)

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from mcjax.answer import passages
+from mcjax.answer.matching import Matcher, QueryWords, WordTable
+from mcjax.answer.reading import Reader
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.lens.keyer import LensKeyer
-from mcjax.lens.network import KEY_SCALE
-from mcjax.tree import learned_keys, lexical_keys, lexical_rank
+from mcjax.tree import learned_keys, lexical_keys
 from mcjax.tree.journal import FORGOTTEN
 from mcjax.tree.search import TreeSearch
 from mcjax.tree.tree import MegaContextTree
@@ -152,80 +152,55 @@ class Finder:
 
   def __init__(self, tree: MegaContextTree, tokenizer: Tokenizer,
                keyer: object | None, max_nodes: int):
-    self._tree, self._tokenizer = tree, tokenizer
-    self._max_nodes = max_nodes
+    self._tree, self._max_nodes = tree, max_nodes
     self._keyer: LensKeyer | None = None
+    vectors = np.zeros((tree.vocab_size, 1), np.float32)
+    salience = vectors[:, 0]
     if isinstance(keyer, LensKeyer) and keyer.by_meaning:
-      self._keyer = keyer
+      self._keyer, vectors, salience = keyer, keyer.vectors, keyer.salience
+    self._matcher = Matcher(tree, WordTable(tokenizer, vectors, salience))
+    self._reader = Reader(tree, tokenizer, self._matcher)
 
   def find(self, query_ids: np.ndarray, k: int
            ) -> list[tuple[tuple[int, int], float]]:
     """Up to k token spans (start, stop) and their scores, best first."""
-    weights = self._weights(query_ids)
-    blocks = self._blocks(query_ids, weights, _CANDIDATES * k)
-    found = passages.find_passages(
-      self._tree, self._tokenizer, blocks, query_ids, weights,
-      self._tree.cursor)
-    told = list(found.values())
-    if self._keyer is not None:
-      told += passages.nearest_sentences(
-        self._tree, self._tokenizer, blocks, self._likeness(query_ids),
-        self._tree.cursor).values()
+    query = self._query(query_ids)
+    spans = {
+      span for block in self._blocks(query_ids, query, _CANDIDATES * k)
+      for span in self._reader.sentences(block, self._tree.cursor)}
+    scored = {span: self._reader.share(span, query) for span in spans}
     best: list[tuple[tuple[int, int], float]] = []
-    for passage in sorted(told, key=lambda p: -p.share):
-      start, stop = passage.tokens.start, passage.tokens.stop
-      apart = all(stop <= a or b <= start for (a, b), _ in best)
-      if passage.share > 0 and apart and len(best) < k:
-        best.append(((start, stop), min(1.0, passage.share)))
+    for span, share in sorted(scored.items(), key=lambda s: (-s[1], s[0])):
+      if share > 0 and len(best) < k:
+        best.append((span, min(1.0, share)))
     return best
 
   def scores(self, query_ids: np.ndarray, spans: Sequence[tuple[int, int]]
              ) -> list[float]:
     """How well each span of tokens fits the query, in [0, 1]."""
-    if not spans:
-      return []
-    ids = np.full((len(spans), max(b - a for a, b in spans)), -1, np.int64)
-    for row, (a, b) in zip(ids, spans):
-      row[: b - a] = self._tree.tokens(a, b)
-    scores = lexical_rank.coverage(
-      query_ids, self._weights(query_ids), ids, np.ones(ids.shape[1]))
-    if self._keyer is not None:
-      scores = np.maximum(scores, self._likeness(query_ids)(ids))
-    return np.clip(scores, 0.0, 1.0).tolist()
+    query = self._query(query_ids)
+    return [min(1.0, self._reader.share(span, query)) for span in spans]
 
-  def _weights(self, query_ids: np.ndarray) -> np.ndarray:
-    ones = np.ones(len(query_ids), np.float32)
-    weights = lexical_rank.query_weights(self._tree, query_ids, ones)
-    # In a few dozen tokens no word is known to be rare.
-    return weights if self._tree.num_nodes(1) > 1 else ones
+  def _query(self, query_ids: np.ndarray) -> QueryWords:
+    return self._matcher.query(
+      np.asarray(query_ids, np.int32), np.ones(len(query_ids), np.float32))
 
-  def _likeness(self, query_ids: np.ndarray):
-    keyer = self._keyer
-    assert keyer is not None
-    query = keyer.query(query_ids, np.ones(len(query_ids), np.float32))
-
-    def likeness(ids: np.ndarray) -> np.ndarray:
-      keys = keyer.encode_keys(ids).astype(np.int32)
-      return keys @ query / np.float64(KEY_SCALE**2)
-
-    return likeness
-
-  def _blocks(self, query_ids: np.ndarray, weights: np.ndarray, count: int
+  def _blocks(self, query_ids: np.ndarray, query: QueryWords, count: int
               ) -> Iterable[int]:
     """Blocks that may answer, the unfinished one included."""
     tree, keyer = self._tree, self._keyer
     blocks: list[int] = []
-    if np.any(weights > 0):
-      search = TreeSearch(tree, lexical_keys.scorer(query_ids, weights),
-                          k=count)
+    if np.any(query.token_weights > 0):
+      search = TreeSearch(
+        tree, lexical_keys.scorer(query.token_ids, query.token_weights),
+        k=count)
       search.run(self._max_nodes)
       blocks += [b for b, _ in search.best(count)]
     if keyer is not None and tree.lens_fingerprint == keyer.fingerprint:
-      query = keyer.query(query_ids, np.ones(len(query_ids), np.float32))
+      key = keyer.query(query_ids, np.ones(len(query_ids), np.float32))
       search = TreeSearch(
-        tree, learned_keys.scorer(query), k=count, floor=-np.inf,
-        read_keys=tree.lens_keys,
-        read_bytes=lambda level, n: n)
+        tree, learned_keys.scorer(key), k=count, floor=-np.inf,
+        read_keys=tree.lens_keys, read_bytes=lambda level, n: n)
       search.run(self._max_nodes)
       blocks += [b for b, _ in search.best(count)]
     if tree.cursor % BRANCHING:

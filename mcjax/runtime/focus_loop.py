@@ -46,17 +46,17 @@ class Query:
     start: first token of the history that belongs to it; later spans are no
       answer to it.
     asked: it is a prompt, not just the newest text.
-    question: this prompt asks for something, by its form.
     prompt: first token of the prompt that asks it; earlier text may be hidden
       from the LM.
+    head: tokens of the prompt in front of the user's words.
   """
 
   ids: np.ndarray
   weights: np.ndarray
   start: int
   asked: bool = False
-  question: bool = True
   prompt: int = 0
+  head: int = 0
 
 
 class FocusLoop:
@@ -70,6 +70,7 @@ class FocusLoop:
     sources: token spans of the sentences that the LM answers from; empty where
       it attends to all raw text.
     found: token spans that answer the question, attended to or not.
+    answerable: how surely the history answers it, in [0, 1].
     step: refocus steps so far.
   """
 
@@ -82,6 +83,7 @@ class FocusLoop:
     self.query = Query(np.zeros(0, np.int32), np.zeros(0, np.float32), 0)
     self.sources: list[tuple[int, int]] = []
     self.found: list[tuple[int, int]] = []
+    self.answerable = 0.0
     self.step = 0
     self.context.window.forgotten = tree.journal.forgotten
     self._policy = policy
@@ -101,11 +103,11 @@ class FocusLoop:
       self.tree.append(token_ids)
     self.telemetry.count("gist_blocks", self.tree.num_nodes(1) - before)
 
-  def show(self, count: int, recent: int) -> None:
+  def show(self, count: int) -> None:
     """Shows the newest `count` tokens of the tree in the window.
 
     At L0 if they fit the free slots, else the whole history is retiled by
-    distance, with at least `recent` tokens at L0.
+    distance, with these at L0 as far as half of the window.
     """
     window = self.context.window
     if not count:
@@ -113,7 +115,7 @@ class FocusLoop:
     if count <= window.free:
       window.append_tokens(window.take_slots(count))
     else:
-      self.cold_start(recent)
+      self.cold_start(count)
 
   def append(self, token_ids: np.ndarray,
              continuation: np.ndarray | None = None) -> None:
@@ -127,36 +129,58 @@ class FocusLoop:
     if self.tree.cursor and count <= self._config.window // 4:
       self._make_room(count, continuation)
     self.remember(token_ids)
-    half = self._config.window // (2 * BRANCHING) * BRANCHING
-    self.show(count, max(self._config.recent_tokens, min(count, half)))
+    self.show(count)
 
-  def cold_start(self, recent: int) -> None:
-    """Retiles the whole history by distance only, within 5/8 of the window.
+  def cold_start(self, least: int = 0) -> None:
+    """Retiles the whole history by distance only.
+
+    All slots but those of the next block are used: what gists leave free holds
+    the newest tokens, unless `Config.recent_tokens` says how many.
+
+    Args:
+      least: newest tokens that are shown raw in any case, up to half a window.
 
     Raises:
       McjaxError: the window cannot hold the coarsest tiling.
     """
     config, window = self._config, self.context.window
+    room = config.window - BRANCHING
+    half = config.window // (2 * BRANCHING) * BRANCHING
+    recent = max(config.recent_tokens or BRANCHING, min(least, half))
     per_level = config.gists_per_level
-    recent = min(recent, config.window // 2)
-    while True:
-      nodes = cold_start(
-        self.tree.cursor, self.tree.top_level, sink=config.sink_tokens,
-        recent=recent, per_level=per_level,
-      )
-      room = max(config.window * 5 // 8, recent + 2 * BRANCHING)
-      if len(nodes) <= room or per_level == 0 and recent <= BRANCHING:
-        break
+    if not config.recent_tokens and not self.context.show_gists:
+      per_level = 0  # gists that the LM does not see are better few
+    nodes = self._tiling(recent, per_level)
+    while len(nodes) > room and (per_level or recent > BRANCHING):
       per_level //= 2
       recent = max(BRANCHING, recent // 2) if per_level == 0 else recent
-    if len(nodes) > config.window - BRANCHING:
+      nodes = self._tiling(recent, per_level)
+    if len(nodes) > room:
       raise McjaxError(
         f"config.window {config.window} is too small for a history of "
         f"{self.tree.cursor} tokens"
       )
+    if not config.recent_tokens:
+      nodes = self._filled(nodes, recent, per_level)
     window.retile(nodes)
     if config.kv == "exact":
       self.context.forget()
+
+  def _tiling(self, recent: int, per_level: int) -> list[tuple[int, int]]:
+    return cold_start(
+      self.tree.cursor, self.tree.top_level, sink=self._config.sink_tokens,
+      recent=recent, per_level=per_level,
+    )
+
+  def _filled(self, nodes: list[tuple[int, int]], recent: int, per_level: int
+              ) -> list[tuple[int, int]]:
+    """The tiling with as much more raw text as the window has room for."""
+    room = self._config.window - BRANCHING
+    for more in range(room - room % BRANCHING, recent, -BRANCHING):
+      longer = self._tiling(more, per_level)
+      if len(longer) <= room:
+        return longer
+    return nodes
 
   def follow(self) -> None:
     """Makes the newest tokens of the history the query."""
@@ -194,9 +218,13 @@ class FocusLoop:
     return edits
 
   def settle(self) -> None:
-    """Refocuses until nothing changes, at most `settle_steps` times."""
-    for _ in range(self._config.settle_steps):
-      if not self.refocus(need=BRANCHING):
+    """Refocuses until nothing changes, at most `settle_steps` times.
+
+    What an earlier prompt brought in may be barred from leaving at first, so
+    nothing changing counts only once the cooldown is over.
+    """
+    for step in range(self._config.settle_steps):
+      if not self.refocus(need=BRANCHING) and step >= self._config.cooldown:
         break
 
   def refocus(self, need: int, continuation: np.ndarray | None = None) -> int:
@@ -210,24 +238,12 @@ class FocusLoop:
       The edits applied.
     """
     window, config = self.context.window, self._config
-    view = FocusView(
-      entries=window.entries, tree=self.tree, query_ids=self.query.ids,
-      query_weights=self.query.weights, query_start=self.query.start,
-      asked=self.query.asked, question=self.query.question,
-      step=self.step, context_lm=self.context, continuation=continuation,
-      pressure=window.free < need + config.max_edits * (BRANCHING - 1),
-    )
+    legal = self._legal_edits()
+    view = self.view(need, legal, continuation)
     with self.telemetry.phase("lens"):
       scores = self._policy.score(view)
     seen = _seen(view.entries, scores) if self.telemetry.detailed else {}
-    protect = config.protect_tokens
-    if self.query.asked:  # the text before a question can be as far from it
-      protect = min(protect, self.tree.cursor - self.query.start)
     with self.telemetry.phase("allocate"):
-      legal = focus_allocator.legal_edits(
-        window, step=self.step, cooldown=config.cooldown,
-        sink=config.sink_tokens, protect=protect,
-      )
       plan = focus_allocator.plan_edits(
         scores, legal, free=window.free, need=need,
         threshold=config.threshold, max_edits=config.max_edits,
@@ -244,6 +260,30 @@ class FocusLoop:
     self.check()
     return len(edits)
 
+  def view(self, need: int = BRANCHING,
+           legal: focus_allocator.Legal | None = None,
+           continuation: np.ndarray | None = None) -> FocusView:
+    """What the policy sees now; arguments as of `refocus`."""
+    window, query = self.context.window, self.query
+    legal, count = legal or self._legal_edits(), len(window.entries)
+    return FocusView(
+      entries=window.entries, tree=self.tree, query_ids=query.ids,
+      query_weights=query.weights, query_start=query.start,
+      asked=query.asked, step=self.step,
+      can_expand=legal.expand[:count], can_collapse=legal.collapse[:count],
+      room=window.free - need, max_edits=self._config.max_edits,
+      context_lm=self.context, continuation=continuation,
+    )
+
+  def _legal_edits(self) -> focus_allocator.Legal:
+    config, protect = self._config, self._config.protect_tokens
+    if self.query.asked:  # the text before a question can be as far from it
+      protect = min(protect, self.tree.cursor - self.query.start)
+    return focus_allocator.legal_edits(
+      self.context.window, step=self.step, cooldown=config.cooldown,
+      sink=config.sink_tokens, protect=protect,
+    )
+
   def attend(self) -> None:
     """Lets the LM attend to what answers the question; see `raw_attention`.
 
@@ -253,17 +293,19 @@ class FocusLoop:
     """
     self.sources, attention = [], None
     self.found = list(self._policy.sources) if self.query.asked else []
+    self.answerable = self._policy.answerable if self.query.asked else 0.0
     e = self.context.window.entries
     if (self.query.asked and self._config.raw_attention != "all"
         and np.any(e.level)):
       raw = e.start()[e.level == 0]
-      self.sources = [(a, b) for a, b in self._policy.sources
-                      if np.any((raw >= a) & (raw < b))]
+      self.sources = [part for span in self.found
+                      for part in _raw_parts(raw, *span)]
     if self.sources:
       spans = self.sources
       if self._config.raw_attention == "blocks":
         spans = [_whole_blocks(a, b) for a, b in spans]
-      attention = Attention((FIRST, *spans), self.query.prompt)
+      attention = Attention(
+        (FIRST, *spans), self.query.prompt, self.query.head)
     if self.context.attend(attention) and self._config.kv == "exact":
       self.context.forget()
 
@@ -291,7 +333,7 @@ class FocusLoop:
     while window.free < need:
       if not self.refocus(need=need, continuation=continuation):
         before = window.free
-        self.cold_start(self._config.recent_tokens)
+        self.cold_start()
         if window.free <= before:
           raise McjaxError(
             f"config.window {window.window} is too small: {need} slots are "
@@ -419,7 +461,7 @@ class FocusLoop:
       saved["runs"], self.tree.cursor
     )
     if not fits and self.tree.cursor:
-      self.cold_start(self._config.recent_tokens)
+      self.cold_start()
 
   def check(self) -> None:
     """Checks every invariant if the configuration asks for it."""
@@ -510,6 +552,14 @@ def _entered(edits) -> tuple[np.ndarray, np.ndarray]:
       nodes.append((level, index))
   levels, indices = np.array(nodes, np.int64).T
   return levels, indices
+
+
+def _raw_parts(raw: np.ndarray, start: int, stop: int
+               ) -> list[tuple[int, int]]:
+  """The parts of tokens [start, stop) that are among `raw` [n], sorted."""
+  here = raw[(raw >= start) & (raw < stop)]
+  runs = np.split(here, np.flatnonzero(np.diff(here) != 1) + 1)
+  return [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
 
 
 def _whole_blocks(start: int, stop: int) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from mcjax.answer import questions
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.gist.encoder import GistEncoder, load_gistnet
@@ -277,7 +276,7 @@ class MegaContext:
       self._loop.remember(ids[a : a + _SLICE])
       if progress is not None:
         progress(self.tree.cursor - start, len(ids))
-    self._loop.show(self.tree.cursor - start, self.config.recent_tokens)
+    self._loop.show(self.tree.cursor - start)
     self._loop.follow()
     self._loop.check()
 
@@ -402,7 +401,7 @@ class MegaContext:
     )
     return Generation(
       self._answer(out, stopped), np.array(out, np.int32), len(ids), seconds,
-      first, focus, sources, float(bool(sources)),
+      first, focus, sources, self._loop.answerable,
     )
 
   def score(self, text: str) -> np.ndarray:
@@ -469,12 +468,13 @@ class MegaContext:
     words, start = ids[own], self.tree.cursor
     # A line break before the prompt is read with it.
     begin = start - self._ends_a_line()
+    head = start - begin + int(np.argmax(own))
     if len(words) > _QUESTION:  # a pasted text with the question at its end
       words = words[-_QUESTION:]
       start += int(np.flatnonzero(own)[-_QUESTION])
     self._loop.query = Query(
       words, np.ones(len(words), np.float32), start, asked=True,
-      question=questions.asks(prompt), prompt=begin,
+      prompt=begin, head=head,
     )
     return ids, closing
 

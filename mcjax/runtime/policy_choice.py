@@ -18,7 +18,12 @@ from mcjax.focus.oracle import Oracle
 from mcjax.focus.policy import Policy
 from mcjax.focus.similarity import Similarity
 from mcjax.gist.encoder import GistEncoder
-from mcjax.lens.policy import LensNetPolicy, load_keyer, load_lensnet
+from mcjax.lens.policy import (
+  READ_TOKENS,
+  LensNetPolicy,
+  load_keyer,
+  load_lensnet,
+)
 from mcjax.tree.learned_keys import Keyer
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import McjaxError
@@ -56,7 +61,8 @@ def choose(config: Config, lm: BaseLM, encoder: GistEncoder,
   keyer: Keyer | None = given.keyer if given else None
   if name == "lensnet" or name == "auto" and (given or shipped):
     learned = given or load_lensnet(
-      lm, gistnet=encoder, max_nodes=config.search_nodes)
+      lm, gistnet=encoder, max_nodes=config.search_nodes,
+      read_tokens=config.read_tokens)
     if name == "lensnet" or given or learned.reads(encoder):
       return Choice("lensnet", learned, learned.keyer)
   if name == "auto":
@@ -90,7 +96,8 @@ def for_tree(choice: Choice, config: Config, tree: MegaContextTree) -> Choice:
 
 def _hand_written(name: str, config: Config) -> Policy:
   if name == "similarity":
-    return Similarity(config.search_nodes)
+    return Similarity(
+      config.search_nodes, read_tokens=config.read_tokens or READ_TOKENS)
   if name == "recency":
     return Recency()
   if name == "random":

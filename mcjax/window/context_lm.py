@@ -230,6 +230,9 @@ class ContextLM:
     todo[len(e) - min(renew, len(e)) :] = True
     todo &= ~self.window.hidden()
     rows = np.flatnonzero(todo)
+    if self.window.attention is not None:  # as read, the prompt's head first
+      order = self.window.attention.order(e)
+      rows = order[todo[order]]
     e.ready[rows] = False
     largest = self._sizes[-1]
     # The remainder goes first: the last chunk is full and holds the newest.

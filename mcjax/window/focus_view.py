@@ -25,9 +25,11 @@ class FocusView:
     query_start: first token of the history that belongs to the query; spans
       from here on are no answer to it.
     asked: the query is a prompt, not just the newest text.
-    question: this prompt asks for something, by its form.
     step: refocus step.
-    pressure: the next block and the next edits do not fit the free slots.
+    can_expand, can_collapse: [E] bool, entries that may be expanded, and first
+      entries of 32 siblings that may be collapsed.
+    room: free slots beyond those that the next block needs; may be negative.
+    max_edits: of this step.
     context_lm: the LM's window, for policies that look at embeddings or at
       counterfactual losses.
     continuation: [H] int32 true next tokens, known in `score` only.
@@ -40,10 +42,12 @@ class FocusView:
   query_start: int
   asked: bool
   step: int
-  pressure: bool
+  can_expand: np.ndarray
+  can_collapse: np.ndarray
+  room: int
+  max_edits: int
   context_lm: ContextLM
   continuation: np.ndarray | None = None
-  question: bool = True
 
 
 def fading_weights(count: int) -> np.ndarray:

@@ -62,14 +62,18 @@ def check_positions(
 ) -> None:
   """Positions rise strictly and leave room for the next block.
 
-  With a stride of 0 gists take none, as hidden tokens do; those of the rest
+  In the order in which the LM reads: a prompt's head may come first. With a
+  stride of 0 gists take none, as hidden tokens do; those of the rest
   rise.
   """
   positions = context.positions(gist_stride, max_positions)
   taken = ~context.hidden()
   if not gist_stride:
     taken &= context.entries.level == 0
-  positions = positions[taken]
+  order = np.arange(len(positions))
+  if context.attention is not None:
+    order = context.attention.order(context.entries)
+  positions = positions[order][taken[order]]
   _require(bool(np.all(np.diff(positions) > 0)), "monotone positions")
   last = context.next_position(gist_stride, max_positions)
   _require(last + BRANCHING <= max_positions, "positions exceed the base")

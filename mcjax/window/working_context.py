@@ -26,10 +26,13 @@ class Attention(NamedTuple):
   Attributes:
     spans: token spans (start, stop) of earlier text; the rest of it is hidden.
     start: first token of the prompt; from there on nothing is hidden.
+    head: tokens of the prompt that stand before what is read: what the chat
+      template writes in front of the user's words.
   """
 
   spans: tuple[tuple[int, int], ...]
   start: int
+  head: int = 0
 
   def earlier(self, entries: Entries) -> tuple[np.ndarray, np.ndarray]:
     """Raw entries before the prompt, [E] bool: those attended to, those not."""
@@ -39,6 +42,18 @@ class Attention(NamedTuple):
     for start, stop in self.spans:
       inside |= (token >= start) & (token < stop)
     return earlier & inside, earlier & ~inside
+
+  def order(self, entries: Entries) -> np.ndarray:
+    """Rows [E] in the order in which the LM reads them.
+
+    That of time, but the prompt's head comes right behind the first token, so
+    that what is read stands inside the user's turn.
+    """
+    token = entries.start()
+    rank = np.where(token == FIRST[0], 0, 2)
+    rank[(token >= self.start) & (token < self.start + self.head)] = 1
+    rank[token >= self.start + self.head] = 3
+    return np.argsort(rank, kind="stable")
 
 
 @dataclasses.dataclass
@@ -375,9 +390,14 @@ class WorkingContext:
 
   def positions(self, gist_stride: int, max_positions: int) -> np.ndarray:
     """Window-relative position of every entry, [E] int32."""
-    return positions_of(
-      self.entries.level, gist_stride, max_positions, self.hidden()
-    )
+    level, hidden = self.entries.level, self.hidden()
+    if self.attention is None:
+      return positions_of(level, gist_stride, max_positions, hidden)
+    order = self.attention.order(self.entries)
+    out = np.empty(len(level), np.int32)
+    out[order] = positions_of(
+      level[order], gist_stride, max_positions, hidden[order])
+    return out
 
   def next_position(self, gist_stride: int, max_positions: int) -> int:
     """Position of the token that would be appended next."""

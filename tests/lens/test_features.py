@@ -1,11 +1,37 @@
-"""LensNet's rows: what it is shown of window, query and tail."""
+"""What LensNet is shown: rows, their matches with the query, the tail."""
 
-from lens_cases import opened, view_of
+from lens_cases import asked_view, opened, view_of
 import numpy as np
+import pytest
 
-from mcjax.lens import features as lens_rows
-from mcjax.lens.features import BURIED, GIST, MARGIN, RAW, SPAN, TAIL_GISTS
+from mcjax.lens import features as lens_features
+from mcjax.lens.features import (
+  BURIED,
+  FEATURES,
+  GIST,
+  NAMES,
+  RAW,
+  TAIL_GISTS,
+  Rows,
+)
+from mcjax.testing import tiny_base
 from mcjax.window.working_context import WorkingContext
+
+
+def column(features, name):
+  return features[:, NAMES.index(name)]
+
+
+def rows_of(*blocks, state=BURIED):
+  n = len(blocks)
+  return Rows(np.array(blocks, np.int64), np.full(n, state, np.int32),
+              np.zeros(n, np.int64))
+
+
+def prepared(mc, view):
+  policy = mc._loop._policy
+  policy._prepare(view)
+  return policy
 
 
 def test_rows_are_blocks_raw_as_gists_or_buried():
@@ -13,45 +39,99 @@ def test_rows_are_blocks_raw_as_gists_or_buried():
   nodes = [(0, i) for i in range(32)] + [(1, i) for i in range(1, 32)]
   nodes += [(2, 1)] + [(0, 2048 + i) for i in range(40)]
   window.retile(nodes)
-  rows = lens_rows.window_rows(window, [33, 5, 63, 64])
+  rows = lens_features.window_rows(window, [33, 5, 63, 64, 33])
   np.testing.assert_array_equal(rows.block, [0, 64, *range(1, 32), 33, 63])
   np.testing.assert_array_equal(rows.state, [RAW] * 2 + [GIST] * 31
                                 + [BURIED] * 2)
   np.testing.assert_array_equal(rows.entry[[0, 1, 2, -1]], [0, 64, 32, 63])
 
 
-def test_inputs_hold_tokens_gists_and_tail(tiny_lm, tiny_gistnet):
-  mc = opened(tiny_lm, tiny_gistnet, 2109)  # with <bos> 65 blocks, 30 tokens
-  view = view_of(mc)
-  rows = lens_rows.Rows(np.array([0, 1, 64]), np.zeros(3, np.int32),
-                        np.zeros(3, np.int64))
-  got = lens_rows.gather(
-    view, rows, 8, mc._loop.context.token_embeddings, tiny_gistnet)
-  ids = mc.tree.tokens(0, mc.cursor)
-  np.testing.assert_array_equal(got.ids[0, :MARGIN], -1)
-  np.testing.assert_array_equal(got.ids[0, MARGIN:], ids[: SPAN - MARGIN])
-  np.testing.assert_array_equal(got.ids[1], ids[16:80])
-  np.testing.assert_array_equal(got.ids[2, : 32 + MARGIN], ids[2032:2080])
-  assert (got.ids[3:] == -1).all() and not got.mask[3:].any()
-  np.testing.assert_array_equal(got.gists[1], mc.tree.gists(1, 1, 2)[0])
-  np.testing.assert_array_equal(got.distance[:3], [2078, 2046, 30])
-  np.testing.assert_array_equal(got.newest_ids, ids[-32:])
+def test_inputs_hold_matches_gists_and_tail(tiny_lm, tiny_gistnet):
+  text = tiny_base.text(2109)
+  fact = "THE PUMP CODE IS 7314."
+  mc = opened(tiny_lm, tiny_gistnet, 0,
+              text=text[:1030] + fact + text[1030 + len(fact) :])
+  view = asked_view(mc, "what is the pump code?")
+  policy = prepared(mc, view)
+  tail = lens_features.read_tail(
+    mc.tree, mc._loop.context.token_embeddings, tiny_gistnet)
+  got = lens_features.gather(
+    mc.tree, rows_of(0, 32, 33, 60), 8, policy._query, policy._matcher, tail)
+  assert got.features.shape == (8, FEATURES) and got.mask.sum() == 4
+  exact = column(got.features, "exact_own")[:4]
+  assert exact[1] == exact.max() > 0.5
+  assert column(got.features, "rank_exact_near")[1] == 1.0
+  assert (column(got.features, "asked")[:4] == 1).all()
+  np.testing.assert_array_equal(got.gists[1], mc.tree.gists(1, 32, 33)[0])
   coarse, fine = mc.tree.gists(2, 0, 2), mc.tree.gists(1, 61, 65)
   np.testing.assert_array_equal(got.tail[:2], coarse)
   np.testing.assert_array_equal(got.tail[2:TAIL_GISTS], fine)
+  ids = mc.tree.tokens(mc.cursor - 32, mc.cursor)
   table = np.asarray(tiny_lm.params["embed"])
-  np.testing.assert_array_equal(got.tail[TAIL_GISTS + 1 :], table[ids[-32:]])
-  np.testing.assert_allclose(
-    got.tail[TAIL_GISTS], tiny_gistnet.encode_tokens(ids[None, -32:])[0],
-    rtol=1e-5)
+  np.testing.assert_array_equal(got.tail[TAIL_GISTS + 1 :], table[ids])
   assert got.tail_mask.all()
+
+
+def test_every_feature_is_finite_and_says_something(tiny_lm, tiny_gistnet):
+  mc = opened(tiny_lm, tiny_gistnet, 3000)
+  blocks = Rows(np.arange(80), np.resize([RAW, GIST, BURIED], 80).astype(
+    np.int32), np.zeros(80, np.int64))
+  seen = []
+  for view in (asked_view(mc, "what does " + mc.text(1000, 1040) + " say?"),
+               view_of(mc)):
+    policy = prepared(mc, view)
+    seen.append(lens_features.row_features(
+      mc.tree, blocks, policy._query, policy._matcher))
+  values = np.concatenate(seen)
+  assert np.isfinite(values).all()
+  still = [name for name, column in zip(NAMES, values.T)
+           if column.min() == column.max()]
+  assert set(still) <= {"said_by_user", "said_by_model", "special",
+                        "question_mark", "known", "top_pairs", "pairs_own",
+                        "within_256"}
+
+
+def test_what_is_shown_raw_is_not_new(tiny_lm, tiny_gistnet):
+  text = tiny_base.text(2000)
+  word = " HARBOURMASTER "
+  mc = opened(tiny_lm, tiny_gistnet, 0,
+              text=text[:640] + word + text[640:1280] + word + text[1280:])
+  policy = prepared(mc, asked_view(mc, "harbourmaster"))
+  blocks = rows_of(20, 40)
+  hidden = lens_features.row_features(
+    mc.tree, blocks, policy._query, policy._matcher)
+  shown = lens_features.row_features(
+    mc.tree, Rows(blocks.block, np.array([BURIED, RAW], np.int32),
+                  blocks.entry),
+    policy._query, policy._matcher)
+  assert column(hidden, "new_near")[0] > column(shown, "new_near")[0]
+
+
+def test_a_passage_that_is_repeated_foretells_what_follows(
+    tiny_lm, tiny_gistnet):
+  text = tiny_base.text(3000)
+  again = text[500:590]
+  mc = opened(tiny_lm, tiny_gistnet, 0, text=text + again)
+  policy = prepared(mc, view_of(mc))
+  near = np.arange(14, 24)
+  repeats = column(lens_features.row_features(
+    mc.tree, rows_of(*near), policy._query, policy._matcher), "repeats")
+  assert repeats.max() > 0.8
+  assert near[repeats.argmax()] in (18, 19)
 
 
 def test_a_short_history_has_a_short_tail(tiny_lm, tiny_gistnet):
   mc = opened(tiny_lm, tiny_gistnet, 20)
-  rows = lens_rows.window_rows(mc._loop.context.window, [])
-  got = lens_rows.gather(
-    view_of(mc), rows, 8, mc._loop.context.token_embeddings, tiny_gistnet)
-  assert not got.tail_mask[: TAIL_GISTS + 1].any()
-  assert got.tail_mask[TAIL_GISTS + 1 :].sum() == 21
-  assert (got.newest_ids >= 0).sum() == 21
+  tail, mask = lens_features.read_tail(
+    mc.tree, mc._loop.context.token_embeddings, tiny_gistnet)
+  assert not mask[: TAIL_GISTS + 1].any()
+  assert mask[TAIL_GISTS + 1 :].sum() == 21 and np.isfinite(tail).all()
+
+
+@pytest.mark.parametrize("question", ["", "?", "the the the", "x" * 400])
+def test_odd_queries_are_read(tiny_lm, tiny_gistnet, question):
+  mc = opened(tiny_lm, tiny_gistnet, 2000)
+  policy = prepared(mc, asked_view(mc, question))
+  found = lens_features.row_features(
+    mc.tree, rows_of(3, 5), policy._query, policy._matcher)
+  assert np.isfinite(found).all()

@@ -1,31 +1,11 @@
 """LensKeyer: keys of blocks and queries, alike on host and device."""
 
-import jax.numpy as jnp
 import numpy as np
 
 from mcjax.lens import keyer as lens_keyer
 from mcjax.lens import network as lensnet
 from mcjax.lens import policy as lensnet_policy
 from mcjax.lens.keyer import LensKeyer
-
-
-def test_keys_are_the_same_on_host_and_device(tiny_lm):
-  config = lensnet.LensNetConfig(d_model=32, key_dim=8)
-  params = lensnet.init_params(config)
-  keyer = LensKeyer(params, config, tiny_lm)
-  ids = np.random.RandomState(0).randint(0, 300, (70, 32)).astype(np.int32)
-  keys = keyer.encode_keys(ids)
-  assert keys.dtype == np.int8 and keys.min() >= -127
-  tables = lensnet.key_tables(params, config, tiny_lm.params["embed"])
-  want = np.asarray(lensnet.block_keys(tables, ids)) * lensnet.KEY_SCALE
-  np.testing.assert_allclose(keys, np.clip(want, -127, 127), atol=0.51)
-  np.testing.assert_array_equal(keyer.encode_keys(ids[3:5]), keys[3:5])
-  query = keyer.query(ids[0], np.ones(32, np.float32))
-  padded = np.full(40, -1, np.int32)
-  padded[:32] = ids[0]
-  want = np.asarray(lensnet.query_key(
-    tables, padded, jnp.ones(40))) * lensnet.KEY_SCALE
-  np.testing.assert_allclose(query, np.clip(want, -127, 127), atol=0.51)
 
 
 def test_tables_are_made_once_and_told_apart(tiny_lm, monkeypatch):

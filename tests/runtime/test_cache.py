@@ -81,7 +81,7 @@ def test_a_refocus_runs_the_lm_on_what_changed_only(make, visible):
     action > 0 and (level == 1 or visible == "visible")
     for r in refocused for action, level, _ in r["edits"]
   )
-  assert spent["expands"] > 5 and spent["collapses"] > 5
+  assert spent["expands"] > 2 and spent["collapses"] > 2
   # The newest token runs again where it has something new to see.
   again = sum(
     visible == "visible" or any(a > 0 and l == 1 for a, l, _ in r["edits"])

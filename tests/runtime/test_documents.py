@@ -41,7 +41,7 @@ def test_documents_are_named_and_stay_so(make, url, tiny_lm, tiny_gistnet):
     out = mc.generate("when does the GATE OPENS?", max_new_tokens=2)
     assert out.sources[0].document == "gate.md"
     assert FACTS["gate.md"] in out.sources[0].text
-    assert 0.3 < out.sources[0].score <= 1 and out.answerable == 1.0
+    assert 0.3 < out.sources[0].score <= 1 and 0.3 < out.answerable <= 1
 
 
 def test_the_same_content_is_skipped_and_said(make):

@@ -59,7 +59,7 @@ class NothingMatters:
   """A policy that gives everything up."""
 
   touched = bytes_read = 0
-  sources = ()
+  answerable, sources = 0.0, ()
 
   def score(self, view):
     return np.full(len(view.entries), -0.9, np.float32)

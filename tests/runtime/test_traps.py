@@ -317,7 +317,9 @@ def test_a_whole_level_read_per_step_is_noticed(tiny_lm, tiny_gistnet):
     for careless in (False, True)
   ]
   assert costs[0][1] <= 1.5 * costs[0][0] + 300
-  assert not costs[1][1] <= 1.5 * costs[1][0] + 300
+  # What is read besides does not hide it.
+  careless = [b - a for a, b in zip(*costs)]
+  assert careless[1] > 1.5 * careless[0] + 300
 
 
 # --- A causal mask aligned top-left ------------------------------------------

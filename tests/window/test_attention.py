@@ -143,6 +143,7 @@ def test_lensnet_names_its_sources_too(make, monkeypatch):
   block = (FACT_AT + 1) // BRANCHING
 
   def score_rows(view, rows):
+    policy.answerable = 0.9
     return np.where(rows.block == block, 0.8, -0.1).astype(np.float32)
 
   monkeypatch.setattr(policy, "score_rows", score_rows)
@@ -172,10 +173,10 @@ def test_all_raw_text_may_be_read_instead(make):
   assert not mc._loop.context.window.hidden().any()
 
 
-def test_sources_that_are_not_in_the_window_hide_nothing(make):
+def test_sources_that_are_not_in_the_window_hide_nothing(make, monkeypatch):
   mc = make(settle_steps=0)  # nothing is expanded before the answer
-  policy = mc._loop._policy
-  policy.sources = ((FACT_AT + 1, FACT_AT + 1 + len(FACT)),)
+  place = ((FACT_AT + 1, FACT_AT + 1 + len(FACT)),)
+  monkeypatch.setattr(type(mc._loop._policy), "sources", place)
   out = mc.generate(QUESTION, max_new_tokens=3)
   assert {e.level for e in out.focus if e.start <= FACT_AT < e.stop} != {0}
   assert not mc._loop.sources

@@ -184,6 +184,8 @@ class Life:
     text = self.text((1, 31, 32, 33, 100, 700, 1500)[pick % 7])
     before = len(self.ids)
     stats = self.mc.ingest(text)
+    if stats.skipped:  # the same short text came in before
+      return
     self.remembered(text)
     assert stats.tokens == len(self.ids) - before
     assert stats.cursor == len(self.ids)

@@ -138,7 +138,7 @@ def _measure(settings: Settings, models: Models, folder, every: int) -> dict:
   ids = texts.tokens(
     models.lm.tokenizer, count, settings.text, settings.history)
   loop.warm_up()
-  loop.cold_start(config.window // 2)
+  loop.cold_start()
   loop.sync()
   marks = {
     step: mark for mark in settings.steps

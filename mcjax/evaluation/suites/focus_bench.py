@@ -208,7 +208,7 @@ class Bench:
     """
     mc = MegaContext.open(*self._known(url))
     mc._loop._policy = policy
-    mc._loop.cold_start(mc.config.recent_tokens)
+    mc._loop.cold_start()
     mc._loop.follow()
     try:
       yield mc

@@ -31,7 +31,6 @@ from mcjax.training.common.ranks import spearman
 from mcjax.training.gist import recovery
 from mcjax.types import BRANCHING
 from mcjax.window.counterfactual import Candidate, edit_losses
-from mcjax.window.focus_view import FocusView
 from mcjax.window.working_context import COLLAPSE, EXPAND
 
 _COST = BRANCHING - 1
@@ -70,7 +69,7 @@ def _document(bench: Bench, ids: np.ndarray, names: list[str]) -> dict:
   with bench.opened(bench.tree(ids[:at]), bench.policy(s.policies[0])) as mc:
     loop = mc._loop
     loop.warm_up()
-    loop.cold_start(s.window // 2)
+    loop.cold_start()
     loop.sync()
     for step in range(s.windows * s.spacing):
       loop.append(ids[at : at + BRANCHING], continuation=ids[at:])
@@ -103,13 +102,7 @@ def _window(loop: FocusLoop, config: Config, measured: dict[str, Policy],
   )
   gains = base - losses
   room = (window.free, BRANCHING, config.max_edits)
-  view = FocusView(
-    entries=window.entries, tree=loop.tree, query_ids=loop.query.ids,
-    query_weights=loop.query.weights, query_start=loop.query.start,
-    asked=loop.query.asked, step=loop.step, context_lm=loop.context,
-    continuation=ahead,
-    pressure=window.free < BRANCHING + config.max_edits * _COST,
-  )
+  view = loop.view(continuation=ahead)
   wishes, gained = {}, {}
   for name, policy in measured.items():
     scores = np.asarray(policy.score(view), np.float64)

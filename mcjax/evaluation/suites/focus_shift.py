@@ -104,7 +104,7 @@ def _follow(bench: Bench, passage: Passage, policy: Policy) -> dict:
   with bench.opened(url, policy) as mc:
     loop = mc._loop
     loop.warm_up()
-    loop.cold_start(bench.settings.window // 2)
+    loop.cold_start()
     for at in range(passage.start, len(passage.timeline), BRANCHING):
       if isinstance(policy, KnownPlaces):
         in_second = passage.shift <= at < passage.back

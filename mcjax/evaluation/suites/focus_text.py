@@ -60,7 +60,7 @@ def _score(bench: Bench, timeline: np.ndarray, policy: Policy | None) -> dict:
     with bench.opened(url, policy) as mc:
       loop = mc._loop
       loop.warm_up()
-      loop.cold_start(s.window // 2)
+      loop.cold_start()
       nll = loop.score(timeline[s.document_history :])
       steps = [r["utilisation"] for r in mc.telemetry.records
                if r["kind"] == "refocus"]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-import dataclasses
 
 import numpy as np
 
-from mcjax.focus.policy import age_scores
+from mcjax.focus.policy import age_scores, with_payment
 from mcjax.types import BRANCHING
 from mcjax.window.context_lm import ContextLM
 from mcjax.window.focus_view import FocusView
@@ -26,6 +25,7 @@ class KnownPlaces:
   """
 
   touched = 0
+  answerable = 1.0
   bytes_read = 0
 
   def __init__(self, places: Sequence[tuple[int, int]] = ()):
@@ -38,7 +38,7 @@ class KnownPlaces:
 
   def score(self, view: FocusView) -> np.ndarray:
     """Signed score per entry, [E] float32."""
-    scores = age_scores(dataclasses.replace(view, pressure=True))
+    scores = age_scores(view)
     start = view.entries.start()
     stop = start + view.entries.width()
     # One edit from L0 first: coarse entries need several steps to show a token.
@@ -47,7 +47,7 @@ class KnownPlaces:
       low, high = a // BRANCHING * BRANCHING, -(-b // BRANCHING) * BRANCHING
       inside = (start < high) & (stop > low)
       scores[inside] = wanted[inside]
-    return scores
+    return with_payment(view, scores)
 
   def warm_up(self, context: ContextLM) -> None:
     """Nothing to compile."""

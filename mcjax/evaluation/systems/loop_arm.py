@@ -103,7 +103,7 @@ class LoopArm:
   def _fill(self, config: Config) -> None:
     """Cold start, then more of the history's text until the window is full."""
     loop, window = self.loop, self.loop.context.window
-    loop.cold_start(config.window // 2)
+    loop.cold_start()
     loop.follow()
     loop.settle()
     while window.free >= 2 * BRANCHING:

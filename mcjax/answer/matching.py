@@ -1,0 +1,293 @@
+"""How well blocks match a query: word by word, in spelling and in meaning.
+
+A block ends where 32 tokens end, a word does not, and a token sequence changes
+with case and with the blank before it. So blocks and query are compared as
+case-folded words: which words of the query a block holds (weighted by rarity),
+which words are spelled nearly alike (character trigrams), and which mean
+nearly the same (the learned vectors of their tokens). Nothing here knows a
+language.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+import re
+from typing import NamedTuple
+import zlib
+
+import numpy as np
+
+from mcjax.answer import turns
+from mcjax.base.tokenizer import Tokenizer
+from mcjax.tree import lexical_rank
+from mcjax.tree.tree import MegaContextTree
+from mcjax.types import BRANCHING
+
+REACH = 2  # blocks on each side that a block is read with
+_TRIGRAM_BITS = 256  # hashed trigrams of a word
+MARKS = ("said_by_user", "said_by_model", "special", "question_mark")
+_MARGIN = 8  # tokens beside a block that complete its first and last word
+_MOST_BLOCKS = 1 << 14  # blocks whose words are kept
+_MOST_WORDS = 1 << 17  # words that are kept
+_WORD = re.compile(r"\w+")
+
+
+class QueryWords(NamedTuple):
+  """The words of a query.
+
+  Attributes:
+    ids: [Q] int32, see `WordTable`.
+    weights: [Q] float32 prior times rarity (idf); a repeated word counts once.
+    known: share of the weight in words that some block may hold.
+    token_ids: [T] int32 the query as it stands, then its words in lower case,
+      capitalised and in upper case, with and without a blank before.
+    token_weights: [T] float32 prior times rarity of these; 0 keeps two apart.
+  """
+
+  ids: np.ndarray
+  weights: np.ndarray
+  known: float
+  token_ids: np.ndarray
+  token_weights: np.ndarray
+
+
+class Matches(NamedTuple):
+  """Per block and query word, the best match of any word of the block, [U, Q].
+
+  Attributes:
+    exact: 1 where the block holds the word.
+    spelling: trigram likeness (Jaccard), in [0, 1].
+    meaning: cosine of the words' vectors, in [0, 1].
+    times: how often the block holds the word.
+    pairs: [U, Q - 1] 1 where it holds a word and the query's next one behind.
+  """
+
+  exact: np.ndarray
+  spelling: np.ndarray
+  meaning: np.ndarray
+  times: np.ndarray
+  pairs: np.ndarray
+
+
+class WordTable:
+  """Words met so far, by number, with their trigrams and vectors.
+
+  Attributes:
+    tokenizer: of the base.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, vectors: np.ndarray,
+               salience: np.ndarray):
+    """Makes an empty table.
+
+    Args:
+      tokenizer: of the base.
+      vectors: [V, K] float32 or int8 of tokens.
+      salience: [V] float32 how much each counts in a word.
+    """
+    self.tokenizer = tokenizer
+    self._vectors, self._salience = vectors, salience
+    self._pieces: dict[int, bytes] = {}
+    self.clear()
+
+  def clear(self) -> None:
+    self._number: dict[str, int] = {}
+    self._bits = np.zeros((256, _TRIGRAM_BITS), np.float32)
+    self._meaning = np.zeros((256, self._vectors.shape[1]), np.float32)
+
+  def __len__(self) -> int:
+    return len(self._number)
+
+  def read(self, ids: np.ndarray) -> list[tuple[str, int, int]]:
+    """(case-folded word, first token, token behind) of token ids [T]."""
+    pieces = self.text(ids)
+    edges = np.cumsum([0, *map(len, pieces)])
+    found = []
+    for match in _WORD.finditer("".join(pieces)):
+      a, b = np.searchsorted(edges, match.span(), side="right").tolist()
+      found.append((match.group().casefold(), a - 1, max(a, b - 1)))
+    return found
+
+  def text(self, ids: np.ndarray) -> list[str]:
+    """What each of token ids [T] adds to their text."""
+    known = self._pieces
+    for i in {*ids.tolist()} - known.keys():
+      known[i] = self.tokenizer.token_bytes(i)
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    return [decode(known[i]) for i in ids.tolist()]
+
+  def numbers(self, words: Sequence[tuple[str, int, int]], ids: np.ndarray
+              ) -> np.ndarray:
+    """Numbers [n] int32 of words read from `ids`, new ones are added."""
+    out = np.empty(len(words), np.int32)
+    for i, (word, a, b) in enumerate(words):
+      number = self._number.get(word)
+      out[i] = self._add(word, ids[a:b]) if number is None else number
+    return out
+
+  def _add(self, word: str, ids: np.ndarray) -> int:
+    number = len(self._number)
+    if number == len(self._bits):
+      self._bits = np.concatenate([self._bits, np.zeros_like(self._bits)])
+      self._meaning = np.concatenate(
+        [self._meaning, np.zeros_like(self._meaning)])
+    self._number[word] = number
+    framed = f"^{word}$"
+    for i in range(len(framed) - 2):
+      at = zlib.crc32(framed[i : i + 3].encode()) % _TRIGRAM_BITS
+      self._bits[number, at] = 1.0
+    vector = self._salience[ids] @ self._vectors[ids].astype(np.float32)
+    self._meaning[number] = vector / np.sqrt(np.sum(vector**2) + 1e-6)
+    return number
+
+  def spelling(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Jaccard likeness [A, B] of the trigrams of words a [A] and b [B]."""
+    x, y = self._bits[a], self._bits[b]
+    both = x @ y.T
+    return both / (x.sum(1)[:, None] + y.sum(1)[None] - both + 1e-6)
+
+  def meaning(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosines [A, B] of the vectors of words a [A] and b [B]."""
+    return np.clip(self._meaning[a] @ self._meaning[b].T, 0.0, 1.0)
+
+
+class Matcher:
+  """Matches blocks of one tree with queries; keeps the words it has read."""
+
+  def __init__(self, tree: MegaContextTree, table: WordTable):
+    self._tree, self.table = tree, table
+    self._words: dict[int, np.ndarray] = {}
+    self._marks: dict[int, np.ndarray] = {}
+
+  def query(self, token_ids: np.ndarray, prior: np.ndarray) -> QueryWords:
+    """The words of query tokens [T] with prior weights [T]."""
+    if len(self.table) > _MOST_WORDS:
+      self.table.clear()
+      self._words.clear()
+    tokenizer = self.table.tokenizer
+    words = self.table.read(token_ids)
+    numbers = self.table.numbers(words, token_ids)
+    blocks = max(1, self._tree.num_nodes(1))
+    ids, weights = [], []
+    # Sequences of tokens with their priors; 0 between two keeps them apart.
+    spelled = [(token_ids, np.asarray(prior, np.float32))]
+    known = total = 0.0
+    for (word, a, _), number in zip(words, numbers.tolist()):
+      if number in ids:
+        continue
+      held = 0.0
+      for text in _forms(word):
+        tokens = np.asarray(tokenizer.encode(text), np.int32)
+        if not len(tokens):
+          continue
+        share = self._tree.block_frequency(np.unique(tokens)) / blocks
+        held += blocks * float(np.prod(share))  # as if they were independent
+        between = np.zeros(1, np.float32)
+        spelled.append((np.concatenate([tokens[:1], tokens]), np.concatenate(
+          [between, np.full(len(tokens), prior[a], np.float32)])))
+      weight = max(0.0, float(prior[a]) * np.log((blocks + 1) / (held + 0.5)))
+      total += weight
+      known += weight if held else 0.0
+      ids.append(number)
+      weights.append(weight)
+    sequence, priors = map(np.concatenate, zip(*spelled))
+    return QueryWords(
+      np.array(ids, np.int32), np.array(weights, np.float32),
+      known / total if total else 0.0, sequence.astype(np.int32),
+      lexical_rank.query_weights(self._tree, sequence, priors))
+
+  def blocks_around(self, blocks: np.ndarray) -> np.ndarray:
+    """Sorted blocks within `REACH` of `blocks`, those of the tree."""
+    near = blocks[:, None] + np.arange(-REACH, REACH + 1)
+    near = np.unique(near)
+    return near[(near >= 0) & (near < self._tree.num_nodes(1))]
+
+  def match(self, blocks: np.ndarray, query: QueryWords) -> Matches:
+    """Matches of blocks [U], sorted, with the query's words."""
+    lists = self._read(blocks)
+    counts = np.array([len(words) for words in lists])
+    flat = np.concatenate([*lists, np.zeros(0, np.int32)])
+    words, where = np.unique(flat, return_inverse=True)
+    q = query.ids
+    same = words[:, None] == q[None]
+    table = self.table
+    some = counts > 0
+    starts = (np.cumsum(counts) - counts)[some]
+
+    def per_block(values: np.ndarray, reduce=np.maximum) -> np.ndarray:
+      out = np.zeros((len(blocks), values.shape[1]), np.float32)
+      if len(starts):
+        out[some] = reduce.reduceat(values, starts, axis=0)
+      return out
+
+    here = same[where]
+    pairs = np.zeros((len(flat), max(0, len(q) - 1)), bool)
+    pairs[:-1] = here[:-1, :-1] & here[1:, 1:]
+    spelling = table.spelling(words, q).astype(np.float32)
+    meaning = table.meaning(words, q).astype(np.float32)
+    return Matches(
+      per_block(here.astype(np.float32)), per_block(spelling[where]),
+      per_block(meaning[where]), per_block(here.astype(np.float32), np.add),
+      per_block(pairs.astype(np.float32)))
+
+  def marks(self, blocks: np.ndarray) -> np.ndarray:
+    """Whose words blocks [n] hold, and whether one asks; float32 [n, MARKS].
+
+    Shares of a block's tokens that the user and the model said in a chat, and
+    of control tokens; 1 for a block with a question mark.
+    """
+    missing = np.unique([b for b in blocks.tolist() if b not in self._marks])
+    if len(self._marks) > _MOST_BLOCKS:
+      self._marks.clear()
+      missing = np.unique(blocks)
+    chat = turns.has_turns(self._tree, self.table.tokenizer)
+    special = list(self.table.tokenizer.special_ids)
+    for run in np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1):
+      if len(run):
+        start = int(run[0]) * BRANCHING
+        stop = (int(run[-1]) + 1) * BRANCHING
+        ids = self._tree.tokens(start, stop)
+        who = np.zeros(len(ids), np.int8)
+        if chat:
+          who = turns.speakers(self._tree, self.table.tokenizer, start, stop)
+        self._mark(run, ids, who, np.isin(ids, special))
+    return np.array([self._marks[b] for b in blocks.tolist()],
+                    np.float32).reshape(-1, len(MARKS))
+
+  def _mark(self, run: np.ndarray, ids: np.ndarray, who: np.ndarray,
+            special: np.ndarray) -> None:
+    asks = np.array(["?" in piece for piece in self.table.text(ids)])
+    shares = np.stack([who == turns.USER, who == turns.MODEL, special], 1)
+    shares = shares.reshape(len(run), BRANCHING, 3).mean(axis=1)
+    asked = np.asarray(asks.reshape(len(run), BRANCHING).any(axis=1))
+    for block, share, ask in zip(run.tolist(), shares, asked.tolist()):
+      self._marks[block] = np.array([*share, ask], np.float32)
+
+  def _read(self, blocks: np.ndarray) -> list[np.ndarray]:
+    """Word numbers of each block, in order; runs of blocks read as one."""
+    if len(self._words) > _MOST_BLOCKS:
+      self._words.clear()
+    missing = [b for b in blocks.tolist() if b not in self._words]
+    runs = np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1)
+    for run in runs:
+      if len(run):
+        self._read_run(int(run[0]), int(run[-1]) + 1)
+    return [self._words[b] for b in blocks.tolist()]
+
+  def _read_run(self, first: int, last: int) -> None:
+    low = max(0, first * BRANCHING - _MARGIN)
+    high = min(self._tree.cursor, last * BRANCHING + _MARGIN)
+    ids = self._tree.tokens(low, high)
+    words = self.table.read(ids)
+    numbers = self.table.numbers(words, ids)
+    block = (np.array([a for _, a, _ in words], np.int64) + low) // BRANCHING
+    cuts = np.searchsorted(block, np.arange(first, last + 1))
+    for b, x, y in zip(range(first, last), cuts[:-1], cuts[1:]):
+      self._words[b] = numbers[x:y]
+
+
+def _forms(word: str) -> tuple[str, ...]:
+  """Spellings of a case-folded word that text may use."""
+  cases = dict.fromkeys((word, word.capitalize(), word.upper()))
+  return tuple(blank + case for case in cases for blank in (" ", ""))

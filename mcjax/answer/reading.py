@@ -1,0 +1,110 @@
+"""Which sentences the LM reads for an answer.
+
+A policy says which blocks hold an answer. Blocks end where 32 tokens end, so
+what is read are the whole sentences that touch them: those that match the
+prompt best first, as many tokens as the base reads well, in the order of the
+text. What the model itself said, and what is a question itself, is no evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mcjax.answer import turns
+from mcjax.answer.matching import Matcher, QueryWords
+from mcjax.answer.sentences import sentence_ends, sentence_spans
+from mcjax.base.tokenizer import Tokenizer
+from mcjax.tree.journal import overlaps
+from mcjax.tree.tree import MegaContextTree
+from mcjax.types import BRANCHING
+
+LEAST = 0.6  # share of the best sentence's match that others must have
+_QUESTION_MARKS = ("?", "\uff1f", "\u061f", "\u037e")  # also East Asian, Arabic
+_REACH = 64  # tokens on each side in which a sentence's edges are looked for
+
+
+class Reader:
+  """Chooses what is read of one history."""
+
+  def __init__(self, tree: MegaContextTree, tokenizer: Tokenizer,
+               matcher: Matcher):
+    self._tree, self._tokenizer, self._matcher = tree, tokenizer, matcher
+
+  def spans(self, evidence: Sequence[tuple[int, float]], query: QueryWords,
+            most: int, stop: int, least: float = LEAST
+            ) -> tuple[tuple[int, int], ...]:
+    """Token spans (start, stop) to read, in order, none twice.
+
+    Args:
+      evidence: (L1 block, strength in [0, 1]), best first.
+      query: the words of the prompt.
+      most: tokens in all, except that the first sentence is read in any case.
+      stop: token at which the prompt begins.
+      least: share of the best sentence's match that another must have.
+    """
+    found: dict[tuple[int, int], float] = {}
+    for block, strength in evidence:
+      for span in self.sentences(block, stop):
+        found[span] = max(found.get(span, 0.0), strength)
+    scored = [(self.share(span, query) * strength, span)
+              for span, strength in found.items()]
+    kept, room = [], most
+    top = least * max((score for score, _ in scored), default=0.0)
+    for score, (a, b) in sorted(scored, key=lambda item: (-item[0], item[1])):
+      if kept and (b - a > room or score < top):
+        continue
+      kept.append((a, b))
+      room -= b - a
+    return _joined(sorted(kept))
+
+  def sentences(self, block: int, stop: int) -> list[tuple[int, int]]:
+    """Token spans of the sentences that touch a block and may be evidence."""
+    start = max(0, block * BRANCHING - _REACH)
+    end = min(stop, (block + 1) * BRANCHING + _REACH)
+    ids = self._tree.tokens(start, end)
+    special = np.isin(ids, list(self._tokenizer.special_ids))
+    pieces = self._matcher.table.text(ids)
+    who = turns.speakers(self._tree, self._tokenizer, start, end)
+    ends = sentence_ends(pieces, special)
+    ends[:-1] |= who[1:] != who[:-1]
+    journal, places = self._tree.journal, np.arange(start, end)
+    ends[:-1] |= journal.edges(start + 1, end)  # of documents
+    gone = overlaps(journal.forgotten, places, places + 1)
+    first, last = block * BRANCHING - start, (block + 1) * BRANCHING - start
+    out = []
+    for a, b in sentence_spans(ends):
+      words = "".join(pieces[a:b]).strip()
+      asked = words.rstrip("\"')*_ ").endswith(_QUESTION_MARKS)
+      blank = special[a:b].all() or not words
+      if (a < last and b > first and not (blank or asked or gone[a])
+          and who[a] in (turns.TEXT, turns.USER)):
+        out.append((start + a, start + b))
+    return out
+
+  def share(self, span: tuple[int, int], query: QueryWords) -> float:
+    """Share of the query's weight that tokens of a span hold, in [0, 1].
+
+    By words spelled or meant alike.
+    """
+    if not len(query.ids):
+      return 1.0
+    table, ids = self._matcher.table, self._tree.tokens(*span)
+    words = np.unique(table.numbers(table.read(ids), ids))
+    if not len(words):
+      return 0.0
+    like = np.maximum(table.spelling(words, query.ids),
+                      table.meaning(words, query.ids)).max(axis=0)
+    return float(like @ query.weights / (query.weights.sum() + 1e-6))
+
+
+def _joined(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+  """Spans in order, those that touch as one."""
+  out: list[tuple[int, int]] = []
+  for a, b in spans:
+    if out and a <= out[-1][1]:
+      out[-1] = (out[-1][0], max(b, out[-1][1]))
+    else:
+      out.append((a, b))
+  return tuple(out)

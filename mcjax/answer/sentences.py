@@ -1,0 +1,34 @@
+"""Where sentences of tokenised text begin and end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_STOPS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
+_CLOSING = "\"')]*_\u201d\u2019\u300d"  # may stand between a stop and a blank
+
+
+def sentence_ends(pieces: Sequence[str], special: np.ndarray) -> np.ndarray:
+  """Whether a sentence, a line or a turn ends with a token, [T] bool.
+
+  Args:
+    pieces: [T] what each token adds to the text.
+    special: [T] bool, control tokens, each an end of its own.
+  """
+  out = np.zeros(len(pieces), bool)
+  for i, piece in enumerate(pieces):
+    follows = pieces[i + 1][:1] if i + 1 < len(pieces) else " "
+    tail = "".join(pieces[max(0, i - 2) : i + 1])  # ." may be two tokens
+    closed = tail.rstrip().rstrip(_CLOSING).endswith(_STOPS)
+    closed = closed and bool(piece.strip())
+    wide = closed and not piece.isascii()  # East Asian: no blank follows
+    out[i] = closed and (wide or follows.isspace()) or "\n" in piece
+  return out | special
+
+
+def sentence_spans(ends: np.ndarray) -> list[tuple[int, int]]:
+  """(start, stop) of the sentences of T tokens, from `sentence_ends` [T]."""
+  edges = [0, *(np.flatnonzero(ends) + 1).tolist(), len(ends)]
+  return [(a, b) for a, b in zip(edges[:-1], edges[1:]) if a < b]

@@ -1,0 +1,53 @@
+"""Whose words the tokens of a history are: text, the user's, the model's."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mcjax.base.tokenizer import Tokenizer
+from mcjax.tree.tree import MegaContextTree
+
+TEXT, USER, MODEL, TEMPLATE = range(4)
+_TURN = 512  # tokens back to where a turn opened, at most
+
+
+def speakers(tree: MegaContextTree, tokenizer: Tokenizer, start: int, stop: int
+             ) -> np.ndarray:
+  """TEXT, USER, MODEL or TEMPLATE for each token of [start, stop), int8 [n].
+
+  Told by what the chat template writes in front of a turn, without a control
+  token since.
+  """
+  out = np.zeros(max(0, stop - start), np.int8)
+  if not has_turns(tree, tokenizer):
+    return out
+  low = max(0, start - _TURN)
+  ids = tree.tokens(low, stop)
+  at = np.arange(len(ids))
+  special = np.isin(ids, list(tokenizer.special_ids))
+  control = np.maximum.accumulate(np.where(special, at, -1))
+  template = np.zeros(len(ids), bool)
+  said = np.zeros(len(ids), np.int8)
+  for who, opening in ((USER, tokenizer.question_ids),
+                       (MODEL, tokenizer.answer_ids)):
+    size = len(opening)
+    if not size or len(ids) < size:
+      continue
+    windows = np.lib.stride_tricks.sliding_window_view(ids, size)
+    heads = np.flatnonzero(np.all(windows == opening, axis=1))
+    template[(heads[:, None] + np.arange(size)).ravel()] = True
+    opened = np.zeros(len(ids) + 1, bool)
+    opened[heads + size] = True
+    since = np.maximum.accumulate(np.where(opened[:-1], at, -1))
+    said[(since >= 0) & (control < since)] = who
+  said[template] = TEMPLATE
+  return said[start - low :]
+
+
+def has_turns(tree: MegaContextTree, tokenizer: Tokenizer) -> bool:
+  """Whether the history may hold turns of a chat."""
+  special = np.array(sorted(tokenizer.special_ids), np.int64)
+  special = special[special < tree.vocab_size]
+  newest = tree.tokens(tree.cursor // 32 * 32, tree.cursor)
+  return bool(tree.block_frequency(special).any()
+              or np.isin(newest, special).any())

@@ -1,0 +1,89 @@
+"""What is read for an answer: whole sentences, in order, no one's own words."""
+
+import numpy as np
+import pytest
+
+from mcjax.answer import sentences, turns
+from mcjax.answer.matching import Matcher, WordTable
+from mcjax.answer.reading import Reader
+from mcjax.testing import tiny_base, tree_reference
+from mcjax.tree.tree import MegaContextTree
+
+TEXT = ("The mill stood by the river. Its wheel had not turned for years. "
+        "The miller kept a three-legged cat named Ada. She slept on flour.\n"
+        "A heading\nNobody came in winter. ")
+
+
+def reader_of(text, chat=False):
+  tokenizer = tiny_base.byte_tokenizer(chat=chat)
+  tree = MegaContextTree.create(
+    tiny_base.memory_url(), **tree_reference.BASE, vocab_size=300,
+    encoder=tree_reference.TinyEncoder())
+  ids = text if isinstance(text, np.ndarray) else tokenizer.encode(text)
+  tree.append(np.asarray(ids, np.int32))
+  zeros = np.zeros((300, 1), np.float32)
+  matcher = Matcher(tree, WordTable(tokenizer, zeros, zeros[:, 0]))
+  return Reader(tree, tokenizer, matcher), tokenizer, matcher
+
+
+def read(reader, tokenizer, matcher, question, evidence, most=200, stop=None):
+  ids = np.asarray(tokenizer.encode(question), np.int32)
+  query = matcher.query(ids, np.ones(len(ids), np.float32))
+  tree = reader._tree
+  spans = reader.spans(evidence, query, most, stop or tree.cursor)
+  return [tokenizer.decode(tree.tokens(a, b)).strip() for a, b in spans]
+
+
+def test_the_sentence_that_holds_most_of_the_question_comes_first():
+  parts = reader_of(TEXT)
+  told = read(*parts, "what is the miller's cat named?",
+              [(2, 0.9), (3, 0.8)], most=50)
+  assert told == ["The miller kept a three-legged cat named Ada."]
+
+
+def test_sentences_are_whole_in_order_and_never_twice():
+  parts = reader_of(TEXT)
+  told = read(*parts, "what is the miller's cat named?", [(3, 0.8), (2, 0.9)])
+  joined = " ".join(" ".join(told).split())
+  assert joined.count("three-legged") == 1
+  assert joined in " ".join(TEXT.split()) and joined.endswith(".")
+
+
+def test_nothing_from_the_prompt_on_is_read():
+  parts = reader_of(TEXT)
+  told = read(*parts, "miller", [(2, 0.9)], stop=TEXT.index("The miller"))
+  assert all("miller" not in sentence for sentence in told)
+
+
+def test_a_wide_reader_gets_more():
+  parts = reader_of(TEXT)
+  few = read(*parts, "slept, cat", [(2, 0.9), (3, 0.9)], most=20)
+  many = read(*parts, "slept, cat", [(2, 0.9), (3, 0.9)], most=500)
+  assert len(" ".join(few)) < len(" ".join(many))
+
+
+def test_the_models_words_and_earlier_questions_are_no_evidence():
+  tokenizer = tiny_base.byte_tokenizer(chat=True)
+  turn = tokenizer.chat([
+    {"role": "user", "content": "My cat is called Ada."},
+    {"role": "assistant", "content": "Your cat is called Tom."},
+    {"role": "user", "content": "What is my cat called?"}], first=False,
+    add_generation_prompt=False)
+  reader, tokenizer, matcher = reader_of(turn.ids, chat=True)
+  blocks = [(b, 0.9) for b in range(len(turn.ids) // 32 + 1)]
+  told = read(reader, tokenizer, matcher, "cat called", blocks)
+  assert told == ["My cat is called Ada."]
+  who = turns.speakers(reader._tree, tokenizer, 0, len(turn.ids))
+  assert (who[turn.owner == 0] == turns.USER).all()
+  assert (who[turn.owner == 1] == turns.MODEL).all()
+
+
+@pytest.mark.parametrize("text, expected", [
+  ("One. Two", 2), ("3.14 is pi", 1), ('He said "no." Then', 2),
+  ("a\nb", 2), ("\u6e2f\u3002\u53e3", 2)])
+def test_sentences_end_where_they_do(text, expected):
+  pieces = list(text)
+  ends = sentences.sentence_ends(pieces, np.zeros(len(pieces), bool))
+  spans = [s for s in sentences.sentence_spans(ends)
+           if "".join(pieces[s[0] : s[1]]).strip()]
+  assert len(spans) == expected
