@@ -12,11 +12,12 @@ from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands, training
 from mcjax.gist import encoder as gistnet
+from mcjax.lens.policy import read_initial
 from mcjax.parallel import processes
 from mcjax.training import alternating
 from mcjax.training.common import data
 from mcjax.training.gist import trainer as gist_trainer
-from mcjax.training.lens import rounds as lens_rounds
+from mcjax.training.lens import run as lens_run
 
 _CONFIG = commands.ConfigFlag(__file__, "alternate")
 _WORKDIR = commands.define_workdir("Phases and the report.")
@@ -29,14 +30,15 @@ def main(argv) -> bool:
   use_compilation_cache(workdir / "compiled")
   g = c.gist
   train = gist_trainer.read_config(g.train, g.objective, g.phases)
-  lens = lens_rounds.read_config(c.lens.to_dict())
+  lens = lens_run.read_config(c.lens.to_dict())
   lm = load_base_lm(c.base, dtype=c.dtype)
   initial, config, _ = gistnet.start(lm, g.gistnet, c.initial, train.seed)
   mixture = data.weights_of(g.mixture)
   run = alternating.Alternation(
     lm, config, train, lens, c.cycles,
     data.open_split(c.data, "train", mixture),
-    data.open_split(c.data, "validation"), workdir, initial, mixture)
+    data.open_split(c.data, "validation"), workdir, initial, mixture,
+    read_initial(lm))
   done = run.run()
   if done and processes.is_first():
     print((workdir / "results.md").read_text(encoding="utf-8"))

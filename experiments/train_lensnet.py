@@ -1,10 +1,10 @@
 """Trains a LensNet: python -m experiments.train_lensnet --config=… --workdir=…
 
-Every round labels windows that the policy of the round before reaches, and
-trains on all labels so far. Labelled tasks and checkpoints are kept in the
+Makes windows from training text and natural questions, whose answers are known
+by construction, then trains on them. Windows and checkpoints are kept in the
 workdir, so the same command resumes; SIGTERM or Ctrl-C leaves a checkpoint and
 exits with status 75. With --distributed one of many processes, which share the
-tasks and the workdir.
+windows and the workdir.
 """
 
 import pathlib
@@ -15,11 +15,12 @@ from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands, training
 from mcjax.gist.encoder import load_gistnet
+from mcjax.lens.policy import read_initial
 from mcjax.training.common import data
-from mcjax.training.lens import rounds as lens_rounds
+from mcjax.training.lens import run as lens_run
 
 _CONFIG = commands.ConfigFlag(__file__, "lensnet")
-_WORKDIR = commands.define_workdir("Labels, checkpoints, metrics.")
+_WORKDIR = commands.define_workdir("Windows, checkpoints, metrics.")
 _EXPORT = flags.DEFINE_string("export", None, "Write the final weights there.")
 
 
@@ -28,14 +29,16 @@ def main(argv) -> bool:
   c = _CONFIG.value
   workdir = pathlib.Path(_WORKDIR.value)
   use_compilation_cache(workdir / "compiled")
-  settings = lens_rounds.read_config(c.to_dict())
+  settings = lens_run.read_config(c.to_dict())
   lm = load_base_lm(c.base, dtype=c.dtype)
-  encoder = load_gistnet(lm, c.gistnet or None)
-  stores = data.open_split(c.data, "train")
-  rounds = lens_rounds.LensRounds(lm, encoder, settings, stores, workdir)
-  done = rounds.run()
+  stores = {split: data.open_split(c.data, split)
+            for split in ("train", "validation")}
+  run = lens_run.LensRun(
+    lm, load_gistnet(lm, c.gistnet or None), settings, stores, workdir,
+    read_initial(lm, c.initial or None))
+  done = run.run()
   if done and _EXPORT.value:
-    rounds.export(_EXPORT.value, {"config": c.to_dict()})
+    run.export(_EXPORT.value, {"config": c.to_dict()})
   return done
 
 

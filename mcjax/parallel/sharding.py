@@ -108,9 +108,9 @@ _GISTNET = (  # the width of the network or of the base is split, over fsdp
   (r"(.*/)?(w\w+)|copy_picks", P(FSDP, None)),
 )
 _LENSNET = (
-  (r"score/(project_gists|project_tail)/kernel", P(FSDP, None)),
+  (r"(score|text)/(project_gists|project_tail)/kernel", P(FSDP, None)),
   (r"keys/(vectors|salience)/kernel", P(FSDP, None)),
-  (r"(score|keys)/.*", P()),
+  (r"(score|text|keys)/.*|apart", P()),
 )
 
 

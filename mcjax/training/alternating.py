@@ -3,39 +3,23 @@
 In a cycle GistNet trains on as before, from the last cycle's weights; then
 LensNet learns on windows that hold the new gists, from its own last weights.
 Every phase has a folder of its own in the workdir and is resumed from there.
-What it brought is measured at the end, for every cycle on the same text and
-the same labelled windows.
+What it brought is measured at the end: for every cycle what GistNet recovers on
+the validation text, and what LensNet finds in windows that hold its gists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-import dataclasses
 import json
 import pathlib
 from typing import Any
 
-import numpy as np
-
-from mcjax import pretrained
 from mcjax.gist import encoder as gistnet
 from mcjax.parallel import processes
 from mcjax.training.common.data import TokenStore
 from mcjax.training.gist.trainer import GistTrainer, TrainConfig
-from mcjax.training.lens import losses as lens_losses
-from mcjax.training.lens import rounds as lens_rounds
-from mcjax.training.lens import trainer as lens_trainer
-from mcjax.training.lens.labels import Labelled
-from mcjax.training.lens.rounds import LensRounds, LensRoundsConfig
+from mcjax.training.lens.run import LensRun, LensRunConfig
 from mcjax.types import McjaxError
-
-
-@dataclasses.dataclass(frozen=True)
-class Cycle:
-  """What a cycle left behind: paths of the two weights files."""
-
-  gistnet: pathlib.Path
-  lensnet: pathlib.Path
 
 
 class Alternation:
@@ -45,19 +29,21 @@ class Alternation:
     lm: the frozen base.
     gist_config: sizes of GistNet.
     gist_train: a cycle's GistNet phase.
-    lens: a cycle's LensNet rounds.
+    lens: a cycle's LensNet run.
     cycles: how many.
     train, validation: {kind: TokenStore}.
     workdir: of everything.
     initial: GistNet parameters to start from; fresh ones if None.
     mixture: weights of the kinds of text.
+    lens_initial: LensNet parameters to start from.
   """
 
   def __init__(self, lm, gist_config: gistnet.GistNetConfig,
-               gist_train: TrainConfig, lens: LensRoundsConfig, cycles: int,
+               gist_train: TrainConfig, lens: LensRunConfig, cycles: int,
                train: Mapping[str, TokenStore],
                validation: Mapping[str, TokenStore], workdir, initial=None,
-               mixture: Mapping[str, float] | None = None):
+               mixture: Mapping[str, float] | None = None,
+               lens_initial: Mapping[str, Any] | None = None):
     if cycles < 1:
       raise McjaxError(f"config.cycles must be ≥ 1, got {cycles}")
     self._lm, self._gist_config = lm, gist_config
@@ -65,50 +51,40 @@ class Alternation:
     self._train, self._validation = train, validation
     self._mixture, self._initial = mixture, initial
     self.workdir = pathlib.Path(workdir)
-    self._held: list[Labelled] = []
+    self._lens_start = lens_initial
 
   def run(self) -> bool:
     """All cycles and the report; False if stopped by a signal."""
-    gist_params, lens_params, cycles = self._initial, None, []
+    gist_params, lens_params = self._initial, self._lens_start
+    rows: list[dict[str, Any]] = []
     for number in range(self._cycles):
       folder = self.workdir / f"cycle-{number}"
-      done = Cycle(folder / "gistnet.safetensors",
-                   folder / "lensnet.safetensors")
       trainer = GistTrainer(
         self._lm, self._gist_config, self._gist_train, self._train,
         folder / "gistnet", self._mixture, gist_params)
       if not trainer.run(self._validation):
         return False
-      trainer.export(done.gistnet, {"cycle": number})
+      trainer.export(folder / "gistnet.safetensors", {"cycle": number})
       gist_params, encoder = trainer.params(), trainer.encoder()
-      rounds = LensRounds(self._lm, encoder, self._lens, self._train,
-                          folder / "lensnet", lens_params)
-      if not rounds.run():
+      lens = LensRun(
+        self._lm, encoder, self._lens,
+        {"train": self._train, "validation": self._validation},
+        folder / "lensnet", lens_params)
+      if not lens.run():
         return False
-      rounds.export(done.lensnet, {"cycle": number})
-      lens_params = rounds.params
-      self._held += rounds.held
-      cycles.append(done)
+      lens.export(folder / "lensnet.safetensors", {"cycle": number})
+      lens_params = lens.params
+      rows.append({
+        "cycle": number, "gist_steps": trainer.step,
+        "recovered": self._recovered(number), **lens.evaluate()})
     if processes.is_first():
-      self._report(cycles)
+      self._report(rows)
     processes.barrier("reported")
     return True
 
-  def _report(self, cycles: list[Cycle]) -> None:
+  def _report(self, rows: list[dict[str, Any]]) -> None:
     """Writes results.json and results.md: a row per cycle."""
-    embed = np.asarray(self._lm.params["embed"], np.float32)
-    rows: list[dict[str, Any]] = []
-    for number, cycle in enumerate(cycles):
-      encoder = gistnet.load_gistnet(self._lm, cycle.gistnet)
-      params, config = lens_rounds.load_params(cycle.lensnet)
-      card = pretrained.read_weights(cycle.gistnet, "gistnet")[2]
-      row = {"cycle": number, "gist_steps": card["steps"],
-             "recovered": self._recovered(number)}
-      if self._held:
-        windows = lens_losses.stack(self._held, embed, encoder)
-        row |= lens_trainer.evaluate(params, config, embed, windows)
-      rows.append(row)
-    text = json.dumps({"windows": len(self._held), "cycles": rows}, indent=1)
+    text = json.dumps({"cycles": rows}, indent=1)
     (self.workdir / "results.json").write_text(text)
     names = list(rows[0])
     lines = ["# alternate", "", "| " + " | ".join(names) + " |",

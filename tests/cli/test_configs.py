@@ -20,7 +20,7 @@ from mcjax.settings import read_fields
 from mcjax.training.gist import trainer as gist_trainer
 from mcjax.training.gist.losses import Objective
 from mcjax.training.lens import key_distil
-from mcjax.training.lens import rounds as lens_rounds
+from mcjax.training.lens import run as lens_run
 from mcjax.types import McjaxError
 
 _FOLDER = pathlib.Path(experiments.__file__).parent / "configs"
@@ -94,10 +94,11 @@ def test_every_configuration_loads_from_any_folder(
   ("gistnet", "objective", Objective, set()),
   ("gistnet", "gistnet", GistNetConfig, {"d_model"}),
   ("gistnet_accelerator", "gistnet", GistNetConfig, {"d_model"}),
-  ("lensnet", "labels", lens_rounds.LabelConfig, set()),
-  ("lensnet", "objective", lens_rounds.LensObjective, set()),
-  ("lensnet", "train", lens_rounds.LensTrainConfig, {"steps"}),
-  ("lensnet", "lens", lens_rounds.lensnet.LensNetConfig, {"d_model"}),
+  ("lensnet", "windows", lens_run.LensWindows, set()),
+  ("lensnet", "objective", lens_run.LensObjective, set()),
+  ("lensnet", "train", lens_run.LensTrainConfig, set()),
+  ("lensnet", "lens", lens_run.lensnet.LensNetConfig,
+   {"d_model", "features"}),
   ("keys", "distil", key_distil.KeyConfig, set()),
 ])
 def test_every_field_is_there(name, part, kind, missing):

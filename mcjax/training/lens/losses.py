@@ -1,16 +1,14 @@
-"""What LensNet is trained on: the worth of blocks, and finding them by keys.
+"""What LensNet is taught: which blocks answer, what is worth its slots.
 
-  regression   score against tanh(worth / unit), labels and cheap estimates
-  ranking      pairs of one window in the order of their worth
-  budget       wishes for detail and offers to collapse balance
-  illegality   no offer to collapse what is pinned
-  match        the query's key picks worthy blocks of its window, and made-up
-               facts among other facts and random text
+A prompt's blocks are ranked (a softmax over the window must put its weight on
+blocks that answer, and on all of them) and weighed (each alone must say whether
+it answers, where a miss costs more than a wasted slot). Text that is read on
+is taught what blocks foretell of the next tokens. One more output says whether
+the history answers at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import dataclasses
 from typing import NamedTuple
 
@@ -18,230 +16,126 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax.lens import features as lens_rows
 from mcjax.lens import network as lensnet
-from mcjax.lens.features import MARGIN, RAW, LensInputs
-from mcjax.training.lens.labels import Labelled
-from mcjax.types import BRANCHING, Array, McjaxError
-
-UNIT = 0.1  # nats a token at which the score saturates
+from mcjax.lens.features import LensInputs
+from mcjax.types import Array, McjaxError
 
 
 @dataclasses.dataclass(frozen=True)
 class LensObjective:
-  """Weights of the terms; hashable, a jit static.
+  """Weights of the terms.
 
   Attributes:
-    regression, ranking, budget, illegality, match: of the terms.
-    cheap: weight of a cheap estimate beside a label in the regression.
-    margin: nats a token by which a pair must differ to be ranked, and above
-      which a block is worth matching.
-    sharpness: factor of the cosine in the matching softmax.
+    rank: any block that answers leads.
+    complete: all blocks that answer do.
+    weigh: each block says whether it answers.
+    miss: what a missed block costs, a wasted slot costing 1.
+    text: squared error of scores while text is read on.
+    answerable: whether the history answers.
+    invented: what an answer from nothing costs, a missed one costing 1.
+    dropout: share of features hidden from a step.
   """
 
-  regression: float = 1.0
-  ranking: float = 0.5
-  budget: float = 0.1
-  illegality: float = 0.3
-  match: float = 0.5
-  cheap: float = 0.3
-  margin: float = 0.01
-  sharpness: float = 16.0
+  rank: float = 1.0
+  complete: float = 0.3
+  weigh: float = 0.5
+  miss: float = 30.0
+  text: float = 2.0
+  answerable: float = 0.3
+  invented: float = 4.0
+  dropout: float = 0.05
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      if not 0 <= getattr(self, field.name) < np.inf:
+        raise McjaxError(f"config.objective.{field.name} must be >= 0, got "
+                         f"{getattr(self, field.name)}")
 
 
-class Windows(NamedTuple):
-  """N labelled windows, stacked and padded.
+class Targets(NamedTuple):
+  """Labels of B windows; see `windows.WindowSet`.
 
   Attributes:
-    inputs: `LensInputs` with a leading [N].
-    worth: [N, R] float32, NaN where unknown.
-    cheap: [N, R] float32 estimate in the unit of worth, NaN where unknown.
-    pinned: [N, R] bool.
+    gold, worth: [B, R] float32.
+    asked, answerable: [B] bool.
   """
 
-  inputs: LensInputs
-  worth: np.ndarray
-  cheap: np.ndarray
-  pinned: np.ndarray
+  gold: Array
+  worth: Array
+  asked: Array
+  answerable: Array
 
 
-class Pairs(NamedTuple):
-  """Questions and the blocks that answer them, and blocks of other text.
-
-  Attributes:
-    questions: [P, QUERY] int32, -1 for none.
-    blocks: [P, 32] int32.
-    others: [M, 32] int32.
-  """
-
-  questions: np.ndarray
-  blocks: np.ndarray
-  others: np.ndarray
-
-
-def stack(windows: Sequence[Labelled], embed: np.ndarray, encoder,
-          rows: int = 96) -> Windows:
-  """Stacks windows; gists are made anew by `encoder`.
-
-  Args:
-    windows: at least one.
-    embed: [V, D] float32 the base's embeddings.
-    encoder: the GistNet.
-    rows: R of the result; further rows are dropped.
-
-  Raises:
-    McjaxError: there is nothing to stack.
-  """
-  if not windows:
-    raise McjaxError("there are no labelled windows to learn from")
-  n, d = len(windows), embed.shape[1]
-  ids = np.full((n, rows, lens_rows.SPAN), -1, np.int32)
-  state = np.zeros((n, rows), np.int32)
-  distance = np.zeros((n, rows), np.float32)
-  mask, pinned = np.zeros((2, n, rows), bool)
-  worth, cheap = np.full((2, n, rows), np.nan, np.float32)
-  tail = np.zeros((n, lens_rows.TAIL, d), np.float32)
-  for i, w in enumerate(windows):
-    count = min(rows, len(w.state))
-    for whole, part in ((ids, w.ids), (state, w.state), (worth, w.worth),
-                        (distance, w.distance), (cheap, w.cheap),
-                        (pinned, w.pinned)):
-      whole[i, :count] = part[:count]
-    mask[i, :count] = True
-    newest = w.newest_ids[w.newest_ids >= 0]
-    first = lens_rows.TAIL_GISTS + 1
-    tail[i, :first] = w.tail
-    tail[i, first : first + len(newest)] = embed[newest]
-  gists = np.zeros((n, rows, d), np.float32)
-  gists[mask] = encoder.encode_tokens(
-    np.maximum(ids[mask][:, MARGIN:-MARGIN], 0))
-
-  def joined(name: str) -> np.ndarray:
-    return np.stack([getattr(w, name) for w in windows])
-
-  inputs = LensInputs(
-    ids, gists, state, distance, mask, joined("query_ids"),
-    joined("query_weights"), joined("query_rarity"), joined("newest_ids"),
-    joined("newest_rarity"), joined("asked").astype(np.float32), tail,
-    joined("tail_mask"))
-  return Windows(inputs, worth, cheap * _slope(worth, cheap), pinned)
-
-
-def _slope(worth: np.ndarray, cheap: np.ndarray) -> np.float32:
-  """Least-squares factor from the cheap estimate to the worth."""
-  both = np.isfinite(worth) & np.isfinite(cheap)
-  x, y = np.clip(cheap[both], -0.5, 0.5), np.clip(worth[both], -0.5, 0.5)
-  return np.float32((x @ y) / max(float(x @ x), 1e-6)) if len(x) else (
-    np.float32(1))
-
-
-def matches(tables, inputs: LensInputs) -> jax.Array:
-  """Cosine [R] of the blocks' keys and the query's."""
-  keys = lensnet.block_keys(tables, inputs.ids[:, MARGIN:-MARGIN])
-  query = lensnet.query_key(tables, inputs.query_ids, inputs.query_weights)
-  return keys @ query
-
-
-def loss(params, config: lensnet.LensNetConfig, o: LensObjective,
-         embed: jax.Array, windows: Windows, pairs: Pairs):
-  """Loss of a batch of windows and question pairs.
-
-  Returns:
-    loss [] and a dictionary of [] float32 terms.
-  """
-  tables = lensnet.key_tables(params, config, embed)
-  match = jax.vmap(lambda x: matches(tables, x))(windows.inputs)
-  z = jax.vmap(lambda x, m: lensnet.logits(params, config, x, m))(
-    windows.inputs, match)
-  score = jnp.tanh(z)
-  known = jnp.isfinite(windows.worth)
-  worth = jnp.where(known, windows.worth, 0.0)
-  guessed = jnp.isfinite(windows.cheap) & ~known
-  target = jnp.where(guessed, jnp.nan_to_num(windows.cheap), worth)
-  weight = _real(known) + o.cheap * _real(guessed)
-  error = jnp.square(score - jnp.tanh(target / UNIT)) * weight
-  raw = windows.inputs.state == RAW
-  mask = windows.inputs.mask
-  wishes = jnp.sum(jax.nn.relu(score) * _real(mask & ~raw), axis=1)
-  offers = jnp.sum(jax.nn.relu(-score) * _real(mask & raw), axis=1)
-  rows = jnp.maximum(jnp.sum(_real(mask), axis=1), 1)
-  pinned = _real(windows.pinned)
+def loss(params, lens: lensnet.LensNetConfig, objective: LensObjective,
+         inputs: LensInputs, targets: Targets, key: jax.Array,
+         part: str = "score") -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Mean loss of a batch and its terms; arrays with a leading [B]."""
+  keep = jax.random.bernoulli(
+    key, 1 - objective.dropout, inputs.features.shape[-1:])
+  inputs = inputs._replace(
+    features=inputs.features * keep[None, None].astype(jnp.float32))
+  out = jax.vmap(lambda x: lensnet.evaluate(params, lens, x, part))(inputs)
+  gold = (targets.gold > 0) & inputs.mask
+  known = targets.asked & jnp.any(gold, axis=1)
+  log_share = jax.nn.log_softmax(out.rank, axis=1)
+  rank = -jax.nn.logsumexp(jnp.where(gold, log_share, -1e9), axis=1)
+  share = jnp.where(gold, targets.gold, 0.0)
+  share = share / jnp.maximum(jnp.sum(share, axis=1, keepdims=True), 1e-6)
+  complete = -jnp.sum(share * jnp.where(gold, log_share, 0.0), axis=1)
+  twice = 2 * out.worth  # tanh(w) = 2 sigmoid(2 w) - 1
+  weigh = (objective.miss * jnp.where(gold, jax.nn.softplus(-twice), 0.0)
+           + jnp.where(gold, 0.0, jax.nn.softplus(twice)))
+  rows = jnp.maximum(jnp.sum(inputs.mask.astype(jnp.float32), 1), 1.0)
+  weigh = 4 * jnp.sum(jnp.where(inputs.mask, weigh, 0.0), 1) / rows
+  text = jnp.square(jnp.tanh(out.worth) - targets.worth)
+  text = jnp.sum(jnp.where(inputs.mask, text, 0.0), 1) / rows
+  logit = out.answerable
+  answers = jnp.where(targets.answerable, jax.nn.softplus(-logit),
+                      objective.invented * jax.nn.softplus(logit))
   terms = {
-    "regression": jnp.sum(error) / (jnp.sum(weight) + 1e-6),
-    "ranking": _ranking(z, worth, known, o.margin),
-    "budget": jnp.mean(jnp.square((wishes - offers) / rows)),
-    "illegality": jnp.sum(jnp.square(jax.nn.relu(-score)) * pinned)
-    / (jnp.sum(pinned) + 1e-6),
-    "match": _matching(match, worth, known, o) + _pairing(tables, pairs, o),
-  }
-  total = sum(getattr(o, name) * value for name, value in terms.items())
+    "rank": _mean(rank, known), "complete": _mean(complete, known),
+    "weigh": _mean(weigh, targets.asked), "text": _mean(text, ~targets.asked),
+    "answerable": _mean(answers, targets.asked)}
+  total = jnp.asarray(sum(
+    getattr(objective, name) * term for name, term in terms.items()))
   return total, terms | {"loss": total}
 
 
-def _real(mask: Array) -> jax.Array:
-  return jnp.asarray(mask, jnp.float32)
+def _mean(values: jax.Array, some: Array) -> jax.Array:
+  count = jnp.maximum(jnp.sum(some.astype(jnp.float32)), 1.0)
+  return jnp.sum(jnp.where(some, values, 0.0)) / count
 
 
-def _ranking(z, worth, known, margin) -> jax.Array:
-  """Logistic loss over pairs of a window that differ by the margin."""
-  difference = worth[:, :, None] - worth[:, None]
-  pair = _real(known[:, :, None] & known[:, None] & (difference > margin))
-  cost = jax.nn.softplus(z[:, None] - z[:, :, None])
-  return jnp.sum(cost * pair) / (jnp.sum(pair) + 1e-6)
+def recall(scores: np.ndarray, gold: np.ndarray, count: int) -> float:
+  """Share of windows [N, R] with a gold block among the `count` best."""
+  best = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+  return float(np.take_along_axis(gold, best, 1).any(axis=1).mean())
 
 
-def _matching(match, worth, known, o: LensObjective) -> jax.Array:
-  """Cross-entropy of the matching softmax against shares of the worth."""
-  gain = jnp.where(known, jax.nn.relu(worth - o.margin), 0.0)
-  total = jnp.sum(gain, axis=1)
-  scores = jnp.where(known, o.sharpness * match, -1e9)
-  chosen = jax.nn.log_softmax(scores, axis=1)
-  cost = -jnp.sum(gain * jnp.where(known, chosen, 0.0), axis=1) / (
-    total + 1e-6)
-  some = _real(total > 0)
-  return jnp.sum(cost * some) / (jnp.sum(some) + 1e-6)
+def fit_apart(rank: np.ndarray, shadow: np.ndarray, gold: np.ndarray,
+              counts=(4, 8, 12, 16, 20), tries: int = 200, seed: int = 0
+              ) -> np.ndarray:
+  """How much neighbours of better blocks lose, by search: float32 [3].
 
-
-def _pairing(tables, pairs: Pairs, o: LensObjective) -> jax.Array:
-  """Cross-entropy of finding a question's block among all others."""
-  ones = jnp.ones(pairs.questions.shape, jnp.float32)
-  queries = lensnet.query_key(tables, pairs.questions, ones)
-  keys = lensnet.block_keys(
-    tables, jnp.concatenate([pairs.blocks, pairs.others]))
-  chosen = jax.nn.log_softmax(o.sharpness * queries @ keys.T, axis=1)
-  return -jnp.mean(jnp.diagonal(chosen))
-
-
-def draw_pairs(count: int, others: int, tokenizer, host: np.ndarray,
-               draw_fact, seed: int) -> Pairs:
-  """Made-up facts at random places of blocks of real text.
+  Which of several neighbours is taken has no gradient, so the three numbers
+  are those, of many tried, with the best mean recall.
 
   Args:
-    count: P.
-    others: M.
-    tokenizer: of the base.
-    host: [N] int32 real text.
-    draw_fact: rng -> `focus_tasks.Fact`.
-    seed: of everything drawn.
+    rank: [N, R] logits, very low for padding.
+    shadow: [N, R, 3] see `network.overshadowed`.
+    gold: [N, R] bool.
+    counts: numbers of blocks taken.
+    tries: numbers tried.
+    seed: of the search.
   """
-  rng = np.random.default_rng([11, seed])
-
-  def stretch() -> np.ndarray:
-    at = int(rng.integers(0, len(host) - BRANCHING))
-    return np.array(host[at : at + BRANCHING], np.int32)
-
-  questions = np.full((count, lens_rows.QUERY), -1, np.int32)
-  blocks = np.zeros((count, BRANCHING), np.int32)
-  for i in range(count):
-    fact = draw_fact(rng)
-    ids = tokenizer.encode(fact.question)[-lens_rows.QUERY :]
-    questions[i, : len(ids)] = ids
-    block, text = stretch(), tokenizer.encode(f" {fact.text}")
-    # A fact may straddle blocks: at least two thirds of it are in this one.
-    low, high = -(len(text) // 3), BRANCHING - 2 * len(text) // 3
-    at = int(rng.integers(low, max(low + 1, high)))
-    a, b = max(at, 0), min(at + len(text), BRANCHING)
-    block[a:b] = text[a - at : b - at]
-    blocks[i] = block
-  return Pairs(questions, blocks,
-               np.stack([stretch() for _ in range(others)]))
+  rng = np.random.default_rng(seed)
+  best, top = np.zeros(shadow.shape[-1], np.float32), -1.0
+  for i in range(tries):
+    found = best + rng.normal(0, 0.4, best.shape)
+    if i < tries // 3:
+      found = rng.uniform(0, 3, best.shape) * (rng.random(best.shape) < 0.7)
+    found = np.maximum(found, 0).astype(np.float32) if i else best
+    value = np.mean([recall(rank - shadow @ found, gold, c) for c in counts])
+    if value > top:
+      best, top = found, value
+  return best

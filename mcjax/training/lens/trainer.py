@@ -1,8 +1,8 @@
-"""Trains LensNet on labelled windows: one jitted step, resumable."""
+"""Trains LensNet on windows made by construction, resumable."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import json
@@ -15,88 +15,82 @@ import numpy as np
 import optax
 import tqdm
 
-from mcjax import pretrained
 from mcjax.lens import network as lensnet
 from mcjax.lens import policy as lensnet_policy
-from mcjax.lens.features import RAW, LensInputs
 from mcjax.parallel import processes, sharding
 from mcjax.parallel.checkpoints import Checkpoints
 from mcjax.parallel.sharding import RULES
 from mcjax.training.common import loop
-from mcjax.training.common.ranks import spearman
 from mcjax.training.lens import losses as lens_losses
-from mcjax.training.lens.labels import Labelled
-from mcjax.training.lens.losses import LensObjective, Pairs, Windows
+from mcjax.training.lens.losses import LensObjective, Targets
+from mcjax.training.lens.windows import WindowSet
 from mcjax.types import McjaxError
+
+PARTS = ("score", "text")  # for prompts, and for text that is read on
+_BATCH = 32  # windows evaluated at once
+_COUNTS = (4, 8, 16)  # blocks taken, where recall is told
 
 
 @dataclasses.dataclass(frozen=True)
 class LensTrainConfig:
-  """A round of training; validated.
+  """A run; validated.
 
   Attributes:
     steps: optimizer steps.
-    batch: windows per step.
-    pairs: made-up questions per step, and as many random blocks four times.
+    batch: windows per step, all of one kind.
     learning_rate: peak; linear warm-up, cosine decay.
     warmup: steps.
     weight_decay, clip: of AdamW and the global norm.
     seed: of order and initialisation.
-    log_every, evaluate_every, save_every: steps between records.
-    keep: checkpoints kept, the newest.
     mesh_data, mesh_fsdp: mesh sizes; data -1 takes what is left.
+    log_every, evaluate_every, save_every: steps between records.
+    keep: checkpoints kept.
   """
 
-  steps: int = 1500
-  batch: int = 16
-  pairs: int = 48
-  learning_rate: float = 1e-3
+  steps: int = 3000
+  batch: int = 24
+  learning_rate: float = 2e-3
   warmup: int = 50
   weight_decay: float = 0.03
   clip: float = 1.0
   seed: int = 0
-  log_every: int = 20
-  evaluate_every: int = 100
-  save_every: int = 100
-  keep: int = 3
   mesh_data: int = -1
   mesh_fsdp: int = 1
+  log_every: int = 20
+  evaluate_every: int = 500
+  save_every: int = 100
+  keep: int = 3
 
   def __post_init__(self):
-    for name in ("steps", "batch", "pairs", "log_every", "evaluate_every",
-                 "save_every", "keep"):
+    for name in ("steps", "batch", "log_every", "evaluate_every", "save_every",
+                 "keep"):
       if getattr(self, name) < 1:
         raise McjaxError(f"config.train.{name} must be ≥ 1, got "
                          f"{getattr(self, name)}")
-
-  def schedule(self) -> dict[str, Any]:
-    """What the course of training depends on, as plain values."""
-    idle = ("log_every", "evaluate_every", "save_every", "keep", "mesh_data",
-            "mesh_fsdp")
-    return {k: v for k, v in dataclasses.asdict(self).items() if k not in idle}
 
 
 def optimizer(c: LensTrainConfig) -> optax.GradientTransformation:
   """AdamW with global norm clipping; matrices only are decayed."""
   rate = optax.warmup_cosine_decay_schedule(
     0.0, c.learning_rate, c.warmup, max(c.steps, c.warmup + 1),
-    0.05 * c.learning_rate)
+    0.03 * c.learning_rate)
   return optax.chain(
     optax.clip_by_global_norm(c.clip),
     optax.adamw(rate, weight_decay=c.weight_decay,
                 mask=lambda p: jax.tree.map(lambda a: np.ndim(a) > 1, p)))
 
 
-def train_step(state, embed, windows: Windows, pairs: Pairs, *,
+def train_step(state, inputs, targets: Targets, key, *, part: str,
                config: LensTrainConfig, lens: lensnet.LensNetConfig,
                objective: LensObjective):
-  """One step on a batch of windows and pairs.
+  """One step of a part of the parameters on a batch.
 
   Returns:
     the next state and [] float32 metrics.
   """
   (_, terms), gradient = jax.value_and_grad(
-    lambda p: lens_losses.loss(p, lens, objective, embed, windows, pairs),
+    lambda p: lens_losses.loss(
+      p, lens, objective, inputs, targets, key, part),
     has_aux=True)(state["params"])
   with jax.numpy_dtype_promotion("standard"):  # optax mixes floats and counts
     updates, moments = optimizer(config).update(
@@ -106,17 +100,17 @@ def train_step(state, embed, windows: Windows, pairs: Pairs, *,
 
 
 class LensTrainer:
-  """One round of training on labelled windows.
+  """One run.
 
   Args:
-    lm: the frozen base.
-    encoder: its GistNet.
+    lm: the frozen base; its embeddings are read.
     lens: sizes of LensNet.
     config, objective: see there.
-    windows: labelled, for training; the same in all processes.
-    pairs: made-up questions, at least `config.pairs`.
+    windows: {kind: WindowSet} to learn from; the same in all processes.
+    weights: {kind: share} of the steps.
+    start: parameters to start from, with keys or a table.
     workdir: of checkpoints and metrics.
-    initial: parameters to start from; fresh ones if None.
+    gistnet: fingerprint of the GistNet whose gists the windows hold.
     mesh: of the run; all devices of all processes if None.
 
   Attributes:
@@ -124,68 +118,64 @@ class LensTrainer:
     state: parameters, optimizer state and step, on the mesh.
   """
 
-  def __init__(self, lm, encoder, lens: lensnet.LensNetConfig,
-               config: LensTrainConfig, objective: LensObjective,
-               windows: Sequence[Labelled], pairs: Pairs, workdir,
-               initial=None, mesh=None):
+  def __init__(self, lm, lens: lensnet.LensNetConfig, config: LensTrainConfig,
+               objective: LensObjective, windows: Mapping[str, WindowSet],
+               weights: Mapping[str, float], start: Mapping[str, Any], workdir,
+               gistnet: str, mesh=None):
     self.config, self.lens, self.objective = config, lens, objective
     self.workdir = pathlib.Path(workdir)
-    self._lm, self._encoder = lm, encoder
+    self._lm, self._start, self._gistnet = lm, dict(start), gistnet
+    self._windows = {k: w for k, w in windows.items() if weights.get(k)}
+    if not self._windows:
+      raise McjaxError("config.mixture gives no kind of window any weight")
+    share = np.array([weights[k] for k in self._windows])
+    self._share = share / share.sum()
     self.mesh = sharding.make_mesh(
       config.mesh_data, config.mesh_fsdp) if mesh is None else mesh
     if config.batch % RULES.batch_devices(self.mesh):
       raise McjaxError(f"config.train.batch={config.batch} does not divide "
                        f"among {RULES.batch_devices(self.mesh)} devices")
-    self._embed_host = np.asarray(lm.params["embed"], np.float32)
-    self._windows = lens_losses.stack(windows, self._embed_host, encoder)
-    self._pairs = pairs
-    whole = sharding.replicated(self.mesh)
-    self._embed = sharding.put(self._embed_host, whole)
-    start = initial or lensnet.init_params(lens, config.seed)
-    start = {name: start[name] for name in ("score", "keys")}  # and no table
-    start = jax.tree.map(lambda a: jnp.array(a, copy=True), start)
-    state = {"params": start, "optimizer": optimizer(config).init(start),
+    self._embed = np.asarray(lm.params["embed"], np.float32)
+    params = {part: normalised(self._start[part], self._windows, part)
+              for part in PARTS}
+    state = {"params": params, "optimizer": optimizer(config).init(params),
              "step": jnp.zeros((), jnp.int32)}
-    self._state_sharding = RULES.shardings("lensnet", state, self.mesh)
-    self.state = sharding.put(state, self._state_sharding)
+    laid_out = RULES.shardings("lensnet", state, self.mesh)
+    whole = sharding.replicated(self.mesh)
+    self.state = sharding.put(state, laid_out)
     plain = json.loads(json.dumps({
       "lens": dataclasses.asdict(lens), "base": lm.fingerprint,
-      "windows": len(windows), "train": config.schedule(),
+      "windows": {k: len(w) for k, w in self._windows.items()},
+      "train": dataclasses.asdict(config),
       "objective": dataclasses.asdict(objective)}))
     self._checkpoints = Checkpoints(
       self.workdir / "checkpoints", plain, config.keep)
-    restored = self._checkpoints.restore(
-      self.state, must_match=tuple(plain))
+    restored = self._checkpoints.restore(self.state, must_match=tuple(plain))
     if restored is not None:
       self.state = restored
     self.step = int(self.state["step"])
     self._run = jax.jit(
       functools.partial(train_step, config=config, lens=lens,
-                        objective=objective),
-      donate_argnums=0, out_shardings=(self._state_sharding, whole))
-
-  @property
-  def params(self):
-    """Current parameters on the host; all processes ask for them."""
-    return sharding.fetch(self.state["params"])
+                        objective=objective), static_argnames="part",
+      donate_argnums=0, out_shardings=(laid_out, whole))
 
   def launch(self) -> dict[str, jax.Array]:
     """Starts the next step; its data are a function of the seed and the step.
     """
     c = self.config
     rng = np.random.default_rng([c.seed, 5, self.step])
-    count = len(self._windows.worth)
-    rows = rng.choice(count, c.batch, replace=count < c.batch)
-    asked = rng.choice(len(self._pairs.questions), c.pairs, replace=False)
-    batch = jax.tree.map(lambda a: a[rows], self._windows)
-    chosen = Pairs(self._pairs.questions[asked], self._pairs.blocks[asked],
-                   self._pairs.others)
-    split = RULES.batch_sharding(self.mesh)
-    whole = sharding.replicated(self.mesh)
+    kind = list(self._windows)[rng.choice(len(self._share), p=self._share)]
+    windows = self._windows[kind]
+    rows = rng.integers(0, len(windows), c.batch)
+    batch = windows.inputs(rows, self._embed), windows.targets(rows)
+    split, whole = RULES.batch_sharding(self.mesh), sharding.replicated(
+      self.mesh)
+    key = np.asarray(jax.random.key_data(jax.random.key(self.step)))
     self.state, terms = self._run(
-      self.state, self._embed,
-      sharding.put(batch, jax.tree.map(lambda _: split, batch)),
-      sharding.put(chosen, jax.tree.map(lambda _: whole, chosen)))
+      self.state,
+      *sharding.put(batch, jax.tree.map(lambda _: split, batch)),
+      jax.random.wrap_key_data(sharding.put(key, whole)),
+      part=part_of(kind))
     self.step += 1
     return terms
 
@@ -198,117 +188,143 @@ class LensTrainer:
     del step
     return {"steps_per_second": 1 / seconds}
 
-  def run(self, validation: Sequence[Labelled] = (),
+  def run(self, validation: Mapping[str, WindowSet] | None = None,
           report: Callable[[str], None] = tqdm.tqdm.write) -> bool:
     """Trains to the last step, or to a signal; False if it was stopped."""
     c = self.config
-    judge = None
-    if validation:
-      judge = functools.partial(self._validate, lens_losses.stack(
-        validation, self._embed_host, self._encoder))
+
+    def validate(step: int) -> tuple[dict[str, float], str]:
+      del step
+      params = self.score_params | {"apart": np.zeros(len(lensnet.APART))}
+      found = evaluate(params, self.lens, self._embed, validation or {})
+      return ({f"validation/{k}": v for k, v in found.items()},
+              ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+
     return loop.run(
-      self, loop.Cadence(c.steps, c.log_every, c.save_every,
-                         c.evaluate_every),
-      self.workdir, self._checkpoints, judge, report)
+      self, loop.Cadence(c.steps, c.log_every, c.save_every, c.evaluate_every),
+      self.workdir, self._checkpoints, validate if validation else None,
+      report)
 
-  def _validate(self, held: Windows, step: int) -> tuple[dict[str, float], str]:
-    """Metrics and a line; the best weights so far are kept."""
-    params = self.params
-    found = evaluate(params, self.lens, self._embed_host, held)
-    path = self.workdir / "best.json"
-    if processes.is_first():
-      best = json.loads(path.read_text()) if path.exists() else {}
-      if found["regret"] < best.get("regret", np.inf):
-        self._keep_best(params, {"step": step, **found})
-    processes.barrier("the best so far is kept")
-    return {f"validation/{k}": v for k, v in found.items()}, ", ".join(
-      f"{k} {v:.3f}" for k, v in found.items())
+  @property
+  def score_params(self) -> dict:
+    """Current parameters of both parts on the host; all processes ask."""
+    return sharding.fetch(self.state["params"])
 
-  def _keep_best(self, params, facts: dict[str, float]) -> None:
-    lensnet_policy.save_lensnet(
-      self.workdir / "best.safetensors", params, self.lens, {})
-    (self.workdir / "best.json").write_text(json.dumps(facts))
+  def export(self, path, card: Mapping[str, Any]) -> dict:
+    """Writes the weights with the facts of `card`, on process 0.
 
-  def best_params(self):
-    """Parameters with the lowest regret on the validation windows so far.
-
-    The current ones if nothing was validated.
+    Returns:
+      the parameters written.
     """
-    path = self.workdir / "best.safetensors"
-    if not path.exists():
-      return self.params
-    return pretrained.read_weights(path, "lensnet")[0]
-
-  def export(self, path, card: Mapping[str, Any]) -> None:
-    """Writes the best weights with the facts of `card`, on process 0."""
-    params = self.best_params()
-    if not processes.is_first():
-      return
-    lensnet_policy.save_lensnet(
-      path, params, self.lens,
-      {"base": self._lm.name, "base_fingerprint": self._lm.fingerprint,
-       "gistnet": self._encoder.fingerprint, "steps": self.step,
-       "windows": len(self._windows.worth), **card})
+    params = {**self._start, **self.score_params}
+    params["apart"] = fit_apart(
+      params, self.lens, self._embed, self._windows, self.config.seed)
+    if processes.is_first():
+      lensnet_policy.save_lensnet(
+        path, params, self.lens,
+        {"base": self._lm.name, "base_fingerprint": self._lm.fingerprint,
+         "gistnet": self._gistnet, "steps": self.step,
+         "windows": {k: len(w) for k, w in self._windows.items()},
+         **json.loads(json.dumps(dict(card)))})
+    return params
 
 
-def window_scores(params, lens: lensnet.LensNetConfig, embed,
-                  windows: Windows) -> np.ndarray:
-  """Scores [N, R] of stacked windows."""
-  tables = lensnet.key_tables(params, lens, embed)
-  rows = [
-    _scores(params, lens, tables, LensInputs(*(a[i] for a in windows.inputs)))
-    for i in range(len(windows.worth))]
-  return np.stack(jax.device_get(rows))
+def part_of(kind: str) -> str:
+  """The part of the parameters that a kind of window teaches."""
+  return "text" if kind == "text" else "score"
+
+
+def normalised(score: Mapping[str, Any], windows: Mapping[str, WindowSet],
+               part: str):
+  """A copy of the parameters that knows mean and scale of the features.
+
+  What was trained before keeps those it was trained with.
+  """
+  out = jax.tree.map(lambda a: jnp.array(a, copy=True), dict(score))
+  if np.any(np.asarray(out["mean"])):
+    return out
+  seen = np.concatenate([
+    w.features[::8][w.block[::8] >= 0] for kind, w in windows.items()
+    if part_of(kind) == part or len(windows) == 1])
+  seen = seen.astype(np.float32)
+  out["mean"] = jnp.asarray(seen.mean(0))
+  out["scale"] = jnp.asarray(1.0 / (seen.std(0) + 1e-2))
+  return out
 
 
 @functools.partial(jax.jit, static_argnames="lens")
-def _scores(params, lens, tables, inputs: LensInputs) -> jax.Array:
-  return lensnet.apply(
-    params, lens, inputs, lens_losses.matches(tables, inputs))
+def _evaluated(score, inputs, *, lens):
+  out = jax.vmap(
+    lambda x: lensnet.evaluate({"score": score}, lens, x))(inputs)
+  return out, jax.vmap(lensnet.overshadowed)(
+    out.rank, inputs.block, inputs.mask)
 
 
-def evaluate(params, lens: lensnet.LensNetConfig, embed, windows: Windows,
-             edits: int = 4, threshold: float = 0.2) -> dict[str, float]:
-  """How scores agree with labels.
+def outputs(score, lens, embed, windows: WindowSet, most: int = 10**9):
+  """`Scores` and shadows of at most so many windows, and which they are."""
+  step = max(1, len(windows) // most)
+  rows = np.arange(0, len(windows), step)
+  parts = []
+  for a in range(0, len(rows), _BATCH):
+    some = rows[a : a + _BATCH]
+    found = _evaluated(
+      score, windows.inputs(np.resize(some, _BATCH), embed), lens=lens)
+    parts.append([np.asarray(x)[: len(some)] for x in jax.tree.leaves(found)])
+  rank, worth, answerable, shadow = (np.concatenate(p) for p in zip(*parts))
+  return rows, lensnet.Scores(rank, worth, answerable), shadow
+
+
+def fit_apart(params, lens, embed, windows: Mapping[str, WindowSet],
+              seed: int) -> np.ndarray:
+  """`losses.fit_apart` on a sample of the training windows."""
+  ranks, shadows, golds = [], [], []
+  for kind, some in windows.items():
+    if part_of(kind) != "score":
+      continue
+    rows, out, shadow = outputs(params["score"], lens, embed, some, 600)
+    gold = (some.gold[rows] > 0) & (some.block[rows] >= 0)
+    asked = some.asked[rows] & gold.any(axis=1)
+    ranks.append(out.rank[asked])
+    shadows.append(shadow[asked])
+    golds.append(gold[asked])
+  if not sum(map(len, ranks)):
+    return np.zeros(len(lensnet.APART), np.float32)
+  rank = np.concatenate(ranks)
+  return lens_losses.fit_apart(
+    rank, np.concatenate(shadows), np.concatenate(golds), seed=seed)
+
+
+def evaluate(params, lens, embed, windows: Mapping[str, WindowSet]
+             ) -> dict[str, float]:
+  """What the scores find, per kind of window.
 
   Returns:
-    spearman, asked/spearman: rank correlation of score and worth over the
-      labelled blocks of windows that follow text, and of questions.
-    cheap: rank correlation of the cheap estimate and the worth.
-    regret, text/regret: the best sum of gains of `edits` labelled edits minus
-      that of the edits wished for, over all windows and over those that
-      follow text, relative to making no edits.
-    found: of the questions whose best hidden block is worth more than the
-      threshold's worth, the share in which it is wished for.
+    KIND/recall@N: share of prompts with an answering block among the N best.
+    KIND/wished, KIND/hit: blocks wished for of a prompt; share of prompts
+      with an answering one among these.
+    KIND/answers: area under the curve of telling what the history answers.
+    KIND/error: squared error of the scores of text that is read on.
   """
-  scores = window_scores(params, lens, embed, windows)
-  known = np.isfinite(windows.worth)
-  worth = np.where(known, windows.worth, 0)
-  asked = np.asarray(windows.inputs.asked) > 0
-  raw = windows.inputs.state == RAW
-  sign = np.where(raw, -1, 1)
-  best, got, found = np.zeros(len(worth)), np.zeros(len(worth)), []
-  for i, (s, w, k, g) in enumerate(zip(scores, worth, known, sign)):
-    gain, wish = (g * w)[k], (g * s)[k]
-    best[i] = np.sort(np.maximum(gain, 0))[-edits:].sum()
-    order = np.argsort(-wish)[:edits]
-    got[i] = gain[order][wish[order] > threshold].sum()
-    hidden = np.where(k & ~raw[i], w, -np.inf)
-    if asked[i] and hidden.max() > 2 * threshold * lens_losses.UNIT:
-      found.append(s[hidden.argmax()] > threshold)
-  both = known & np.isfinite(windows.cheap)
-
-  def regret(some: np.ndarray) -> float:
-    total = best[some].sum()
-    return float((total - got[some].sum()) / max(total, 1e-9))
-
-  def agreement(some: np.ndarray) -> float:
-    k = known & some[:, None]
-    return spearman(scores[k], worth[k])
-
-  return {
-    "spearman": agreement(~asked), "asked/spearman": agreement(asked),
-    "cheap": spearman(windows.cheap[both], worth[both]),
-    "regret": regret(np.ones_like(asked)), "text/regret": regret(~asked),
-    "found": float(np.mean(found)) if found else 0.0,
-  }
+  found: dict[str, float] = {}
+  for kind, some in windows.items():
+    rows, out, shadow = outputs(params[part_of(kind)], lens, embed, some)
+    mask, asked = some.block[rows] >= 0, some.asked[rows]
+    gold = (some.gold[rows] > 0) & mask
+    less = shadow @ np.asarray(params["apart"])
+    score = np.tanh(out.worth - less * asked[:, None])
+    known = asked & gold.any(axis=1)
+    if known.any():
+      for count in _COUNTS:
+        found[f"{kind}/recall@{count}"] = lens_losses.recall(
+          np.asarray(out.rank - less)[known], gold[known], count)
+      wished = (score > 0.2) & mask
+      found[f"{kind}/wished"] = float(wished[known].sum(1).mean())
+      found[f"{kind}/hit"] = float((wished & gold)[known].any(1).mean())
+      yes = out.answerable[asked & some.answerable[rows]]
+      no = out.answerable[asked & ~some.answerable[rows]]
+      if len(yes) and len(no):
+        found[f"{kind}/answers"] = float((yes[:, None] > no).mean())
+    if not asked.all():
+      error = np.square(score - some.worth[rows].astype(np.float32))
+      found[f"{kind}/error"] = float(error[mask & ~asked[:, None]].mean())
+  return found

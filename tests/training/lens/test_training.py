@@ -1,41 +1,33 @@
-"""LensNet's labels, losses, trainer and rounds, on the tiny base."""
+"""LensNet's training: labels by construction, steps, resuming, a whole run."""
 
 import dataclasses
 import json
+import lzma
 
 import jax
 import numpy as np
 import pytest
 
-from mcjax.evaluation.data import planted
-from mcjax.lens import features as lens_rows
 from mcjax.lens import network as lensnet
-from mcjax.lens.features import BURIED, RAW
-from mcjax.parallel import sharding
+from mcjax.lens import policy as lensnet_policy
+from mcjax.lens.features import BURIED, RAW, Rows
+from mcjax.lens.keyer import LensKeyer
 from mcjax.testing import tiny_base
-from mcjax.training.common.data import TokenStore
-from mcjax.training.lens import distil as lens_distil
-from mcjax.training.lens import labels as focus_labels
-from mcjax.training.lens import losses as lens_losses
-from mcjax.training.lens import rounds as lens_rounds
-from mcjax.training.lens import tasks as focus_tasks
+from mcjax.training.common import data
+from mcjax.training.lens import facts, histories, losses, windows
+from mcjax.training.lens import run as lens_run
 from mcjax.training.lens import trainer as lens_trainer
-from mcjax.training.lens.trainer import LensTrainConfig, LensTrainer
+from mcjax.training.lens.losses import LensObjective
+from mcjax.training.lens.trainer import LensTrainConfig
 from mcjax.types import McjaxError
-from mcjax.window import counterfactual
 
-_LABELS = focus_labels.LabelConfig(
-  window=512, windows=2, gap=1, raw=3, found=2, chance=2, together=4)
-_LENS = lensnet.LensNetConfig(
-  d_model=32, width=16, heads=2, layers=1, feature_width=8, key_dim=16)
-_TRAIN = LensTrainConfig(
-  steps=6, batch=3, pairs=4, warmup=2, log_every=1, evaluate_every=3,
-  save_every=2)
+SIZES = dict(width=8, heads=2, layers=1, feature_width=8, match_dim=8,
+             key_dim=8)
 
 
 @pytest.fixture(scope="module")
 def lm():
-  return tiny_base.make_lm(max_positions=1024)
+  return tiny_base.make_lm()
 
 
 @pytest.fixture(scope="module")
@@ -44,340 +36,207 @@ def encoder(lm):
 
 
 @pytest.fixture(scope="module")
-def stores(lm):
-  ids = [lm.tokenizer.encode(tiny_base.text(6000, seed)) for seed in range(4)]
-  offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
-  names = tuple("abcd")
-  return {"prose": TokenStore(np.concatenate(ids), offsets, names)}
-
-
-@pytest.fixture(scope="module")
-def tasks(lm, stores):
-  return focus_tasks.TaskSource(stores, lm.tokenizer, longest=3000)
-
-
-@pytest.fixture(scope="module")
-def labelled(lm, encoder, tasks):
-  labeller = focus_labels.Labeller(lm, encoder, _LABELS)
-  return {n: labeller.label(tasks.task(n), n) for n in (0, 1, 3)}
-
-
-@pytest.fixture(scope="module")
-def windows(labelled):
-  return [w for group in labelled.values() for w in group]
-
-
-# --- Tasks -------------------------------------------------------------------
-
-
-def test_tasks_are_reproducible_and_of_every_kind(tasks):
-  kinds = [tasks.task(n).kind for n in range(6)]
-  assert set(kinds) >= {"ask", "return", "follow"}
-  a, b = tasks.task(4), tasks.task(4)
-  np.testing.assert_array_equal(a.ids, b.ids)
-  assert dataclasses.replace(a, ids=None) == dataclasses.replace(b, ids=None)
-  assert not np.array_equal(tasks.task(2).ids[:50], a.ids[:50])
-
-
-def test_the_asked_fact_is_where_the_task_says(tasks, lm):
-  for number in (0, 2, 4):
-    task = tasks.task(number)
-    start, stop = task.place
-    assert lm.tokenizer.decode(
-      task.ids[start:stop].tolist()).strip() == task.answer
-    assert task.question and task.question not in task.answer
-
-
-def test_training_asks_otherwise_than_the_evaluation():
-  def bare(text: str) -> set[str]:
-    return {w for w in text.lower().split() if "{" not in w}
-
-  theirs = [bare(t[1]) for t in planted._TEMPLATES]
-  for _, question, _ in focus_tasks._FACTS:
-    assert all(len(bare(question) & t) <= 5 for t in theirs)
-    assert question not in [t[1] for t in planted._TEMPLATES]
-
-
-def test_resumed_finds_a_phrase_that_was_long_absent():
+def stores(tmp_path_factory, lm):
+  folder = tmp_path_factory.mktemp("text")
   rng = np.random.default_rng(0)
-  ids = rng.permutation(200_000)[:6000].astype(np.int32)
-  ids[4000:4003] = ids[1500:1503]
-  ids[4500:4503] = ids[4400:4403]  # not absent long enough
-  np.testing.assert_array_equal(focus_tasks.resumed(ids), [4000])
-
-
-# --- Labels ------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_windows_hold_rows_of_every_state_and_labels(labelled):
-  for number, group in labelled.items():
-    assert len(group) == 3 if number == 0 else len(group) in (2, 4)
-    for w in group:
-      known = np.isfinite(w.worth)
-      assert known.sum() >= 3
-      raw = w.state == RAW
-      assert np.isfinite(w.cheap[raw]).all()
-      assert np.isnan(w.cheap[~raw]).all()
-      assert not (known & w.pinned).any()
-      assert (w.ids[:, lens_rows.MARGIN : -lens_rows.MARGIN] >= 0).all()
-  assert any(w.answers.any() for w in labelled[0])
-  states = np.concatenate([w.state for g in labelled.values() for w in g])
-  assert set(states) >= {RAW, BURIED}
-
-
-def test_a_label_is_what_the_edit_would_change(lm, encoder, tasks):
-  """Worth of a raw block: collapsed in earnest, the NLL rises by as much."""
-  labeller = focus_labels.Labeller(lm, encoder, _LABELS)
-  task = tasks.task(1)
-  loop, tree = labeller._loop(task, task.starts[0], 1)
-  loop.cold_start(256)
-  loop.follow()
-  loop.sync()
-  ahead = task.ids[task.starts[0] : task.starts[0] + 32]
-  window = loop.context.window
-  rows = lens_rows.window_rows(window, [])
-  pick = int(rows.entry[np.flatnonzero(rows.state == RAW)[2]])
-  base, losses = counterfactual.edit_losses(
-    loop.context, tree, [counterfactual.Candidate(-1, pick)], ahead)
-  window.collapse(pick, 0)
-  loop.context.load_unready(tree)
-  loop.append(ahead)
-  loop.sync(renew=33)
-  real = loop.context.newest_nll(ahead).mean()
-  assert losses[0] == pytest.approx(real, abs=1e-4)
-  assert abs(losses[0] - base) > 1e-6
-  tree.close()
-
-
-@pytest.mark.slow
-def test_a_buried_block_is_labelled_as_if_it_were_raw(lm, encoder, tasks):
-  """Block, newest token and continuation alone, by the plain decoder."""
-  labeller = focus_labels.Labeller(lm, encoder, _LABELS)
-  ids = lm.tokenizer.encode(tiny_base.text(2100, 7))
-  task = dataclasses.replace(tasks.task(1), ids=ids)
-  loop, tree = labeller._loop(task, 2049, 1)
-  window = loop.context.window
-  window.retile([(2, 0), (2, 1), (0, 2048)])
-  loop.sync()
-  ahead = ids[2049:2081]
-  candidate = counterfactual.Candidate(1, 1, 40)
-  _, losses = counterfactual.edit_losses(loop.context, tree, [candidate], ahead)
-  seen = np.concatenate([ids[1280:1312], ids[2048:2081]])
-  positions = np.arange(2, 2 + len(seen))  # behind two hidden gists
-  logits = tiny_base.plain_logits(
-    lm, np.asarray(lm.params["embed"])[seen], positions)
-  nll = -tiny_base.log_softmax(logits)[np.arange(32, 64), ahead]
-  assert losses[0] == pytest.approx(nll.mean(), abs=1e-4)
-  tree.close()
-
-
-@pytest.mark.slow
-def test_the_cheap_estimate_agrees_for_a_small_change(lm, encoder, tasks):
-  """The gradient is that of the loss for less of an entry's value."""
-  labeller = focus_labels.Labeller(lm, encoder, _LABELS)
-  task = tasks.task(1)
-  loop, tree = labeller._loop(task, task.starts[0], 1)
-  loop.cold_start(256)
-  loop.sync()
-  ahead = task.ids[task.starts[0] : task.starts[0] + 32]
-  slopes = counterfactual.slot_gradients(loop.context, tree, ahead)
-  e = loop.context.window.entries
-  at = int(np.argmax(np.abs(slopes[:-1])))
-  before, _ = counterfactual.edit_losses(loop.context, tree, [], ahead)
-  state = loop.context.state
-  step = np.float32(0.05)
-  loop.context.state = state._replace(
-    values=state.values.at[:, :, e.slot[at]].multiply(1 - step))
-  after, _ = counterfactual.edit_losses(loop.context, tree, [], ahead)
-  assert (after - before) / step == pytest.approx(slopes[at], rel=0.15)
-  tree.close()
-
-
-@pytest.mark.slow
-def test_labels_are_kept_and_not_made_again(lm, encoder, tasks, tmp_path):
-  class Counted(focus_labels.Labeller):
-    made = 0
-
-    def label(self, task, number):
-      Counted.made += 1
-      return super().label(task, number)
-
-  labeller = Counted(lm, encoder, _LABELS)
-  assert list(focus_labels.make(tmp_path, labeller, tasks, 1, 3)) == [1]
-  first = dict(focus_labels.read_tasks(tmp_path, 1, 3))
-  assert list(focus_labels.make(tmp_path, labeller, tasks, 1, 3)) == []
-  assert Counted.made == 1
-  again = dict(focus_labels.read_tasks(tmp_path, 1, 3))
-  assert first[3]
-  for a, b in zip(first[3], again[3], strict=True):
-    for field in dataclasses.fields(a):
-      np.testing.assert_array_equal(
-        getattr(a, field.name), getattr(b, field.name))
-
-
-# --- Losses ------------------------------------------------------------------
+  words = [tiny_base.text(6, i).strip() or "x" for i in range(200)]
+  for split in ("train", "validation"):
+    made = []
+    for i in range(3):
+      text = ". ".join(" ".join(rng.choice(words, 8)) for _ in range(80))
+      made.append((f"{split}-{i}", np.asarray(lm.tokenizer.encode(text))))
+    data.write_kind(folder, split, "prose", made, lm.config.vocab_size)
+  return {s: data.open_split(folder, s) for s in ("train", "validation")}
 
 
 @pytest.fixture(scope="module")
-def batch(lm, encoder, windows):
-  embed = np.asarray(lm.params["embed"])
-  host = lm.tokenizer.encode(tiny_base.text(4000, 9))
-  pairs = lens_losses.draw_pairs(
-    8, 8, lm.tokenizer, host, focus_tasks.draw_fact, 0)
-  return embed, lens_losses.stack(windows, embed, encoder), pairs
+def questions(tmp_path_factory):
+  path = tmp_path_factory.mktemp("questions") / "tales-questions.jsonl.xz"
+  records = []
+  for split in ("train", "validation"):
+    for i in range(2):
+      sections = [{"id": str(k), "text": tiny_base.text(600, 10 * i + k)}
+                  for k in range(3)]
+      sections[1]["text"] += f" The pilot of ship {i} is KAI SOLHEIM."
+      records.append({
+        "split": split, "title": f"t{i}", "sections": sections, "questions": [
+          {"question": f"Who is the pilot of ship {i}?", "sections": ["1"],
+           "answers": ["Kai"]}] * 3})
+  with lzma.open(path, "wt") as lines:
+    lines.writelines(json.dumps(r) + "\n" for r in records)
+  return path
 
 
-@pytest.mark.slow
-def test_stacked_windows_hold_the_gists_of_their_blocks(
-    batch, windows, encoder):
-  _, stacked, _ = batch
-  w = windows[0]
-  centre = w.ids[:, lens_rows.MARGIN : -lens_rows.MARGIN]
-  np.testing.assert_allclose(
-    stacked.inputs.gists[0, : len(w.state)], encoder.encode_tokens(centre),
-    rtol=1e-5, atol=1e-6)
-  assert not stacked.inputs.mask[0, len(w.state) :].any()
+def config_of(questions, **train):
+  return lens_run.LensRunConfig(
+    lens_run.LensWindows((str(questions),), 1, 1, 1, 1, 1, 2048),
+    LensObjective(), LensTrainConfig(**{**dict(
+      steps=6, batch=8, warmup=1, save_every=2, evaluate_every=3), **train}),
+    (("tales", 2.0), ("facts", 1.0), ("cloze", 1.0), ("text", 1.0)),
+    tuple(sorted(SIZES.items())))
 
 
-@pytest.mark.slow
-def test_the_loss_falls_when_scores_follow_the_labels(batch, monkeypatch):
-  embed, stacked, pairs = batch
-  inputs = stacked.inputs._replace(distance=np.nan_to_num(stacked.worth))
-  stacked = stacked._replace(inputs=inputs)
-  params = lensnet.init_params(_LENS)
-
-  def terms(direction):
-    monkeypatch.setattr(
-      lensnet, "logits", lambda p, c, x, m: direction * 10.0 * x.distance)
-    return lens_losses.loss(
-      params, _LENS, lens_losses.LensObjective(cheap=0.0), embed, stacked,
-      pairs)[1]
-
-  right, wrong = terms(1.0), terms(-1.0)
-  assert right["regression"] == pytest.approx(0.0, abs=1e-9)
-  assert wrong["regression"] > 1e-6
-  assert right["ranking"] <= wrong["ranking"]
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, lm, encoder, stores, questions):
+  folder = tmp_path_factory.mktemp("run")
+  run = lens_run.LensRun(lm, encoder, config_of(questions), stores, folder)
+  assert run.run()
+  return run
 
 
-@pytest.mark.slow
-def test_every_parameter_learns_and_the_base_is_frozen(batch, lm):
-  embed, stacked, pairs = batch
-  rng = np.random.RandomState(0)
-  params = jax.tree.map(
-    lambda a: a + np.float32(0.1) * rng.standard_normal(a.shape).astype(
-      np.float32), lensnet.init_params(_LENS))
-  gradient = jax.grad(lambda p: lens_losses.loss(
-    p, _LENS, lens_losses.LensObjective(), embed, stacked, pairs)[0])(params)
-  for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
-    assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+def test_a_question_knows_the_section_that_answers(lm, questions):
+  (ids, asked), _ = histories.read_questions(questions, "train", lm.tokenizer)
+  question, [(a, b)] = asked[0]
+  assert "KAI SOLHEIM" in lm.tokenizer.decode(ids[a:b])
+  history = next(iter(histories.question_histories(
+    [(ids, asked)], lm.tokenizer, 0)))
+  for example in history.examples:
+    assert example.asked and example.cursor == len(history.ids)
+    for a, b in example.gold:
+      assert "KAI SOLHEIM" in lm.tokenizer.decode(history.ids[a:b])
+  assert question.startswith("Who is")
 
 
-# --- Trainer -----------------------------------------------------------------
+def test_what_is_taken_out_of_a_text_stood_where_it_says(lm, stores):
+  source = histories.TextHistories(stores["train"], lm.tokenizer, 3, 2048)
+  history = source.cloze(0)
+  assert history.examples
+  for example in history.examples:
+    [(a, b)] = example.gold
+    assert 0 <= a < b <= len(history.ids)
 
 
-def _mesh():
-  return sharding.make_mesh(1, devices=jax.devices()[:1])
+def test_facts_are_where_they_are_said_to_be(lm, stores):
+  chat = dataclasses.replace(
+    lm, tokenizer=tiny_base.byte_tokenizer(chat=True))
+  for one in (lm, chat):
+    source = histories.TextHistories(
+      stores["train"], one.tokenizer, 1, 2048)
+    history = source.facts(2, count=6)
+    told = [e for e in history.examples if e.gold]
+    assert len(told) == 6
+    assert any(not e.gold for e in history.examples)
+    for example in told:
+      [(a, b)] = example.gold
+      text = one.tokenizer.decode(history.ids[a:b]).strip()
+      assert text.endswith(".") and "<|" not in text
 
 
-def _losses(folder):
-  rows = [json.loads(line) for line in
-          (folder / "metrics.jsonl").read_text().splitlines()]
-  return {r["step"]: r["loss"] for r in rows if "loss" in r}
+def test_facts_and_questions_come_in_many_wordings():
+  rng = np.random.default_rng(0)
+  drawn = [facts.draw(rng) for _ in range(300)]
+  assert len({d.text.split()[0] for d in drawn}) > 20
+  assert len({" ".join(d.question.split()[:3]) for d in drawn}) > 25
 
 
-@pytest.mark.slow
-def test_a_killed_run_resumes_with_the_same_losses(
-    lm, encoder, windows, batch, tmp_path):
-  def make(folder):
-    return LensTrainer(lm, encoder, _LENS, _TRAIN, lens_losses.LensObjective(),
-                       windows, batch[2], folder, mesh=_mesh())
+def test_a_block_is_worth_what_it_foretells(encoder):
+  class Tree:
+    ids = np.concatenate([np.arange(1, 97), np.arange(200, 296)])
+    cursor = 192
 
-  whole = make(tmp_path / "whole")
-  assert whole.run(windows, report=lambda _: None)
-  cut = make(tmp_path / "cut")
-  for _ in range(4):
-    cut.one_step()
-  cut._checkpoints.save(4, cut.state, wait=True)
-  cut._checkpoints.close()
-  resumed = make(tmp_path / "cut")
-  assert resumed.step == 4
-  resumed.run(report=lambda _: None)
-  a, b = _losses(tmp_path / "whole"), _losses(tmp_path / "cut")
-  for step in (5, 6):
-    assert b[step] == pytest.approx(a[step], rel=1e-5)
-  best = json.loads((tmp_path / "whole" / "best.json").read_text())
-  assert best["step"] in (3, 6)
+    def tokens(self, a, b):
+      return self.ids[a:b]
+
+  rows = Rows(np.array([0, 1, 2, 5]), np.array([BURIED, BURIED, BURIED, RAW]),
+              np.zeros(4, np.int64))
+  future = np.arange(40, 60)  # block 1 holds tokens 33 to 64
+  worth = windows._worth(Tree(), rows, future)
+  assert worth[1] > 0.9 and worth[0] == worth[2] == np.float32(-0.3)
+  shown = Rows(rows.block, np.array([BURIED, RAW, BURIED, RAW]), rows.entry)
+  assert windows._worth(Tree(), shown, future)[1] > 0.9, "it stays"
 
 
-@pytest.mark.slow
-def test_evaluation_by_hand(batch, monkeypatch):
-  """Perfect scores have no regret, and none at all has all of it."""
-  embed, stacked, _ = batch
-  worth = np.nan_to_num(stacked.worth)
-  monkeypatch.setattr(lens_trainer, "window_scores",
-                      lambda *a: np.sign(worth) * 0.5 + worth)
-  got = lens_trainer.evaluate(None, _LENS, embed, stacked)
-  assert got["spearman"] == pytest.approx(1.0)
-  assert got["regret"] == pytest.approx(0.0, abs=1e-6)
-  monkeypatch.setattr(
-    lens_trainer, "window_scores", lambda *a: np.zeros_like(worth))
-  got = lens_trainer.evaluate(None, _LENS, embed, stacked)
-  assert got["regret"] == 1.0 and got["spearman"] == 0.0
+def test_windows_are_made_once_and_hold_what_the_policy_reads(
+    finished, lm, encoder):
+  files = sorted((finished.workdir / "windows" / "train").glob("*.npz"))
+  assert {p.name.split("-")[0] for p in files} == {
+    "tales", "facts", "cloze", "text"}
+  some = windows.WindowSet.load([p for p in files if "tales" in p.name])
+  embed = np.asarray(lm.params["embed"], np.float32)
+  inputs, targets = some.inputs(np.arange(2), embed), some.targets(
+    np.arange(2))
+  assert inputs.features.shape[0] == 2 and inputs.mask.any(axis=1).all()
+  known = some.answerable & some.asked
+  assert (some.gold[known] > 0).any(), "the searches find what answers"
+  assert targets.gold.shape == inputs.mask.shape
+  before = [p.stat().st_mtime_ns for p in files]
+  maker = windows.WindowMaker(
+    lm, encoder, LensKeyer(finished.params, finished.lens, lm))
+  assert finished._make("train", maker) is not None
+  assert [p.stat().st_mtime_ns for p in files] == before
 
 
-@pytest.mark.slow
-def test_rounds_label_with_the_policy_they_trained(
-    lm, encoder, stores, tmp_path):
-  config = lens_rounds.read_config({
-    "rounds": [{"tasks": 2, "steps": 2}, {"tasks": 1, "steps": 2}],
-    "labels": dataclasses.asdict(_LABELS), "objective": {},
-    "train": {**dataclasses.asdict(_TRAIN)}, "longest": 2600, "pairs": 8,
-    "validation_every": 2,
-    "lens": {"width": 16, "heads": 2, "layers": 1, "key_dim": 16}})
-  rounds = lens_rounds.LensRounds(
-    lm, encoder, config, stores, tmp_path, mesh=_mesh())
-  assert rounds.run()
-  assert len(list((tmp_path / "labels-1").glob("*.npz"))) == 1
-  assert (tmp_path / "round-1" / "best.json").exists()
-  rounds.export(tmp_path / "out.safetensors", {"note": 1})
-  params, lens = lens_rounds.load_params(tmp_path / "out.safetensors")
-  assert lens.width == 16 and set(params) == {"score", "keys"}
+def test_both_parts_learn_and_statistics_stay(finished):
+  start = lensnet.init_params(finished.lens)
+  trained = finished._trainer.score_params
+  for part in lens_trainer.PARTS:
+    old, new = start[part], trained[part]
+    for name in ("feature_in", "feature_mid", "feature_score", "facts"):
+      assert np.any(old[name]["kernel"] != new[name]["kernel"]), (part, name)
+    normal = lens_trainer.normalised(
+      start[part], finished._trainer._windows, part)
+    np.testing.assert_array_equal(normal["mean"], new["mean"])
 
 
-def test_mistakes_in_the_settings_are_named():
-  good = {"rounds": [{"tasks": 1, "steps": 1}], "labels": {}, "objective": {},
-          "train": {}, "lens": {}, "longest": 4096, "pairs": 8,
-          "validation_every": 7}
-  lens_rounds.read_config(good)
-  for change, named in (({"lens": {"depth": 1}}, "config.lens.depth"),
-                        ({"train": {"steps": 0}}, "config.train.steps"),
-                        ({"rounds": []}, "config.rounds")):
-    with pytest.raises(McjaxError, match=named):
-      lens_rounds.read_config({**good, **change})
+def test_a_run_goes_on_where_it_was(
+    finished, lm, encoder, stores, questions, tmp_path):
+  whole = finished._trainer.score_params
+  files = finished.workdir / "windows"
+  (tmp_path / "windows").symlink_to(files)
+  for steps in (4, 6):
+    run = lens_run.LensRun(
+      lm, encoder, config_of(questions, steps=6), stores, tmp_path)
+    keyer = LensKeyer(run.params, run.lens, lm)
+    maker = windows.WindowMaker(lm, encoder, keyer)
+    found = {k: windows.WindowSet.load(p)
+             for k, p in run._make("train", maker).items()}
+    trainer = lens_trainer.LensTrainer(
+      lm, run.lens, run._config.train, run._config.objective, found,
+      dict(run._config.mixture), run.params, tmp_path / "training",
+      encoder.fingerprint)
+    while trainer.step < steps:
+      trainer.one_step()
+    trainer._checkpoints.save(trainer.step, trainer.state, wait=True)
+    trainer._checkpoints.close()
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    whole, trainer.score_params)
 
 
-# --- Another GistNet ---------------------------------------------------------
+def test_exported_weights_lead_a_history(finished, lm, encoder, tmp_path):
+  path = tmp_path / "lens.safetensors"
+  finished.export(path, {"config": {"x": 1}})
+  policy = lensnet_policy.load_lensnet(lm, path, gistnet=encoder)
+  assert policy.reads(encoder) and policy.card["windows"]["tales"] > 0
+  found = finished.evaluate()
+  assert {"tales/recall@8", "text/error"} <= set(found)
 
 
-def test_a_lensnet_learns_its_old_scores_from_another_gistnets_gists(
-    lm, encoder, tasks):
-  other = tiny_base.gistnet(lm, seed=5, spread=0.05)
-  config = dataclasses.replace(_LABELS, windows=1)
-  seen = list(lens_distil.observe(lm, encoder, other, tasks, 3, config))
-  assert len(seen) >= 3
-  for old, new in seen:
-    count = int(old.mask.sum())
-    blocks = np.maximum(old.ids[:count, lens_rows.MARGIN:-lens_rows.MARGIN], 0)
-    for inputs, gistnet in ((old, encoder), (new, other)):
-      np.testing.assert_allclose(
-        inputs.gists[:count], gistnet.encode_tokens(blocks), 1e-2, 1e-2)
-    np.testing.assert_array_equal(old.ids, new.ids)
-    assert np.abs(old.tail - new.tail).max() > 1e-3
-  teacher = lensnet.init_params(_LENS, 1)
-  teacher["score"]["score"]["kernel"] = np.random.default_rng(0).normal(
-    0, 1, teacher["score"]["score"]["kernel"].shape).astype(np.float32)
-  student, missed = lens_distil.distil(
-    teacher, teacher, _LENS, lm.params["embed"], seen, 40, 3, 3e-3)
-  assert missed["after"] < missed["before"]
-  assert student["keys"] is teacher["keys"]
+def test_the_search_for_apart_prefers_other_places():
+  rank = np.array([[3.0, 2.9, 1.0]] * 8)
+  shadow = np.zeros((8, 3, 3), np.float32)
+  shadow[:, 1, 0] = 1  # the second stands beside the first
+  gold = np.array([[False, False, True]] * 8)
+  apart = losses.fit_apart(rank, shadow, gold, counts=(2,))
+  assert apart[0] > 1.9
+  assert losses.recall(rank - shadow @ apart, gold, 2) == 1.0
+
+
+@pytest.mark.parametrize("values, message", [
+  (dict(windows=dict(passes=0)), "config.windows.passes"),
+  (dict(train=dict(steps=0)), "config.train.steps"),
+  (dict(objective=dict(rank=-1.0)), "config.objective.rank"),
+  (dict(train=dict(stepz=3)), "stepz"),
+])
+def test_a_bad_setting_is_named(values, message):
+  plain = dict(windows={"questions": ()}, objective={}, train={}, mixture={},
+               lens={})
+  for part, fields in values.items():
+    plain[part] = {**plain[part], **fields}
+  with pytest.raises(McjaxError, match=message):
+    lens_run.read_config(plain)
+
+
+def test_a_missing_file_of_questions_is_named(lm, tmp_path):
+  with pytest.raises(McjaxError, match="nothing.xz"):
+    histories.read_questions(tmp_path / "nothing.xz", "train", lm.tokenizer)
