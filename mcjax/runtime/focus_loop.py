@@ -7,9 +7,10 @@ are the business of `runtime`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 import contextlib
 import dataclasses
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -23,7 +24,9 @@ from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
 from mcjax.window import invariants
 from mcjax.window.context_lm import ContextLM
+from mcjax.window.decoding import Draw, Job, Said
 from mcjax.window.focus_view import FocusView, fading_weights
+from mcjax.window.sampling import Sampling
 from mcjax.window.working_context import (
   EXPAND,
   FIRST,
@@ -33,6 +36,7 @@ from mcjax.window.working_context import (
 )
 
 _DEEPER = 3  # refocus steps that follow a wish down, while text is read on
+Result = TypeVar("Result")
 _QUERY = 64  # newest tokens that act as the query where there is no prompt
 
 
@@ -347,6 +351,21 @@ class FocusLoop:
 
   # --- what is said -------------------------------------------------------
 
+  def draw(self, sampling: Sampling, seed: int | None = None,
+           prompt: np.ndarray | None = None) -> Draw:
+    """How one answer is drawn; without a seed, unlike any other one.
+
+    `prompt` [n] are tokens that a repetition penalty counts as said.
+    """
+    if seed is None:
+      self._key, key = jax.random.split(self._key)
+    else:
+      key = jax.random.key(seed)
+    seen = np.zeros(self.context.lm.config.vocab_size, bool)
+    if prompt is not None:
+      seen[prompt] = True
+    return Draw(sampling, key, seen=seen)
+
   def decode_block(self, wanted: int) -> tuple[np.ndarray, bool]:
     """Generates up to the end of the block; refocuses there if more is wanted.
 
@@ -355,19 +374,43 @@ class FocusLoop:
     Returns:
       token ids [n] and whether the last one is a stop token.
     """
-    limit = min(BRANCHING - self.tree.cursor % BRANCHING, wanted)
+    draw = self.draw(Sampling(temperature=self._config.temperature))
+    said = run_alone(self.block(wanted, draw), self.context)
+    if not said.stopped and len(said.tokens) < wanted:
+      self.go_on()
+    return said.tokens, said.stopped
+
+  def block(self, wanted: int, draw: Draw, most: int = BRANCHING,
+            cut: Callable[[Said], Said] | None = None
+            ) -> Generator[Job, Said, Said]:
+    """Yields a job for a decoder, takes what it said, and returns that.
+
+    Args:
+      wanted: tokens, at most; the block of the history ends the job too.
+      draw: how they are drawn.
+      most: tokens at most, to be shown soon.
+      cut: shortens what was said.
+    """
+    limit = min(BRANCHING - self.tree.cursor % BRANCHING, wanted, most)
     self._make_room(limit)
     if not self.context.is_synced:
       self.sync()
+    job = self.context.ask(limit, draw)
     with self.telemetry.phase("decode"):
-      self._key, key = jax.random.split(self._key)
-      ids, stopped = self.context.decode(limit, self._config.temperature, key)
-    self.telemetry.count("decoded_tokens", len(ids))
-    self.remember(ids)
-    if not stopped and len(ids) < wanted and self._due():
-      self._refocus_and_sync()
+      said = yield job
+    if cut is not None:
+      said = cut(said)
+    self.context.take(job, said)
+    self.telemetry.count("decoded_tokens", len(said.tokens))
+    self.remember(said.tokens)
     self.check()
-    return ids, stopped
+    return said
+
+  def go_on(self) -> None:
+    """Refocuses where a block has ended and more is to be said."""
+    if self._due():
+      self._refocus_and_sync()
+      self.check()
 
   def _refocus_and_sync(self) -> None:
     every = self._config.delta_nll_every
@@ -398,7 +441,9 @@ class FocusLoop:
       with self.tree.transient():
         yield
     finally:
+      key = self._key  # or two answers would be drawn alike
       self._back_to(snapshot, kept)
+      self._key = key
 
   @contextlib.contextmanager
   def all_or_nothing(self, cache: bool) -> Iterator[None]:
@@ -540,6 +585,17 @@ def _seen(entries: Entries, scores=None) -> dict[str, list]:
                             first) / (last - first + 1)
     out["scores"] = means.round(3).tolist()
   return out
+
+
+def run_alone(steps: Generator[Job, Said, Result], context: ContextLM
+              ) -> Result:
+  """What `steps` return, its jobs decoded one by one."""
+  try:
+    job = next(steps)
+    while True:
+      job = steps.send(context.decoder.run([job])[0])
+  except StopIteration as end:
+    return end.value
 
 
 def _entered(edits) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import functools
+import queue
+import threading
 import time
 from typing import Any
 
@@ -18,7 +21,8 @@ from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.gist.encoder import GistEncoder, load_gistnet
 from mcjax.lens.policy import LensNetPolicy
-from mcjax.runtime import policy_choice
+from mcjax.runtime import answering, policy_choice
+from mcjax.runtime.answering import Prompt, Request, Stopped
 from mcjax.runtime.documents import (
   Document,
   Documents,
@@ -27,7 +31,7 @@ from mcjax.runtime.documents import (
   digest_of,
   json_of,
 )
-from mcjax.runtime.focus_loop import FocusLoop, Query
+from mcjax.runtime.focus_loop import FocusLoop, Query, run_alone
 from mcjax.runtime.policy_choice import Choice
 from mcjax.runtime.results import Generation, IngestStats
 from mcjax.runtime.telemetry import Telemetry
@@ -35,14 +39,32 @@ from mcjax.runtime.text_files import read_documents
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, Entry, McjaxError
 from mcjax.window.context_lm import ContextLM
+from mcjax.window.sampling import Sampling
 
 _QUESTION = 128  # newest words of a prompt that act as the query
 _SLICE = 1 << 16  # tokens per tree append during a long ingest
 _SEARCH_NODES = 4096  # tree nodes that `search` may touch, by words and by keys
 
 
+def _locked(method):
+  """Lets a method of a handle wait until no other thread works with it."""
+
+  @functools.wraps(method)
+  def waits(self, *args, **kwargs):
+    with self._lock:
+      return method(self, *args, **kwargs)
+
+  return waits
+
+
+class _LeftError(Exception):
+  """The consumer of a stream has left."""
+
+
 class MegaContext:
   """A frozen LM with an unbounded history; use `create` or `open`.
+
+  Handles are safe to share between threads: a busy one lets others wait.
 
   Attributes:
     lm: the frozen base.
@@ -68,6 +90,9 @@ class MegaContext:
     self._finder = Finder(
       tree, lm.tokenizer, choice.keyer, _SEARCH_NODES)
     self._closed = False
+    self._lock = threading.RLock()  # a busy handle waits
+    self._run = run_alone  # or by an engine, with other histories
+    self._on_close: Callable[[], None] | None = None
 
   # --- opening and closing ------------------------------------------------
 
@@ -155,16 +180,20 @@ class MegaContext:
     Raises:
       McjaxError: the commit failed; the tree is released all the same.
     """
-    if self._closed:
-      return
-    self._closed = True
-    try:
-      if not self.tree.read_only:
-        self._commit()
-    finally:
-      self.tree.close()
-      self.telemetry.close()
+    with self._lock:
+      if self._closed:
+        return
+      self._closed = True
+      try:
+        if not self.tree.read_only:
+          self._commit()
+      finally:
+        self.tree.close()
+        self.telemetry.close()
+        if self._on_close is not None:
+          self._on_close()
 
+  @_locked
   def refresh(self) -> bool:
     """Goes on to the newest commit; of a history opened with mode "r".
 
@@ -184,6 +213,11 @@ class MegaContext:
     self._loop.follow()
     return True
 
+  def __repr__(self) -> str:
+    state = "closed" if self._closed else f"{self.tree.cursor:,} tokens"
+    return (f"MegaContext({self.tree.url!r}, {self.lm.name}, {state}, policy "
+            f"{self.policy}, window {self.config.window})")
+
   def __enter__(self) -> MegaContext:
     return self
 
@@ -198,6 +232,7 @@ class MegaContext:
 
   # --- public work --------------------------------------------------------
 
+  @_locked
   def ingest(self, text: str,
              progress: Callable[[int, int], None] | None = None, *,
              name: str | None = None,
@@ -250,6 +285,7 @@ class MegaContext:
     return [self.ingest(file.text, progress, name=file.name)
             for file in read_documents(paths, suffixes) if file.text]
 
+  @_locked
   def ingest_tokens(
     self, token_ids: np.ndarray,
     progress: Callable[[int, int], None] | None = None,
@@ -290,11 +326,13 @@ class MegaContext:
     )
     return IngestStats(tokens, seconds, self.tree.cursor, document)
 
+  @_locked
   def documents(self) -> list[Document]:
     """The documents that are not forgotten, in the order they came in."""
     self._check_open()
     return self._documents.all()
 
+  @_locked
   def search(self, query: str, k: int = 5) -> list[Source]:
     """Up to k passages that fit a query, best first, without generating.
 
@@ -308,6 +346,7 @@ class MegaContext:
     return [self._source(span, score)
             for span, score in self._finder.find(ids, k)]
 
+  @_locked
   def forget(self, name: str) -> list[Document]:
     """Hides a document from focus, search and answers, at once and for good.
 
@@ -339,71 +378,117 @@ class MegaContext:
     scores = self._finder.scores(self._loop.query.ids, spans)
     return sorted(map(self._source, spans, scores), key=lambda s: -s.score)
 
-  def generate(self, prompt: str, max_new_tokens: int = 64, *,
-               remember: bool = True,
-               on_text: Callable[[str], None] | None = None) -> Generation:
+  def generate(self, prompt: Prompt, max_new_tokens: int = 64, *,
+               temperature: float | None = None, top_p: float = 1.0,
+               top_k: int = 0, min_p: float = 0.0,
+               repetition_penalty: float = 1.0,
+               stop: str | Sequence[str] = (), seed: int | None = None,
+               logprobs: bool = False, remember: bool = True,
+               template: bool = True,
+               on_text: Callable[[str], None] | None = None,
+               on_piece: Callable[[str], None] | None = None) -> Generation:
     """Answers a prompt; prompt and answer join the history.
 
     Args:
-      prompt: wrapped in the base's chat template where it has one; one that
-        is longer than the window is ingested like any text.
-      max_new_tokens: at most this many.
+      prompt: a text, or messages {"role": "system" | "user" | "assistant",
+        "content": text} of which the last one is answered; wrapped in the
+        base's chat template where it has one. One that is longer than the
+        window is ingested like any text.
+      max_new_tokens: at most this many; 0 settles the focus only.
+      temperature: 0 is greedy; that of the configuration by default.
+      top_p, top_k, min_p, repetition_penalty: see `Sampling`.
+      stop: strings that end the answer and are left out of it.
+      seed: the same one draws the same tokens; each answer differs without.
+      logprobs: whether the tokens' log probabilities are wanted.
       remember: False leaves tree, focus and cache as they were.
+      template: False takes the prompt as it stands.
       on_text: called with the whole answer so far after every block.
+      on_piece: called with each new piece of text, see `stream`. What it
+        raises ends the answer; the turn is closed, and it is raised again.
 
     Raises:
-      McjaxError: empty prompt, max_new_tokens < 1, or the oracle policy,
+      McjaxError: empty prompt, a setting out of range, or the oracle policy,
         which needs to know what comes next.
     """
-    self._check_text(prompt, "prompt")
-    if self.config.policy == "oracle":
-      raise McjaxError(
-        "policy oracle needs the true continuation: it works in score only"
-      )
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-      raise McjaxError(
-        f"max_new_tokens must be a whole number >= 1, got {max_new_tokens}"
-      )
-    self._loop.warm_up()
-    if not remember:
-      with self._loop.undone():
-        return self._generate(prompt, max_new_tokens, on_text)
-    with self._all_or_nothing(cache=True):
-      out = self._generate(prompt, max_new_tokens, on_text)
-      self._commit()
-    return out
+    if temperature is None:
+      temperature = self.config.temperature
+    request = Request(
+      max_new_tokens,
+      Sampling(repetition_penalty, temperature, top_k, top_p, min_p),
+      (stop,) if isinstance(stop, str) else tuple(stop), seed, logprobs,
+      on_piece, on_text)
+    with self._lock:
+      self._check_prompt(prompt)
+      self._loop.warm_up()
+      if not remember:
+        try:
+          with self._loop.undone():
+            return self._answered(prompt, request, template)
+        except Stopped as stopped:
+          raise stopped.cause from None
+      stopped_by = None
+      with self._all_or_nothing(cache=True):
+        try:
+          out = self._answered(prompt, request, template)
+        except Stopped as stopped:  # by the consumer: the turn is closed
+          stopped_by = stopped.cause
+        self._commit()
+      if stopped_by is not None:
+        raise stopped_by
+      return out
 
-  def _generate(self, prompt: str, max_new_tokens: int, on_text) -> Generation:
-    begin = time.perf_counter()
-    ids, closing = self._prompt(prompt)
-    asked = self.tree.cursor
-    self._loop.append(ids)
-    self._loop.settle()
-    self._loop.attend()
-    seen = self._loop.spans() if self.telemetry.detailed else {}
-    seen = self._loop.spans() if self.telemetry.detailed else {}
-    focus, sources = self.focus(), self._sources()
-    self._loop.sync()
-    first = time.perf_counter() - begin
-    out: list[int] = []
-    stopped = False
-    while len(out) < max_new_tokens and not stopped:
-      ids_out, stopped = self._loop.decode_block(max_new_tokens - len(out))
-      out.extend(ids_out.tolist())
-      if on_text is not None:
-        on_text(self._answer(out, stopped))
-    self._loop.append(_unsaid(closing, out[-1:] if stopped else []))
-    seconds = time.perf_counter() - begin
-    self.telemetry.record(
-      "generate", tokens=len(out), prompt_tokens=len(ids), seconds=seconds,
-      first_token_seconds=first, sources=[(s.start, s.stop) for s in sources],
-      start=asked, cursor=self.tree.cursor, **seen,
-    )
-    return Generation(
-      self._answer(out, stopped), np.array(out, np.int32), len(ids), seconds,
-      first, focus, sources, self._loop.answerable,
-    )
+  def stream(self, prompt: Prompt, max_new_tokens: int = 64, **settings
+             ) -> Iterator[str]:
+    """Yields pieces of the answer as they come, never half a character.
 
+    A consumer that stops early ends the answer; its turn is closed.
+
+    Args:
+      prompt, max_new_tokens, settings: as of `generate`.
+
+    Raises:
+      McjaxError: as `generate`.
+    """
+    pieces: queue.Queue = queue.Queue()
+    left = threading.Event()
+
+    def on_piece(piece: str) -> None:
+      pieces.put(piece)
+      if left.is_set():
+        raise _LeftError
+
+    def work() -> None:
+      try:
+        self.generate(prompt, max_new_tokens, on_piece=on_piece, **settings)
+        pieces.put(None)
+      except BaseException as error:
+        pieces.put(error)
+
+    worker = threading.Thread(target=work, name="mcjax-stream", daemon=True)
+    worker.start()
+    try:
+      while (piece := pieces.get()) is not None:
+        if isinstance(piece, BaseException):
+          raise piece
+        yield piece
+    finally:
+      left.set()
+      worker.join()
+
+  def _generate(self, prompt: Prompt, max_new_tokens: int,
+                on_text: Callable[[str], None] | None = None) -> Generation:
+    """An answer that joins the history in memory alone."""
+    sampling = Sampling(temperature=self.config.temperature)
+    return self._answered(
+      prompt, Request(max_new_tokens, sampling, on_text=on_text), True)
+
+  def _answered(self, prompt: Prompt, request: Request, template: bool
+                ) -> Generation:
+    ids, closing = self._prompt(prompt, template)
+    return self._run(answering.steps(
+      self._loop, ids, closing, request, self._sources), self._loop.context)
+
+  @_locked
   def score(self, text: str) -> np.ndarray:
     """NLL per token of `text` in nats, teacher-forced through the loop.
 
@@ -417,10 +502,12 @@ class MegaContext:
     self._loop.warm_up()
     return self._loop.score(self.lm.tokenizer.encode(text))
 
+  @_locked
   def focus(self) -> list[Entry]:
     """The entries (level, start, stop) that tile [0, cursor)."""
     return self._loop.context.window.focus()
 
+  @_locked
   def text(self, start: int, stop: int) -> str:
     """The text of tokens [start, stop) of the history.
 
@@ -433,6 +520,7 @@ class MegaContext:
                        f"{self.tree.cursor}")
     return self.lm.tokenizer.decode(self.tree.tokens(start, stop))
 
+  @_locked
   def next_logits(self) -> np.ndarray:
     """Logits [V] float32 for the token after the history as focused now.
 
@@ -453,17 +541,23 @@ class MegaContext:
 
   # --- small parts --------------------------------------------------------
 
-  def _prompt(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
+  def _prompt(self, prompt: Prompt, template: bool = True
+              ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of the prompt, and those that close the answer."""
     tokenizer = self.lm.tokenizer
-    if self.config.chat == "auto" and tokenizer.has_chat_template:
-      ids, own = tokenizer.chat_turn(prompt, first=not self.tree.cursor)
+    messages = prompt
+    if isinstance(prompt, str):
+      messages = [{"role": "user", "content": prompt}]
+    if template and self.config.chat == "auto" and tokenizer.has_chat_template:
+      chat = tokenizer.chat(messages, first=not self.tree.cursor)
+      ids, own = chat.ids, chat.owner == len(messages) - 1
       closing = np.asarray(tokenizer.end_of_turn_ids, np.int32)
       line = self._line_break()
       ids = np.concatenate([line, ids])
       own = np.concatenate([np.zeros(len(line), bool), own])
     else:
-      ids = self._with_bos(tokenizer.encode(prompt))
+      text = "\n\n".join(m["content"] for m in messages)
+      ids = self._with_bos(tokenizer.encode(text))
       own, closing = np.ones(len(ids), bool), np.zeros(0, np.int32)
     words, start = ids[own], self.tree.cursor
     # A line break before the prompt is read with it.
@@ -522,6 +616,23 @@ class MegaContext:
       self._documents = Documents(self.tree)
       raise
 
+  def _check_prompt(self, prompt: Prompt) -> None:
+    self._check_open()
+    if self.config.policy == "oracle":
+      raise McjaxError(
+        "policy oracle needs the true continuation: it works in score only")
+    if isinstance(prompt, str):
+      self._check_text(prompt, "prompt")
+      return
+    if not isinstance(prompt, Sequence) or not prompt:
+      raise McjaxError("prompt must be a text or a list of messages")
+    for message in prompt:
+      if not isinstance(message, Mapping) or not {"role", "content"} <= set(
+          message):
+        raise McjaxError(
+          f"a message must have a role and a content, got {message!r}")
+      self._check_text(message["content"], "a message's content")
+
   def _check_text(self, text: str, name: str) -> None:
     self._check_open()
     if not isinstance(text, str):
@@ -536,10 +647,3 @@ def _check_window(lm: BaseLM, config: Config) -> None:
       f"config.window {config.window} does not fit the {lm.name} base's "
       f"{lm.config.max_positions} positions (32 are kept for the next block)"
     )
-
-
-def _unsaid(closing: np.ndarray, said: list[int]) -> np.ndarray:
-  """The closing ids the model has not generated itself."""
-  if said and len(closing) and said[-1] == closing[0]:
-    return closing[1:]
-  return closing

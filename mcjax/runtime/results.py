@@ -47,6 +47,9 @@ class Generation:
     sources: passages that answer the question, best first; where the LM
       attended to less than all raw text of the window, those that it read.
     answerable: how sure the history is to answer, in [0, 1].
+    stop_reason: "stop" at a stop token or string, else "length".
+    logprobs: [n] float32 of the tokens, before temperature and cuts, where
+      they were asked for.
   """
 
   text: str
@@ -57,3 +60,10 @@ class Generation:
   focus: list[Entry]
   sources: list[Source]
   answerable: float
+  stop_reason: str = "length"
+  logprobs: np.ndarray | None = None
+
+  def __repr__(self) -> str:
+    text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
+    return (f"Generation({text!r}, {len(self.token_ids)} tokens in "
+            f"{self.seconds:.1f} s, {len(self.sources)} sources)")

@@ -22,6 +22,8 @@ from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
 from mcjax.window import kv_slots
 from mcjax.window.contrast import Contrast
+from mcjax.window.decoding import Decoder, Draw, Job, Said, Seen
+from mcjax.window.sampling import Sampling
 from mcjax.window.working_context import (
   Attention,
   Entries,
@@ -60,15 +62,14 @@ class ContextLM:
         f"{lm.config.max_positions} positions (32 are kept for the next block)"
       )
     self.lm = lm
-    self._layers = model.unstacked(lm.params)
     self.show_gists = show_gists
     self._config = config
     self.window = WorkingContext(config.window)
     dtype = lm.params["embed"].dtype
     self.state = kv_slots.init(lm.config, config.window, dtype)
-    self._view = None
-    if self._layers is not lm.params:
-      self._view = kv_slots.init_view(lm.config, config.window, dtype)
+    self._decoder: Decoder | None = None
+    self._row = 0
+    self._fresh = True  # keys and values were computed since the last block
     # A collapse of hidden gists leaves one entry to run: the newest.
     self._sizes = (1, *kv_slots.splice_sizes(config.max_edits))
     self._contrast: Contrast | None = None
@@ -239,7 +240,7 @@ class ContextLM:
     head = len(rows) % largest
     chunks = [c for c in np.split(rows, range(head, len(rows), largest))
               if len(c)]
-    self._logits = None
+    self._logits, self._fresh = None, True
     for chunk in chunks:
       self._hidden, self._rows = self._run(chunk, kv_slots.splice)
     if contrast := self._contrasting:
@@ -296,57 +297,74 @@ class ContextLM:
     out[missing:] = values[at : at + count - missing]
     return out
 
-  def decode(self, limit: int, temperature: float, key: jax.Array
-             ) -> tuple[np.ndarray, bool]:
-    """Generates at most `limit` <= 32 tokens; they enter the window.
+  @property
+  def decoder(self) -> Decoder:
+    """Decodes this window; one of its own unless it has joined another's."""
+    if self._decoder is None:
+      self._decoder = Decoder(
+        model.unstacked(self.lm.params), self.lm.config, 1,
+        self._config.window, self.state.inputs.dtype, self._stop_ids)
+    return self._decoder
 
-    Valid after `sync`, and again after each `decode` that follows no edit.
+  def join(self, decoder: Decoder, row: int) -> None:
+    """Decodes as one row of a decoder that others use too."""
+    self._decoder, self._row = decoder, row
+    decoder.release(row)
 
-    Returns:
-      token ids [n] int32 and whether the last one is a stop token.
+  def ask(self, limit: int, draw: Draw) -> Job:
+    """A job for the decoder, of at most `limit` <= 32 tokens.
+
+    Valid after `sync`, and again after each `take` that follows no edit; one of
+    `take` and `drop` must follow.
     """
     slots = self.window.take_slots(limit)
     positions, visible = self.slot_arrays()
     first = self.window.next_position(
-      self.gist_stride, self.lm.config.max_positions
-    )
-    against, contrast = (None, None), self._contrasting
-    if contrast:
-      against = contrast.prior(self.window, self._config.contrast)
-    self.state, out = kv_slots.decode_block(
-      self._layers, self.lm.config, self.state,
-      self._padded(slots, BRANCHING), positions, visible, np.int32(first),
-      self._ready_logits(), np.int32(limit), self._stop_ids,
-      np.float32(temperature), key, self._look(positions), *against,
-    )
-    self._logits = out.logits
-    count, stopped, tokens = jax.device_get(
-      (out.count, out.stopped, out.tokens)
-    )
-    count = int(count)
-    self.window.give_slots(slots[count:])
-    start = self.window.cursor
-    self.window.append_tokens(slots[:count], ready=True)
+      self.gist_stride, self.lm.config.max_positions)
+    seen = Seen(self.state, positions, visible, first, self._ready_logits(),
+                self._fresh)
+    contrast = self._contrasting
+    prior = contrast.prior(self.window) if contrast else None
+    return Job(self._row, limit, slots, draw, seen, prior,
+               self._config.contrast)
+
+  def drop(self, job: Job) -> None:
+    """Gives up a job that was not decoded."""
+    self.window.give_slots(job.slots)
+
+  def take(self, job: Job, said: Said) -> None:
+    """Lets what was decoded enter the window."""
+    count, start = len(said.tokens), self.window.cursor
+    self.state, self._logits = said.states[0], said.logits[0]
+    self._fresh = False
+    self.window.give_slots(job.slots[count:])
+    self.window.append_tokens(job.slots[:count], ready=True)
     self.tokens_decoded += count
     self.tokens_run += count
-    if contrast and out.prior is not None:
-      contrast.take(
-        out.prior, slots[:count], np.arange(start, start + count))
+    if job.prior is not None and self._contrast is not None:
+      self._contrast.take(
+        (said.states[1], said.logits[1]), job.slots[:count],
+        np.arange(start, start + count))
       self.tokens_run += count
-    return tokens[:count], bool(stopped)
+
+  def decode(self, limit: int, temperature: float, key: jax.Array
+             ) -> tuple[np.ndarray, bool]:
+    """Generates at most `limit` <= 32 tokens; they enter the window.
+
+    Valid as `ask` is.
+
+    Returns:
+      token ids [n] int32 and whether the last one is a stop token.
+    """
+    job = self.ask(limit, Draw(Sampling(temperature=temperature), key))
+    said = self.decoder.run([job])[0]
+    self.take(job, said)
+    return said.tokens, said.stopped
 
   def wait(self) -> None:
     """Blocks until the device is done, so that phases are timed truly."""
     if self._hidden is not None:
       jax.block_until_ready(self._hidden)
-
-  def _look(self, positions: np.ndarray) -> kv_slots.View | None:
-    """The window's view for decoding, where layers are unstacked."""
-    if self._view is not None:
-      self._view = kv_slots.look(
-        self.lm.config, self._view, self.state, positions
-      )
-    return self._view
 
   def logits(self) -> np.ndarray:
     """Logits [V] float32 for the next token; valid after `sync`."""
@@ -376,8 +394,9 @@ class ContextLM:
     if state is not None:
       self.state = state
     self.window.become(window)
+    self._fresh = True
     if self._contrast is not None:
-      self._contrast.clear()
+      self._contrast.reset()  # work that was cut off may have lost its cache
 
   def warm_up(self) -> None:
     """Compiles every shape the loop can meet, on an empty cache."""
@@ -385,22 +404,21 @@ class ContextLM:
     # Compiled programs live as long as the process: once a shape is enough.
     shapes = (
       self.lm.config, window, self._sizes, bool(self._config.delta_nll_every),
-      str(self.state.inputs.dtype), jax.tree.structure(self._layers),
-      self._contrast is not None,
+      str(self.state.inputs.dtype), self._contrast is not None,
+      self.decoder.rows,
     )
     if shapes in _WARM:
       return
     snapshot = self.snapshot()
     positions = np.zeros(window, np.int32)
     visible = np.zeros(window, bool)
-    logits = jnp.zeros(0, jnp.float32)
     for size in self._sizes:
       slots = np.full(size, window, np.int32)
       args = (self.lm.params, self.lm.config, self.state, slots, positions,
               visible, np.zeros(size, bool))
       self.state, hidden = kv_slots.splice(*args)
       kv_slots.nll(self.lm.params, hidden, np.zeros(size, np.int32))
-      logits = kv_slots.next_logits(self.lm.params, hidden, np.int32(0))
+      kv_slots.next_logits(self.lm.params, hidden, np.int32(0))
     if self._config.delta_nll_every:
       size = next(s for s in self._sizes if s > BRANCHING)
       kv_slots.peek(self.lm.params, self.lm.config, self.state,
@@ -410,16 +428,6 @@ class ContextLM:
     self._load_gists(
       np.full(1, window), np.zeros((1, self.lm.config.d_model), np.float32)
     )
-    priors: list[tuple] = [()]
-    if self._contrast is not None:
-      priors.append((jax.tree.map(jnp.copy, self.state), kv_slots.Prior(
-        positions, visible, np.int32(0), logits, np.float32(0))))
-    for prior in priors:
-      self.state, _ = kv_slots.decode_block(
-        self._layers, self.lm.config, self.state,
-        np.full(BRANCHING, window, np.int32), positions, visible, np.int32(0),
-        logits, np.int32(0), self._stop_ids, np.float32(0),
-        jax.random.key(0), self._look(positions), *prior,
-      )
+    self.decoder.warm_up(self.state, self._contrast is not None)
     self.restore(snapshot)
     _WARM.add(shapes)

@@ -14,6 +14,7 @@ import numpy as np
 
 from mcjax.base.load import BaseLM
 from mcjax.window import kv_slots
+from mcjax.window.decoding import Seen
 from mcjax.window.working_context import FIRST, Attention, WorkingContext
 
 
@@ -25,6 +26,11 @@ class Contrast:
     self._state: kv_slots.KVSlots | None = None
     self._held = np.full(slots, -1, np.int64)  # token whose keys a slot holds
     self._logits: jax.Array | None = None
+
+  def reset(self) -> None:
+    """As `clear`, where the cache itself may be lost."""
+    self._state = None
+    self.clear()
 
   def clear(self) -> None:
     """Forgets all keys and values: other text is read, or none."""
@@ -40,7 +46,7 @@ class Contrast:
     Returns:
       token-forwards of the base, padding excluded.
     """
-    seen = _without(window)
+    seen, self._fresh = _without(window), True
     rows = np.flatnonzero((seen.entries.level == 0) & ~seen.hidden())
     slots, tokens = seen.entries.slot[rows], seen.entries.index[rows]
     todo = self._held[slots] != tokens
@@ -72,21 +78,20 @@ class Contrast:
     held[e.slot] = self._held[e.slot] == e.index
     return positions, visible & held
 
-  def prior(self, window: WorkingContext, weight: float
-            ) -> tuple[kv_slots.KVSlots, kv_slots.Prior]:
-    """What `kv_slots.decode_block` needs; valid after `sync`."""
+  def prior(self, window: WorkingContext) -> Seen:
+    """What a decoder reads; valid after `sync`."""
     assert self._state is not None and self._logits is not None
     seen = _without(window)
     first = seen.next_position(0, self._lm.config.max_positions)
-    positions, visible = self._arrays(seen)
-    return self._state, kv_slots.Prior(
-      positions, visible, np.int32(first), self._logits, np.float32(weight))
+    return Seen(self._state, *self._arrays(seen), first, self._logits,
+                self._fresh)
 
   def take(self, made: tuple[kv_slots.KVSlots, jax.Array], slots: np.ndarray,
            tokens: np.ndarray) -> None:
-    """Takes over what `decode_block` made, for tokens [n] now in slots [n]."""
+    """Takes over what a decoder made, for tokens [n] now in slots [n]."""
     self._state, self._logits = made
     self._held[slots] = tokens
+    self._fresh = False
 
 
 def _without(window: WorkingContext) -> WorkingContext:

@@ -9,19 +9,17 @@ Every function is jitted over fixed shapes; lengths travel as arrays.
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int
 import numpy as np
 
 from mcjax.base import model
 from mcjax.types import BRANCHING, Array
 
 STOP_IDS = 8  # fixed width of the stop-token list, padded with -1
-_PLAUSIBLE = 0.1  # of the likeliest token's probability, to be picked at all
 
 
 class KVSlots(NamedTuple):
@@ -38,54 +36,6 @@ class KVSlots(NamedTuple):
   values: Float[jax.Array, "L K S H"]
 
 
-class View(NamedTuple):
-  """The window as decoding reads it: one [K, S, H] array a layer.
-
-  Attributes:
-    keys: rotated to the slots' positions.
-    values: as in the state.
-  """
-
-  keys: tuple[Float[jax.Array, "K S H"], ...]
-  values: tuple[Float[jax.Array, "K S H"], ...]
-
-
-class Prior(NamedTuple):
-  """The LM without the text it answers from, for context-aware decoding.
-
-  Attributes:
-    positions: [S] int32, in a cache of its own.
-    visible: [S] bool.
-    first_position: int32 position of the first new token.
-    logits: [V] float32 for the first new token.
-    weight: float32, how much what the text adds counts beyond itself.
-  """
-
-  positions: Int[Array, " S"]
-  visible: Bool[Array, " S"]
-  first_position: Int[Array, ""] | np.integer
-  logits: Float[Array, " V"]
-  weight: Float[Array, ""] | np.floating
-
-
-class Decoded(NamedTuple):
-  """Result of `decode_block`.
-
-  Attributes:
-    tokens: [32] int32, valid up to `count`.
-    count: int32 number of tokens generated.
-    stopped: bool, the last token is a stop token.
-    logits: [V] float32 for the token after the last one.
-    prior: state and logits of the same without the text, where it was asked.
-  """
-
-  tokens: Int[jax.Array, " T"]
-  count: Int[jax.Array, ""]
-  stopped: Bool[jax.Array, ""]
-  logits: Float[jax.Array, " V"]
-  prior: tuple[KVSlots, Float[jax.Array, " V"]] | None = None
-
-
 def init(config: model.DecoderConfig, slots: int, dtype) -> KVSlots:
   """Zeroed state for `slots` slots."""
   shape = (config.n_layers, config.n_kv_heads, slots, config.head_dim)
@@ -94,45 +44,6 @@ def init(config: model.DecoderConfig, slots: int, dtype) -> KVSlots:
     keys=jnp.zeros(shape, dtype),
     values=jnp.zeros(shape, dtype),
   )
-
-
-def init_view(config: model.DecoderConfig, slots: int, dtype) -> View:
-  """A view of nothing, for `look` to write into."""
-  shape = (config.n_kv_heads, slots, config.head_dim)
-  layers = range(config.n_layers)
-  return View(
-    tuple(jnp.zeros(shape, dtype) for _ in layers),
-    tuple(jnp.zeros(shape, dtype) for _ in layers),
-  )
-
-
-def look(config: model.DecoderConfig, old: View, state: KVSlots,
-         positions: Int[Array, " S"]) -> View:
-  """The state's view at `positions` [S], in the memory of `old` (donated).
-
-  Fresh memory would cost more than the work: the system clears every page.
-  """
-  return _look(config, old, state, _rope(config, positions))
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _rope(config, positions):
-  # A program of its own: else the cosines are fused into every rotation.
-  return model.rope_tables(config, positions)
-
-
-@functools.partial(
-  jax.jit, static_argnames="config", donate_argnums=1, keep_unused=True
-)
-def _look(config, old, state, tables):
-  del old
-  kinds = model.layer_kinds(config)
-  keys = tuple(
-    state.keys[i] if i in config.nope_layers
-    else model.turn(state.keys[i], tables, kinds.at(i)._replace(rope=None))
-    for i in range(config.n_layers)
-  )
-  return View(keys, tuple(state.values))
 
 
 @jax.jit
@@ -220,158 +131,6 @@ def nll(params, hidden: Float[Array, "T D"], targets: Int[Array, " T"]
         ) -> Float[jax.Array, " T"]:
   """NLL [T] in nats: targets[t] given hidden[t] (the entry before it)."""
   return model.token_nll(params, hidden, targets)
-
-
-def _against(logits, prior, weight):
-  """Logits [V] by context-aware decoding: those of plausible tokens, and the
-  more the likelier the text makes them."""
-  beside, without = jax.nn.log_softmax(logits), jax.nn.log_softmax(prior)
-  plausible = beside >= jnp.max(beside) + math.log(_PLAUSIBLE)
-  return jnp.where(plausible, beside + weight * (beside - without), -jnp.inf)
-
-
-class _Stream(NamedTuple):
-  """One cache while a block is decoded: the window, and the block's own."""
-
-  window: model.Segment
-  first_position: jax.Array
-  keys: jax.Array
-  values: jax.Array
-  turned: jax.Array
-  logits: jax.Array
-
-  @classmethod
-  def make(cls, config, state, view, positions, visible, first, logits, size):
-    keys, values = view or (
-      model.rotate_keys(config, state.keys, positions), state.values)
-    zeros = jnp.zeros(
-      (config.n_layers, config.n_kv_heads, size, config.head_dim),
-      state.keys.dtype)
-    window = model.Segment(keys, values, positions, visible, rotated=True)
-    return cls(window, first, zeros, zeros, zeros, logits)
-
-  def carried(self):
-    """What a token changes."""
-    return self.keys, self.values, self.turned, self.logits
-
-  def advance(self, params, config, carried, i, x):
-    """`carried` after the block's token number `i`, of input x [1, D]."""
-    keys, values, turned, _ = carried
-    offsets = jnp.arange(keys.shape[2], dtype=jnp.int32)
-    block = model.Segment(
-      turned, values, self.first_position + offsets, offsets < i, rotated=True)
-    place = (self.first_position + i)[None]
-    hidden, k, v = model.forward(
-      params, config, x, place, (self.window, block))
-    at = (0, 0, i, 0)
-    return (
-      jax.lax.dynamic_update_slice(keys, k, at),
-      jax.lax.dynamic_update_slice(values, v, at),
-      jax.lax.dynamic_update_slice(
-        turned, model.rotate_keys(config, k, place), at),
-      model.unembed(params, hidden[0]),
-    )
-
-
-@functools.partial(
-  jax.jit, static_argnames="config", donate_argnames=("state", "prior_state"))
-def decode_block(
-  params,
-  config: model.DecoderConfig,
-  state: KVSlots,
-  slots: Int[Array, " T"],
-  positions: Int[Array, " S"],
-  visible: Bool[Array, " S"],
-  first_position: Int[Array, ""],
-  logits: Float[Array, " V"],
-  limit: Int[Array, ""],
-  stop_ids: Int[Array, " stops"],
-  temperature: Float[Array, ""],
-  key: Key[jax.Array, ""],
-  view: View | None = None,
-  prior_state: KVSlots | None = None,
-  prior: Prior | None = None,
-) -> tuple[KVSlots, Decoded]:
-  """Decodes up to `limit` <= 32 tokens in one device loop, no host sync.
-
-  The window's keys are rotated once for the whole block; the block's own keys
-  live in small buffers, rotated as they come, and enter their slots when the
-  loop ends.
-
-  Args:
-    params: the frozen base's parameters.
-    config: static.
-    state: donated.
-    slots: [32] int32 free slots for the new tokens.
-    positions: [S] int32.
-    visible: [S] bool.
-    first_position: int32 position of the first new token.
-    logits: [V] float32 for the first new token.
-    limit: int32 tokens wanted.
-    stop_ids: [8] int32, -1 pads; decoding ends after one of them.
-    temperature: float32, 0 is greedy.
-    key: PRNG key.
-    view: what `look` made of this state and these positions; made here from
-      the stacked state where it is None.
-    prior_state: donated; another cache of the same slots, for `prior`.
-    prior: decoding is held against it; two forward passes a token then.
-
-  Returns:
-    The new state and a `Decoded`.
-  """
-  size = slots.shape[0]
-  streams = [_Stream.make(config, state, view, positions, visible,
-                          first_position, logits, size)]
-  if prior is not None:
-    streams.append(_Stream.make(config, prior_state, None, *prior[:4], size))
-  offsets = jnp.arange(size, dtype=jnp.int32)
-
-  def unfinished(carry):
-    i, stopped, *_ = carry
-    return (i < limit) & ~stopped
-
-  def step(carry):
-    i, _, tokens, inputs, carried = carry
-    found = carried[0][-1]
-    if prior is not None:
-      found = _against(found, carried[1][-1], prior.weight)
-    token = model.sample(found, temperature, jax.random.fold_in(key, i))
-    x = model.embed(params, token[None])
-    return (
-      i + 1,
-      jnp.any(token == stop_ids),
-      tokens.at[i].set(token),
-      jax.lax.dynamic_update_slice(inputs, x, (i, 0)),
-      [s.advance(params, config, c, i, x) for s, c in zip(streams, carried)],
-    )
-
-  count, stopped, tokens, inputs, carried = jax.lax.while_loop(
-    unfinished,
-    step,
-    (
-      jnp.int32(0),
-      jnp.bool_(False),
-      jnp.zeros(size, jnp.int32),
-      jnp.zeros((size, state.inputs.shape[1]), state.inputs.dtype),
-      [s.carried() for s in streams],
-    ),
-  )
-  used = jnp.where(offsets < count, slots, state.inputs.shape[0])
-
-  def written(state, keys, values):
-    return KVSlots(
-      state.inputs.at[used].set(inputs, mode="drop"),
-      state.keys.at[:, :, used].set(keys, mode="drop"),
-      state.values.at[:, :, used].set(values, mode="drop"),
-    )
-
-  without = None
-  if prior is not None:
-    keys, values, _, logits = carried[1]
-    without = written(prior_state, keys, values), logits
-  keys, values, _, logits = carried[0]
-  return (written(state, keys, values),
-          Decoded(tokens, count, stopped, logits, without))
 
 
 def splice_sizes(max_edits: int) -> tuple[int, ...]:

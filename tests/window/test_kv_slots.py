@@ -102,20 +102,6 @@ def test_a_hidden_entry_changes_nothing_behind_it():
   assert np.abs(np.asarray(seen[6:20] - without[6:20])).max() > 1e-3
 
 
-def test_decoding_nothing_writes_nothing():
-  lm, state, slots, _, positions, visible = arrays()
-  before = jax.tree.map(np.asarray, state)
-  free = np.setdiff1d(np.arange(SLOTS), slots)[:32].astype(np.int32)
-  state, out = kv_slots.decode_block(
-    lm.params, lm.config, state, free, positions, visible, np.int32(20),
-    np.zeros(tiny_base.VOCAB, np.float32), np.int32(0),
-    np.full(kv_slots.STOP_IDS, -1, np.int32), np.float32(0), jax.random.key(0),
-  )
-  assert int(out.count) == 0 and not bool(out.stopped)
-  for a, b in zip(before, state):
-    np.testing.assert_array_equal(a, b)
-
-
 @pytest.mark.parametrize("edits", [1, 2, 4, 9])
 def test_splice_sizes_hold_every_plan(edits):
   sizes = kv_slots.splice_sizes(edits)

@@ -134,7 +134,7 @@ def _ask_all(bench: Bench, story: Story, policy) -> dict:
       if isinstance(policy, KnownPlaces):
         policy.places = (place,)
       if s.in_a_row:  # joins the history in memory alone
-        out = mc._generate(need.question, limit, None)
+        out = mc._generate(need.question, limit)
       else:
         out = mc.generate(need.question, limit, remember=False)
       hits.append(covered(place, out.focus))

@@ -95,7 +95,7 @@ class LoopSystem:
     before, edits = context.tokens_run, counters["edits"]
     begin = time.perf_counter()
     with self._remembered(mc, remember):
-      out = mc._generate(question, limit, None)
+      out = mc._generate(question, limit)
     seconds = time.perf_counter() - begin
     seen = self._look(out.focus, mc._loop.sources, counters["edits"] - edits)
     if remember:
