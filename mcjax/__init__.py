@@ -13,6 +13,7 @@ if TYPE_CHECKING:
   from mcjax.gist.encoder import load_gistnet
   from mcjax.lens.policy import load_lensnet
   from mcjax.runtime.documents import Document, Source
+  from mcjax.runtime.engine import Engine
   from mcjax.runtime.megacontext import MegaContext
   from mcjax.runtime.results import Generation, IngestStats
   from mcjax.types import Entry, McjaxError
@@ -23,6 +24,7 @@ _HOMES = {
   "BaseLM": "base.load",
   "Config": "config",
   "Document": "runtime.documents",
+  "Engine": "runtime.engine",
   "Entry": "types",
   "Generation": "runtime.results",
   "IngestStats": "runtime.results",
@@ -38,6 +40,7 @@ __all__ = [
   "BaseLM",
   "Config",
   "Document",
+  "Engine",
   "Entry",
   "Generation",
   "IngestStats",

@@ -39,6 +39,7 @@ from mcjax.runtime.text_files import read_documents
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, Entry, McjaxError
 from mcjax.window.context_lm import ContextLM
+from mcjax.window.decoding import Decoder
 from mcjax.window.sampling import Sampling
 
 _QUESTION = 128  # newest words of a prompt that act as the query
@@ -212,6 +213,25 @@ class MegaContext:
     self._loop.context.forget()
     self._loop.follow()
     return True
+
+  @property
+  def context(self) -> ContextLM:
+    """The LM's window."""
+    return self._loop.context
+
+  def join(self, decoder: Decoder, row: int, run: Callable[..., Any],
+           on_close: Callable[[], None]) -> None:
+    """Lets an engine decode this history as one row of a decoder.
+
+    Args:
+      decoder: of windows like this one.
+      row: in it.
+      run: see `run_alone`.
+      on_close: called when the history is closed.
+    """
+    with self._lock:
+      self._loop.context.join(decoder, row)
+      self._run, self._on_close = run, on_close
 
   def __repr__(self) -> str:
     state = "closed" if self._closed else f"{self.tree.cursor:,} tokens"

@@ -301,10 +301,13 @@ class ContextLM:
   def decoder(self) -> Decoder:
     """Decodes this window; one of its own unless it has joined another's."""
     if self._decoder is None:
-      self._decoder = Decoder(
-        model.unstacked(self.lm.params), self.lm.config, 1,
-        self._config.window, self.state.inputs.dtype, self._stop_ids)
+      self._decoder = self.decoder_of(1, model.unstacked(self.lm.params))
     return self._decoder
+
+  def decoder_of(self, rows: int, params) -> Decoder:
+    """A decoder of so many windows like this one; `model.unstacked` params."""
+    return Decoder(params, self.lm.config, rows, self._config.window,
+                   self.state.inputs.dtype, self._stop_ids)
 
   def join(self, decoder: Decoder, row: int) -> None:
     """Decodes as one row of a decoder that others use too."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import threading
 from typing import NamedTuple
 
 import jax
@@ -419,14 +420,21 @@ class Decoder:
     self._seen = jnp.zeros((rows, config.vocab_size), bool)
     self._none = jnp.zeros(config.vocab_size, jnp.float32)
     self._key = jax.random.key(0)
+    self._lock = threading.Lock()
+    self._warm = False
 
   def release(self, row: int) -> None:
     """Forgets what a row holds."""
-    for key in [k for k in self._held if k[2] == row]:
-      del self._held[key]
+    with self._lock:
+      for key in [k for k in self._held if k[2] == row]:
+        del self._held[key]
 
   def run(self, jobs: list[Job]) -> list[Said]:
     """Decodes the jobs together; at most one for each row."""
+    with self._lock:
+      return self._decode(jobs)
+
+  def _decode(self, jobs: list[Job]) -> list[Said]:
     streams = 2 if any(job.prior for job in jobs) else 1
     most = max(int(np.count_nonzero(job.window.visible)) for job in jobs)
     capacity = next(c for c in self.capacities if c >= most + BRANCHING)
@@ -528,7 +536,13 @@ class Decoder:
     return out
 
   def warm_up(self, state: KVSlots, contrast: bool) -> None:
-    """Compiles both capacities, with and without a second stream."""
+    """Compiles both capacities, with and without a second stream, once."""
+    with self._lock:
+      if not self._warm:
+        self._compile(state, contrast)
+        self._warm = True
+
+  def _compile(self, state: KVSlots, contrast: bool) -> None:
     window = Seen(state, np.zeros(self._window, np.int32),
                   np.zeros(self._window, bool), 0, self._none, True)
     slots = np.full(BRANCHING, self._window, np.int32)

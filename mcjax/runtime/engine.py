@@ -1,0 +1,192 @@
+"""Engine: many histories at once over one frozen LM.
+
+Each history is a `MegaContext` with a window of its own; what they decode goes
+through one device loop, a row each. A history asks for its next few tokens
+whenever it is ready, so answers begin, end and are refocused while others go
+on, and nothing recompiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+import threading
+
+from mcjax.base import model
+from mcjax.base.load import BaseLM
+from mcjax.config import Config
+from mcjax.gist.encoder import GistEncoder, load_gistnet
+from mcjax.lens.policy import LensNetPolicy
+from mcjax.runtime.focus_loop import Result
+from mcjax.runtime.megacontext import MegaContext
+from mcjax.types import McjaxError
+from mcjax.window.context_lm import ContextLM
+from mcjax.window.decoding import Decoder, Job, Said
+
+_PATIENCE = 0.02  # seconds that a ready row waits for others
+
+
+class _Asked:
+  """A job that waits for its block."""
+
+  def __init__(self, job: Job):
+    self.job = job
+    self.said: Said | None = None
+    self.error: BaseException | None = None
+    self.done = threading.Event()
+
+
+class Engine:
+  """Decodes up to `slots` histories together; its methods are thread-safe.
+
+  Attributes:
+    lm: the frozen base.
+    config: of every history.
+    slots: histories open at one time, at most.
+    blocks: device loops run so far.
+    rows: answers decoded in them, summed: rows / blocks is the mean batch.
+  """
+
+  def __init__(self, lm: BaseLM, config: Config | None = None, *,
+               slots: int = 16, gistnet: GistEncoder | None = None):
+    """Args: gistnet: the compressor; the shipped one by default."""
+    if not isinstance(slots, int) or slots < 1:
+      raise McjaxError(f"slots must be a whole number >= 1, got {slots}")
+    self.lm, self.slots = lm, slots
+    self.config = config or Config()
+    self.blocks = self.rows = 0
+    self._gistnet = gistnet or load_gistnet(lm)
+    self._decoder: Decoder | None = None
+    self._open: dict[int, MegaContext] = {}
+    self._lock = threading.Lock()
+    self._ready = threading.Condition(self._lock)
+    self._asked: list[_Asked] = []
+    self._answering = 0
+    self._closed = False
+    self._worker = threading.Thread(
+      target=self._work, name="mcjax-engine", daemon=True)
+    self._worker.start()
+
+  def create(self, url: str, lensnet: LensNetPolicy | None = None
+             ) -> MegaContext:
+    """As `MegaContext.create`, in a slot that is free.
+
+    Raises:
+      McjaxError: no slot is free, or as there.
+    """
+    return self._joined(lambda: MegaContext.create(
+      url, self.lm, self.config, self._gistnet, lensnet))
+
+  def open(self, url: str, lensnet: LensNetPolicy | None = None
+           ) -> MegaContext:
+    """As `MegaContext.open`, in a slot that is free.
+
+    Raises:
+      McjaxError: no slot is free, or as there.
+    """
+    return self._joined(lambda: MegaContext.open(
+      url, self.lm, self.config, self._gistnet, lensnet))
+
+  @property
+  def histories(self) -> list[MegaContext]:
+    """Those that are open."""
+    with self._lock:
+      return list(self._open.values())
+
+  def _joined(self, make) -> MegaContext:
+    with self._lock:
+      free = sorted(set(range(self.slots)) - set(self._open))
+      if self._closed or not free:
+        raise McjaxError(
+          "the engine is closed" if self._closed else
+          f"all {self.slots} slots are taken: close a history first")
+      mc = make()
+      row = free[0]
+      self._open[row] = mc
+    mc.join(self._decoder_for(mc.context), row, self._run,
+            lambda: self._left(row))
+    return mc
+
+  def _decoder_for(self, context: ContextLM) -> Decoder:
+    with self._lock:
+      if self._decoder is None:
+        self._decoder = context.decoder_of(
+          self.slots, model.unstacked(context.lm.params))
+      return self._decoder
+
+  def _left(self, row: int) -> None:
+    with self._lock:
+      self._open.pop(row, None)
+
+  def _run(self, steps: Generator[Job, Said, Result], context: ContextLM
+           ) -> Result:
+    """What the steps return, their jobs decoded beside those of others."""
+    del context
+    with self._ready:
+      self._answering += 1
+    try:
+      job = next(steps)
+      while True:
+        job = steps.send(self._decoded(job))
+    except StopIteration as end:
+      return end.value
+    finally:
+      with self._ready:
+        self._answering -= 1
+        self._ready.notify_all()
+
+  def _decoded(self, job: Job) -> Said:
+    asked = _Asked(job)
+    with self._ready:
+      if self._closed:
+        raise McjaxError("the engine is closed")
+      self._asked.append(asked)
+      self._ready.notify_all()
+    asked.done.wait()
+    if asked.error is not None:
+      raise asked.error
+    assert asked.said is not None
+    return asked.said
+
+  def _work(self) -> None:
+    while True:
+      with self._ready:
+        while not self._asked and not self._closed:
+          self._ready.wait()
+        if self._closed and not self._asked:
+          return
+        self._ready.wait_for(  # a short while, for those about to ask
+          lambda: len(self._asked) >= self._answering, _PATIENCE)
+        batch, self._asked = self._asked, []
+      self._decode(batch)
+
+  def _decode(self, batch: list[_Asked]) -> None:
+    assert self._decoder is not None
+    try:
+      said = self._decoder.run([asked.job for asked in batch])
+      for asked, one in zip(batch, said):
+        asked.said = one
+      self.blocks += 1
+      self.rows += len(batch)
+    except BaseException as error:
+      for asked in batch:
+        asked.error = error
+    for asked in batch:
+      asked.done.set()
+
+  def close(self) -> None:
+    """Waits for answers at work, commits and closes every history."""
+    for mc in self.histories:
+      mc.close()
+    with self._ready:
+      self._closed = True
+      self._ready.notify_all()
+    self._worker.join()
+
+  def __repr__(self) -> str:
+    return f"Engine({self.lm.name}, {len(self._open)} of {self.slots} slots)"
+
+  def __enter__(self) -> Engine:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
