@@ -59,7 +59,11 @@ class Request:
 
 
 class Stopped(BaseException):
-  """Carries what a caller's function raised, at a place to end cleanly."""
+  """Carries what a caller's function raised, once its turn is closed."""
+
+  def __init__(self, cause: BaseException):
+    super().__init__()
+    self.cause = cause
 
 
 def steps(loop: FocusLoop, ids: np.ndarray, closing: np.ndarray,
@@ -122,7 +126,7 @@ def steps(loop: FocusLoop, ids: np.ndarray, closing: np.ndarray,
     first_token_seconds=first, sources=[(s.start, s.stop) for s in sources],
     start=asked, cursor=loop.tree.cursor, **seen)
   if failure is not None:
-    raise Stopped from failure
+    raise Stopped(failure)
   return Generation(
     answer.text(), np.array(out, np.int32), len(ids), seconds, first, focus,
     sources, float(bool(sources)), "stop" if stopped else "length",

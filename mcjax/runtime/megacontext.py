@@ -565,9 +565,9 @@ class MegaContext:
               ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of the prompt, and those that close the answer."""
     tokenizer = self.lm.tokenizer
-    messages = prompt
-    if isinstance(prompt, str):
-      messages = [{"role": "user", "content": prompt}]
+    messages: Sequence[Mapping[str, str]] = (
+      [{"role": "user", "content": prompt}] if isinstance(prompt, str)
+      else prompt)
     if template and self.config.chat == "auto" and tokenizer.has_chat_template:
       chat = tokenizer.chat(messages, first=not self.tree.cursor)
       ids, own = chat.ids, chat.owner == len(messages) - 1
@@ -614,9 +614,6 @@ class MegaContext:
       return ids
     return np.concatenate([np.array([bos], np.int32), ids])
 
-  def _answer(self, ids: list[int], stopped: bool) -> str:
-    return self.lm.tokenizer.decode(ids[:-1] if stopped else ids)
-
   def _check_open(self) -> None:
     if self._closed:
       raise McjaxError("this MegaContext is closed; open it again")
@@ -645,7 +642,8 @@ class MegaContext:
       self._check_text(prompt, "prompt")
       return
     if not isinstance(prompt, Sequence) or not prompt:
-      raise McjaxError("prompt must be a text or a list of messages")
+      raise McjaxError(
+        f"prompt must be a string or messages, got {type(prompt).__name__}")
     for message in prompt:
       if not isinstance(message, Mapping) or not {"role", "content"} <= set(
           message):

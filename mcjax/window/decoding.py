@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax.base import model
-from mcjax.types import BRANCHING
+from mcjax.types import BRANCHING, Array
 from mcjax.window import kv_slots, sampling
 from mcjax.window.kv_slots import KVSlots
 from mcjax.window.sampling import Sampling
@@ -52,10 +52,10 @@ class Sight(NamedTuple):
     logits: [B, V] float32 for it.
   """
 
-  positions: jax.Array
-  used: jax.Array
-  first: jax.Array
-  logits: jax.Array
+  positions: Array
+  used: Array
+  first: Array
+  logits: Array
 
 
 class Block(NamedTuple):

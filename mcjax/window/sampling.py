@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax.types import McjaxError
+from mcjax.types import Array, McjaxError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Rows(NamedTuple):
     seen: [B, V] bool, tokens that prompt and answer hold.
   """
 
-  numbers: jax.Array
-  keys: jax.Array
-  drawn: jax.Array
-  seen: jax.Array
+  numbers: Array
+  keys: Array
+  drawn: Array
+  seen: Array
 
 
 def numbers_of(sampling: Sampling) -> np.ndarray:
