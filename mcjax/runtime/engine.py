@@ -8,7 +8,7 @@ on, and nothing recompiles.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 import threading
 
 from mcjax.base import model
@@ -56,7 +56,7 @@ class Engine:
     self.blocks = self.rows = 0
     self._gistnet = gistnet or load_gistnet(lm)
     self._decoder: Decoder | None = None
-    self._open: dict[int, MegaContext] = {}
+    self._open: dict[int, MegaContext | None] = {}
     self._lock = threading.Lock()
     self._ready = threading.Condition(self._lock)
     self._asked: list[_Asked] = []
@@ -90,20 +90,26 @@ class Engine:
   def histories(self) -> list[MegaContext]:
     """Those that are open."""
     with self._lock:
-      return list(self._open.values())
+      return [mc for mc in self._open.values() if mc is not None]
 
-  def _joined(self, make) -> MegaContext:
+  def _joined(self, make: Callable[[], MegaContext]) -> MegaContext:
     with self._lock:
       free = sorted(set(range(self.slots)) - set(self._open))
       if self._closed or not free:
         raise McjaxError(
           "the engine is closed" if self._closed else
           f"all {self.slots} slots are taken: close a history first")
-      mc = make()
       row = free[0]
-      self._open[row] = mc
+      self._open[row] = None  # taken; others decode while it opens
+    try:
+      mc = make()
+    except BaseException:
+      self._left(row)
+      raise
     mc.join(self._decoder_for(mc.context), row, self._run,
             lambda: self._left(row))
+    with self._lock:
+      self._open[row] = mc
     return mc
 
   def _decoder_for(self, context: ContextLM) -> Decoder:

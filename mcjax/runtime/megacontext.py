@@ -446,7 +446,7 @@ class MegaContext:
             return self._answered(prompt, request, template)
         except Stopped as stopped:
           raise stopped.cause from None
-      stopped_by = None
+      out, stopped_by = None, None
       with self._all_or_nothing(cache=True):
         try:
           out = self._answered(prompt, request, template)
@@ -455,6 +455,7 @@ class MegaContext:
         self._commit()
       if stopped_by is not None:
         raise stopped_by
+      assert out is not None
       return out
 
   def stream(self, prompt: Prompt, max_new_tokens: int = 64, **settings

@@ -1,0 +1,30 @@
+"""The server over SmolLM2-135M, for this machine alone.
+
+  python -m experiments.serve --config=serve --config.root=runs/histories
+"""
+
+from ml_collections import config_dict
+
+from mcjax.cli import configs
+from mcjax.config import Config
+
+
+def get_config(base: str = "smollm2-135m") -> config_dict.ConfigDict:
+  """`--config=serve:NAME` takes another base model.
+
+  `loop` has the fields of `mcjax.Config`.
+  """
+  c = config_dict.ConfigDict()
+  c.base = base
+  c.dtype = "float32"
+  c.host = "127.0.0.1"  # elsewhere MCJAX_API_KEY must be set
+  c.port = 8080
+  c.root = "runs/histories"  # a folder for every history
+  c.slots = 16  # histories open at one time
+  c.limits = config_dict.ConfigDict({
+    "body_bytes": 32 << 20,  # of a request
+    "max_new_tokens": 1024,  # of an answer
+    "at_once": 128,  # requests at work or waiting
+  })
+  c.loop = configs.defaults(Config)
+  return c

@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI-compatible answers, histories, a page."""

@@ -1,0 +1,130 @@
+"""The server through OpenAI's own client, over a socket."""
+
+import dataclasses
+import threading
+import time
+
+import pytest
+
+from mcjax import Config, Engine
+from mcjax.serve.histories import Histories
+from mcjax.testing import tiny_base
+
+openai = pytest.importorskip("openai")
+httpx = pytest.importorskip("httpx")
+uvicorn = pytest.importorskip("uvicorn")
+
+KEY = "secret"
+
+
+@pytest.fixture(scope="module")
+def served(tiny_lm, tiny_gistnet, tmp_path_factory):
+  from mcjax.serve.app import Limits, Server
+  lm = dataclasses.replace(
+    tiny_lm, tokenizer=tiny_base.byte_tokenizer(chat=True))
+  config = Config(window=512, recent_tokens=64, gists_per_level=8)
+  root = tmp_path_factory.mktemp("histories")
+  with Engine(lm, config, slots=2, gistnet=tiny_gistnet) as engine:
+    server = Server(Histories(engine, str(root)), KEY, Limits(1 << 20, 64, 8))
+    runner = uvicorn.Server(uvicorn.Config(
+      server.app(), port=0, log_level="error"))
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    while not runner.started:
+      time.sleep(0.02)
+    port = runner.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    runner.should_exit = True
+    thread.join()
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def client(served):
+  return openai.OpenAI(base_url=served + "/v1", api_key=KEY, max_retries=0,
+                       timeout=300)
+
+
+@pytest.fixture(scope="module")
+def http(served):
+  with httpx.Client(base_url=served, timeout=300,
+                    headers={"Authorization": f"Bearer {KEY}"}) as http:
+    yield http
+
+
+def ask(client, content, **more):
+  return client.chat.completions.create(
+    model="tiny", messages=[{"role": "user", "content": content}], **more)
+
+
+def test_chat_stream_stop_seed_logprobs(client):
+  kept = dict(user="a", seed=5, temperature=0.8, max_tokens=24,
+              extra_body={"remember": False})
+  out = ask(client, "hi", logprobs=True, **kept)
+  assert out.choices[0].finish_reason == "length"
+  assert out.usage.completion_tokens == 24
+  assert len(out.choices[0].logprobs.content) == 24
+  assert all(t.logprob <= 0 for t in out.choices[0].logprobs.content)
+  text = out.choices[0].message.content
+  chunks = list(ask(client, "hi", stream=True, **kept))
+  assert "".join(c.choices[0].delta.content or "" for c in chunks) == text
+  assert len(chunks) > 2 and chunks[-1].choices[0].finish_reason == "length"
+  stopped = ask(client, "hi", stop=[text[5:7]], **kept)
+  assert stopped.choices[0].message.content == text[: text.index(text[5:7])]
+  assert stopped.choices[0].finish_reason == "stop"
+  done = client.completions.create(
+    model="tiny", prompt="abc", max_tokens=4, user="a")
+  assert done.usage.completion_tokens == 4
+  assert client.models.list().data[0].id == "tiny"
+
+
+def test_an_answer_cites_the_document(client, http):
+  for name, fact in [("pump.md", "THE PUMP CODE IS 7314."),
+                     ("gate.md", "THE GATE OPENS AT NINE."),
+                     ("pilot.md", "KAI SOLHEIM IS PILOT.")]:
+    text = tiny_base.text(700, len(name)).replace(".", " ") + ". " + fact
+    made = http.post("/v1/histories/b/documents",
+                     json={"name": name, "text": text})
+    assert made.json()["document"] == name and not made.json()["skipped"]
+  out = ask(client, "what is the PUMP CODE?", user="b", max_tokens=2)
+  sources = out.model_extra["mcjax"]["sources"]
+  assert sources[0]["document"] == "pump.md"
+  found = http.post("/v1/histories/b/search", json={"query": "KAI SOLHEIM"})
+  assert found.json()["data"][0]["document"] == "pilot.md"
+  assert http.delete("/v1/histories/b/documents/pilot.md").status_code == 200
+  names = [d["name"] for d in
+           http.get("/v1/histories/b/documents").json()["data"]]
+  assert names == ["pump.md", "gate.md"]
+  focus = http.get("/v1/histories/b/focus").json()
+  assert focus["entries"][-1][2] == focus["cursor"]
+
+
+def test_more_histories_than_slots_come_and_go(client, http):
+  for name in "cdef":
+    ask(client, "hello " + name, user=name, max_tokens=3)
+  names = {h["id"] for h in http.get("/v1/histories").json()["data"]}
+  assert set("cdef") <= names
+  assert http.delete("/v1/histories/c").json()["deleted"]
+  assert http.get("/v1/histories/c/focus").status_code == 404
+
+
+def test_mistakes_are_told(client, http, served):
+  with pytest.raises(openai.BadRequestError, match="temperature"):
+    ask(client, "hi", temperature=-1, user="a")
+  with pytest.raises(openai.BadRequestError, match="name"):
+    ask(client, "hi", user="../evil")
+  with pytest.raises(openai.AuthenticationError):
+    openai.OpenAI(base_url=served + "/v1", api_key="no").models.list()
+  assert http.post("/v1/chat/completions", content=b"{").status_code == 400
+  big = {"name": "x", "text": "x" * (1 << 20)}
+  assert http.post("/v1/histories/a/documents", json=big).status_code == 413
+  assert http.post("/v1/histories/a/search", json={}).status_code == 400
+
+
+def test_page_health_and_metrics(http, served):
+  assert "<canvas" in httpx.get(served + "/").text
+  assert httpx.get(served + "/health").json() == {"status": "ok"}
+  assert httpx.get(served + "/metrics").status_code == 401
+  told = http.get("/metrics").text
+  assert 'route="/v1/chat/completions",status="200"' in told
+  assert "mcjax_tokens_decoded_total" in told
