@@ -19,7 +19,7 @@ ROOMS = (
   "training.plan",
   "evaluation.report", "evaluation.data", "evaluation.systems",
   "evaluation.suites", "evaluation.runner",
-  "evaluation.together", "cli", "sweep",
+  "evaluation.together", "serve", "cli", "sweep",
 )
 _HEAVY = ("jax", "flax", "tensorstore", "transformers", "orbax", "tokenizers")
 

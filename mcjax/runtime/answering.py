@@ -71,8 +71,7 @@ def steps(loop: FocusLoop, ids: np.ndarray, closing: np.ndarray,
           ) -> Generator[Job, Said, Generation]:
   """Yields decode jobs and takes what was said; returns the answer.
 
-  The turn is closed however the answer ends, short of work that is cut off in
-  the middle of a step.
+  The turn is closed at the end, also where the reader of its pieces has left.
 
   Args:
     loop: with the query set.
@@ -82,7 +81,8 @@ def steps(loop: FocusLoop, ids: np.ndarray, closing: np.ndarray,
     sources_of: passages that answer, once the focus has settled.
 
   Raises:
-    Whatever `on_piece` and `on_text` raise, after the turn is closed.
+    Stopped: by what `on_piece` has raised, after the turn is closed.
+    Whatever `on_text` raises, at once.
   """
   begin, asked = time.perf_counter(), loop.tree.cursor
   loop.append(ids)
@@ -112,11 +112,15 @@ def steps(loop: FocusLoop, ids: np.ndarray, closing: np.ndarray,
     out += said.tokens.tolist()
     logprobs += said.logprobs.tolist()
     more = not stopped and len(out) < request.max_new_tokens
-    try:
-      _tell(request, answer, not more)
-    except BaseException as error:  # the turn is closed first
-      failure = error
-      break
+    if request.on_text is not None:
+      request.on_text(answer.text())
+    piece = answer.piece(not more) if request.on_piece is not None else ""
+    if request.on_piece is not None and piece:
+      try:
+        request.on_piece(piece)
+      except BaseException as error:  # the turn is closed first
+        failure = error
+        break
     if more:
       loop.go_on()
   loop.append(_unsaid(closing, out[-1:] if stopped else []))
@@ -131,15 +135,6 @@ def steps(loop: FocusLoop, ids: np.ndarray, closing: np.ndarray,
     answer.text(), np.array(out, np.int32), len(ids), seconds, first, focus,
     sources, float(bool(sources)), "stop" if stopped else "length",
     np.array(logprobs, np.float32) if request.logprobs else None)
-
-
-def _tell(request: Request, answer: AnswerText, last: bool) -> None:
-  if request.on_piece is not None:
-    piece = answer.piece(last)
-    if piece:
-      request.on_piece(piece)
-  if request.on_text is not None:
-    request.on_text(answer.text())
 
 
 def _unsaid(closing: np.ndarray, said: list[int]) -> np.ndarray:

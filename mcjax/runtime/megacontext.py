@@ -422,7 +422,8 @@ class MegaContext:
       logprobs: whether the tokens' log probabilities are wanted.
       remember: False leaves tree, focus and cache as they were.
       template: False takes the prompt as it stands.
-      on_text: called with the whole answer so far after every block.
+      on_text: called with the whole answer so far after every block. If it
+        raises, or the answer fails or is interrupted, all is as before.
       on_piece: called with each new piece of text, see `stream`. What it
         raises ends the answer; the turn is closed, and it is raised again.
 
