@@ -133,7 +133,7 @@ def steps(loop: FocusLoop, ids: np.ndarray, closing: np.ndarray,
     raise Stopped(failure)
   return Generation(
     answer.text(), np.array(out, np.int32), len(ids), seconds, first, focus,
-    sources, float(bool(sources)), "stop" if stopped else "length",
+    sources, loop.answerable, "stop" if stopped else "length",
     np.array(logprobs, np.float32) if request.logprobs else None)
 
 
