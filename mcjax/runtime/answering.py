@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator
 import dataclasses
 import time
 
@@ -16,7 +16,6 @@ from mcjax.types import BRANCHING, McjaxError
 from mcjax.window.decoding import Job, Said
 from mcjax.window.sampling import Sampling
 
-Prompt = str | Sequence[Mapping[str, str]]
 _STREAMED = 4  # tokens between two pieces of a streamed answer
 _MOST_STOPS = 16
 
