@@ -7,12 +7,8 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from mcjax.tree.columns import (
-  AccessCounts,
-  Column,
-  TokenFrequency,
-  flush_columns,
-)
+from mcjax.tree.columns import Column, flush_columns
+from mcjax.tree.counts import AccessCounts, TokenFrequency
 from mcjax.tree.store import ArraySpec, Store, decode_record, encode_record
 from mcjax.types import McjaxError
 
