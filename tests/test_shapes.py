@@ -4,13 +4,13 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
-from mcjax.base import model
+from mcjax.base import decoder_layer, model
 
 
 def test_a_wrong_shape_fails_at_the_call():
   scale = jnp.ones(4, jnp.float32)
   with pytest.raises(jaxtyping.TypeCheckError, match="scale"):
-    model.rms_norm(jnp.ones((2, 8), jnp.float32), scale, 1e-5)
+    decoder_layer.rms_norm(jnp.ones((2, 8), jnp.float32), scale, 1e-5)
 
 
 def test_a_wrong_dtype_fails_at_the_call():

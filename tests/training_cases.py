@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mcjax.base.decoder_config import DecoderConfig
 from mcjax.base.load import BaseLM
-from mcjax.base.model import DecoderConfig
 from mcjax.gist import encoder as gistnet
 from mcjax.training.common import data
 

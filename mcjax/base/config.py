@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from mcjax.base import checks, rope
 from mcjax.base.checks import size
-from mcjax.base.model import DecoderConfig, RopeScaling
+from mcjax.base.decoder_config import DecoderConfig, RopeScaling
 from mcjax.types import McjaxError
 
 _GELU = ("gelu_pytorch_tanh", "gelu_tanh")

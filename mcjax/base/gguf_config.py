@@ -21,8 +21,8 @@ from mcjax.base.config import (
   rope_theta,
   traits,
 )
+from mcjax.base.decoder_config import DecoderConfig, RopeScaling
 from mcjax.base.gguf_file import GgufFile
-from mcjax.base.model import DecoderConfig, RopeScaling
 from mcjax.types import McjaxError
 
 # llama.cpp's name of an architecture -> the family.

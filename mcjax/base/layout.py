@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from mcjax.base.config import NO_FOLDS, Folds
-from mcjax.base.model import DecoderConfig
+from mcjax.base.decoder_config import DecoderConfig
 from mcjax.types import McjaxError
 
 _FIRST_FIELDS = 17  # of DecoderConfig, which enter every fingerprint

@@ -20,6 +20,7 @@ import numpy as np
 
 from mcjax.base import files, hub
 from mcjax.base.config import Folds, decoder_config_from_hf, folds_from_hf
+from mcjax.base.decoder_config import DecoderConfig
 from mcjax.base.gguf_config import decoder_config_from_gguf, folds_from_gguf
 from mcjax.base.gguf_file import GgufFile
 from mcjax.base.layout import (
@@ -30,7 +31,6 @@ from mcjax.base.layout import (
   read_params,
   read_sharded,
 )
-from mcjax.base.model import DecoderConfig
 from mcjax.base.parts import stored_tensors
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.parallel.sharding import RULES, Rules

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 import numpy as np
 
-from mcjax.base import model
+from mcjax.base import decoder_layer
 from mcjax.types import BRANCHING, Array, McjaxError
 
 _COPY_UNIT = 8.0  # gains move as fast as the residual under one learning rate
@@ -102,7 +102,7 @@ class GistNetConfig:
 
 def _norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
   scale = module.param(name, nn.initializers.ones, (x.shape[-1],), jnp.float32)
-  return model.rms_norm(x, scale, 1e-6)
+  return decoder_layer.rms_norm(x, scale, 1e-6)
 
 
 def _kernel(module: nn.Module, name: str, inputs: int, outputs: int,
@@ -217,7 +217,7 @@ class GistNet(nn.Module):
     if c.copy_heads:
       gists = gists + self._copies(x, children)
     if c.clamp_norm:
-      gists = model.rms_norm(
+      gists = decoder_layer.rms_norm(
         gists, jnp.full((c.d_model,), c.input_rms, jnp.float32), 1e-6)
     return gists
 

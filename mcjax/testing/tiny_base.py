@@ -9,8 +9,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from mcjax.base.decoder_config import DecoderConfig
 from mcjax.base.load import BaseLM
-from mcjax.base.model import DecoderConfig
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.gist.encoder import GistEncoder, default_config, init_params
 from mcjax.tree.tree import MegaContextTree

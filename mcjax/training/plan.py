@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 import numpy as np
 
+from mcjax.base.decoder_config import DecoderConfig
 from mcjax.base.layout import param_shapes
 from mcjax.base.load import load_decoder_config
-from mcjax.base.model import DecoderConfig
 from mcjax.gist import encoder as gistnet
 from mcjax.lens import network as lensnet
 from mcjax.parallel.sharding import AXES, RULES, Rules, make_mesh

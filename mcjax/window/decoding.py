@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax.base import model
+from mcjax.base import decoder_layer, model, rotation
 from mcjax.types import BRANCHING, Array
 from mcjax.window import kv_slots, sampling
 from mcjax.window.kv_slots import KVSlots
@@ -96,18 +96,18 @@ def _empty(config, rows, capacity, dtype):
 @functools.partial(jax.jit, static_argnames="config")
 def _rope(config, positions):
   # A program of its own: else the cosines are fused into every rotation.
-  return model.rope_tables(config, positions)
+  return rotation.rope_tables(config, positions)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
 def _gather(config, view, state, slots, tables, row):
   """The view with slots [C] of a window's state in one row."""
-  keys, values, kinds = [], [], model.layer_kinds(config)
+  keys, values, kinds = [], [], rotation.layer_kinds(config)
   for i in range(config.n_layers):
     k = jnp.take(state.keys[i], slots, axis=1, mode="clip")
     v = jnp.take(state.values[i], slots, axis=1, mode="clip")
     if i not in config.nope_layers:
-      k = model.turn(k, tables, kinds.at(i)._replace(rope=None))
+      k = rotation.turn(k, tables, kinds.at(i)._replace(rope=None))
     at = (row, 0, 0, 0)
     keys.append(jax.lax.dynamic_update_slice(view.keys[i], k[None], at))
     values.append(jax.lax.dynamic_update_slice(view.values[i], v[None], at))
@@ -157,23 +157,23 @@ def _forward(params, config, x, streams, own, i):
   """
   rows = streams[0][1].first.shape[0]
   at = jnp.concatenate([sight.first for _, sight in streams]) + i
-  table = model.rope_tables(config, at)
-  made, kinds = [], model.layer_kinds(config)
+  table = rotation.rope_tables(config, at)
+  made, kinds = [], rotation.layer_kinds(config)
   for n, layer in enumerate(_layers(params, config)):
-    q, k, v = model._project(config, layer, x)
+    q, k, v = decoder_layer.project(config, layer, x)
     turned, kind = k, kinds.at(n)._replace(rope=None)
     if n not in config.nope_layers:
-      q = model._turn_queries(q, table, kind)
-      turned = model.turn(k, table, kind)
+      q = decoder_layer.turn_queries(q, table, kind)
+      turned = rotation.turn(k, table, kind)
     parts = []
     for m, ((view, sight), (keys, values)) in enumerate(zip(streams, own)):
       mine = slice(m * rows, (m + 1) * rows)
       parts.append(_mix(
         config, kind, q[mine], turned[:, mine], v[:, mine], view.keys[n],
         view.values[n], sight, keys[n], values[n], i))
-    x = model._finish(config, layer, x, jnp.concatenate(parts))
+    x = decoder_layer.finish(config, layer, x, jnp.concatenate(parts))
     made.append((k, turned, v))
-  hidden = model.rms_norm(x, params["final_norm"], config.rms_norm_eps)
+  hidden = decoder_layer.rms_norm(x, params["final_norm"], config.rms_norm_eps)
   return hidden, made
 
 
@@ -189,7 +189,8 @@ def _mix(config, kind, q, k, v, keys, values, sight, new_keys, new_values, i):
       (keys, values, positions, seen, True),
       (new_keys, new_values, first + offsets, offsets < i, True),
       (k[:, None], v[:, None], place, jnp.ones(1, bool), True)]
-    return model._attend(config, q[None], segments, [None] * 3, place, kind)[0]
+    return decoder_layer.attend(
+      config, q[None], segments, [None] * 3, place, kind)[0]
 
   return jax.vmap(row, in_axes=(0, 1, 1) + (0,) * 7)(
     q, k, v, keys, values, sight.positions, sight.used, sight.first, new_keys,

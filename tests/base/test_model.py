@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjax.base import model
+from mcjax.base import decoder_layer, model
 from mcjax.testing import tiny_base
 
 
@@ -21,7 +21,7 @@ def test_mixed_product_and_both_its_gradients(spec, shapes):
   x = x.astype(jnp.bfloat16).astype(jnp.float32)  # nothing is lost by rounding
 
   def weighted(x, w):
-    y = model.product(spec, x, w)
+    y = decoder_layer.product(spec, x, w)
     assert y.dtype == jnp.float32
     ramp = jnp.arange(y.size, dtype=jnp.float32).reshape(y.shape)
     return jnp.sum(y * ramp)  # small whole numbers are exact in bfloat16

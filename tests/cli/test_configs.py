@@ -10,7 +10,7 @@ from absl import flags
 import pytest
 
 import experiments
-from mcjax.base.model import DecoderConfig
+from mcjax.base.decoder_config import DecoderConfig
 from mcjax.cli import configs
 from mcjax.config import Config
 from mcjax.evaluation import runner

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mcjax import pretrained
+from mcjax.base.decoder_config import DecoderConfig
 from mcjax.base.load import BaseLM
-from mcjax.base.model import DecoderConfig
 from mcjax.gist import encoder as gistnet
 from mcjax.types import BRANCHING, McjaxError
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mcjax import Config, MegaContext
-from mcjax.base import model
+from mcjax.base import decoder_layer
 from mcjax.gist.encoder import apply as gistnet_apply
 from mcjax.testing import tiny_base
 from mcjax.testing.tree_reference import TinyEncoder
@@ -330,7 +330,7 @@ def test_a_mask_that_ignores_positions_is_noticed(mc, tiny_lm, monkeypatch):
   mc.ingest(tiny_base.text(400))
   expected = tiny_base.window_logits(mc._loop.context, mc.tree)
   np.testing.assert_allclose(mc.next_logits(), expected, atol=1e-4)
-  real = model._attend
+  real = decoder_layer.attend
 
   def top_left(config, query, segments, tables, q_positions, rope_on):
     rows = jnp.arange(query.shape[0], dtype=q_positions.dtype)
@@ -340,7 +340,7 @@ def test_a_mask_that_ignores_positions_is_noticed(mc, tiny_lm, monkeypatch):
     ]
     return real(config, query, segments, tables, rows, rope_on)
 
-  monkeypatch.setattr(model, "_attend", top_left)
+  monkeypatch.setattr(decoder_layer, "attend", top_left)
   kv_slots.splice.clear_cache()
   try:
     mc._loop.context.forget()

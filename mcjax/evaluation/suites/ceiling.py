@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mcjax.base import model
+from mcjax.base import model, rotation
 from mcjax.base.load import BaseLM
 from mcjax.evaluation.report.writer import Report, Table, make_folder, progress
 from mcjax.evaluation.systems.models import TextSettings
@@ -187,7 +187,7 @@ def sample(params, config: model.DecoderConfig, far, key, count: int,
   first, keys, values = model.forward(
     params, config, model.embed(params, far, jnp.float32), places)
   before = model.Segment(
-    model.rotate_keys(config, keys, places), values, places,
+    rotation.rotate_keys(config, keys, places), values, places,
     jnp.ones(places.shape, bool), rotated=True)
   later = n + jnp.arange(horizon, dtype=jnp.int32)
   empty = jnp.zeros(keys.shape[:2] + (horizon,) + keys.shape[3:], keys.dtype)

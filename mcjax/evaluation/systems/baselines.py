@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax.base import model
+from mcjax.base import model, rotation
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.types import BRANCHING, McjaxError
@@ -85,7 +85,7 @@ def decode_block(params, config: model.DecoderConfig, cache: Cache,
     hidden, k, v = model.forward(
       params, config, model.embed(params, token[None]), place, (window, block)
     )
-    k = model.rotate_keys(config, k, place)
+    k = rotation.rotate_keys(config, k, place)
     return (
       jax.lax.dynamic_update_slice(keys, k, (0, 0, i, 0)),
       jax.lax.dynamic_update_slice(values, v, (0, 0, i, 0)),
@@ -114,7 +114,7 @@ def _prefill_chunk(params, config, cache: Cache, token_ids, start, prefix: int):
   hidden, k, v = model.forward(
     params, config, model.embed(params, token_ids), positions, (segment,)
   )
-  k = model.rotate_keys(config, k, positions)
+  k = rotation.rotate_keys(config, k, positions)
   return _put(cache, k, v, start), hidden
 
 

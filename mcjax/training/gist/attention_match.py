@@ -15,7 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mcjax.base import model
+from mcjax.base import model, rotation
+from mcjax.base.decoder_layer import product, rms_norm
 from mcjax.types import McjaxError
 
 
@@ -60,27 +61,27 @@ def trace(params, config: model.DecoderConfig, x: jax.Array
     raise McjaxError("Objective.attend covers plain Llama layers only, not "
                      f"those of a {config.family}; leave it at 0")
   places = jnp.arange(x.shape[0], dtype=jnp.int32)
-  table = model.rope_tables(config, places)
+  table = rotation.rope_tables(config, places)
   allowed = places[None, :] <= places[:, None]
 
   def step(x, layer):
-    y = model.rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
-    q = model.product("td,dnh->tnh", y, layer["wq"])
-    k = model.product("td,dkh->kth", y, layer["wk"])
-    v = model.product("td,dkh->kth", y, layer["wv"])
-    turned = model.rotate(q.transpose(1, 0, 2), *table).transpose(1, 0, 2)
-    mixed = _attention(turned, model.rotate(k, *table), v, allowed)
-    out = model.product("tnh,nhd->td", mixed, layer["wo"])
+    y = rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
+    q = product("td,dnh->tnh", y, layer["wq"])
+    k = product("td,dkh->kth", y, layer["wk"])
+    v = product("td,dkh->kth", y, layer["wv"])
+    turned = rotation.rotate(q.transpose(1, 0, 2), *table).transpose(1, 0, 2)
+    mixed = _attention(turned, rotation.rotate(k, *table), v, allowed)
+    out = product("tnh,nhd->td", mixed, layer["wo"])
     x = x + out
     scale = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1)
-    y = model.rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
-    gate = model.product("td,df->tf", y, layer["w_gate"])
-    gated = jax.nn.silu(gate) * model.product("td,df->tf", y, layer["w_up"])
-    x = x + model.product("tf,fd->td", gated, layer["w_down"])
+    y = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
+    gate = product("td,df->tf", y, layer["w_gate"])
+    gated = jax.nn.silu(gate) * product("td,df->tf", y, layer["w_up"])
+    x = x + product("tf,fd->td", gated, layer["w_down"])
     return x, Trace(q, k, v, out, scale)
 
   x, rows = jax.lax.scan(step, x, params["layers"])
-  return model.rms_norm(x, params["final_norm"], config.rms_norm_eps), rows
+  return rms_norm(x, params["final_norm"], config.rms_norm_eps), rows
 
 
 def loss(params, config: model.DecoderConfig, rows: Trace,
@@ -103,20 +104,20 @@ def loss(params, config: model.DecoderConfig, rows: Trace,
   allowed = jnp.concatenate([
     jnp.broadcast_to(visible[:, None], own.shape[:2] + visible.shape[1:]), own],
     axis=-1)
-  tables = jax.vmap(lambda p: model.rope_tables(config, p))(places)
+  tables = jax.vmap(lambda p: rotation.rope_tables(config, p))(places)
 
   def layer(total, scanned):
     row, far_keys, far_values, wo = scanned
 
     def one(index, table, allowed):
-      q = model.rotate(row.queries[index].transpose(1, 0, 2), *table)
-      keys = model.rotate(row.keys[:, index], *table)
+      q = rotation.rotate(row.queries[index].transpose(1, 0, 2), *table)
+      keys = rotation.rotate(row.keys[:, index], *table)
       return _attention(
         q.transpose(1, 0, 2), jnp.concatenate([far_keys, keys], axis=1),
         jnp.concatenate([far_values, row.values[:, index]], axis=1), allowed)
 
     found = jax.vmap(one)(index, tables, allowed)
-    error = model.product("sthe,hed->std", found, wo) - row.outputs[index]
+    error = product("sthe,hed->std", found, wo) - row.outputs[index]
     error = jnp.mean(jnp.square(error.astype(jnp.float32)), axis=-1)
     return total + jnp.sum(error / row.scale[index] * weights), None
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax.base import model
+from mcjax.base import decoder_layer, model, rotation
 from mcjax.gist import encoder as gistnet
 from mcjax.training.gist import attention_match
 from mcjax.types import BRANCHING, McjaxError
@@ -156,9 +156,9 @@ def _kl_chunk(base_params, kl_weight, nll_weight, teacher, student, targets,
       targets, q.shape[-1], dtype=jnp.float32)
   slope = slope * weights[:, None]
   if "unembed" in base_params:
-    gradient = model.product("tv,dv->td", slope, base_params["unembed"])
+    gradient = decoder_layer.product("tv,dv->td", slope, base_params["unembed"])
   else:
-    gradient = model.product("tv,vd->td", slope, base_params["embed"])
+    gradient = decoder_layer.product("tv,vd->td", slope, base_params["embed"])
   gradient = gradient.astype(student.dtype)
   sums = jnp.stack([jnp.sum(x * weights) for x in (kl, nll, teacher_nll)])
   return sums, gradient
@@ -242,7 +242,7 @@ def decode_trunk(base_params, base_config, trunk, places, remat: str = "none",
     gists = jnp.ones(places.shape, bool)
   _, keys, values = model.forward(
     base_params, base_config, trunk, places, remat=remat, gists=gists)
-  return model.rotate_keys(base_config, keys, places), values
+  return rotation.rotate_keys(base_config, keys, places), values
 
 
 def gist_segment(base_params, base_config, gists: jax.Array, stride: int,

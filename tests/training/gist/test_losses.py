@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcjax.base import model
+from mcjax.base import decoder_layer, model, rotation
 from mcjax.gist import encoder as gistnet
 from mcjax.training.gist import (
   attention_match,
@@ -79,7 +79,7 @@ def test_random_tokens_cost_ln_vocabulary(tiny_lm, tiny_gist_config):
     jax.random.key(0))[1]["nll"])
   nll = np.mean([run(_ids(seed=seed)) for seed in range(20)])
   table = np.asarray(jax.jit(lambda unit: -jax.nn.log_softmax(model.unembed(
-    echo, model.rms_norm(
+    echo, decoder_layer.rms_norm(
       unit, echo["final_norm"], tiny_lm.config.rms_norm_eps))))(unit))
   assert np.diagonal(table).mean() < math.log(64) - 1
   assert nll == pytest.approx(table.mean(), abs=0.15)
@@ -212,7 +212,7 @@ def test_attention_match_is_zero_on_the_real_keys(tiny_lm):
   x = model.embed(tiny_lm.params, ids)
   _, rows = _trace(tiny_lm.params, tiny_lm.config, x)
   places = jnp.arange(64, dtype=jnp.int32)
-  far = (model.rotate_keys(tiny_lm.config, rows.keys[:, :, :64], places),
+  far = (rotation.rotate_keys(tiny_lm.config, rows.keys[:, :, :64], places),
          rows.values[:, :, :64])
   index = jnp.arange(64, 96, dtype=jnp.int32)[None]
   weights = jnp.full((1, 32), 1 / 32, jnp.float32)
