@@ -9,6 +9,7 @@ each character whose it is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import functools
 import json
 import os
@@ -206,3 +207,26 @@ def _split(text: str, count: int) -> list[str] | None:
       return None
     pieces.append(before)
   return [*pieces, text]
+
+
+def checked_messages(messages) -> tuple[tuple[str, ...], list[str]]:
+  """Roles and words of messages that have both."""
+  if isinstance(messages, (str, Mapping)) or not len(messages):
+    raise McjaxError("messages must be a list of {role, content}, not empty")
+  for i, message in enumerate(messages):
+    for field in ("role", "content"):
+      if not isinstance(message, Mapping) or field not in message:
+        raise McjaxError(f"message {i} has no {field!r}")
+      if not isinstance(message[field], str):
+        raise McjaxError(
+          f"{field!r} of message {i} must be a string, "
+          f"got {type(message[field]).__name__}")
+  return (tuple(m["role"] for m in messages), [m["content"] for m in messages])
+
+
+def alternate(words, pieces) -> list[tuple[str, int]]:
+  """(text, owner) of each message with the template's text before it."""
+  out = []
+  for i, text in enumerate(words):
+    out += [(pieces[i], -1), (text, i)]
+  return out

@@ -19,15 +19,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
-from mcjax.base import files, gguf_vocabulary
-from mcjax.base.chat_template import Ending, chat_template
+from mcjax.base import (
+  files,
+  gguf_vocabulary,
+  tokenizer_folder,
+  tokenizer_text,
+)
+from mcjax.base.chat_template import (
+  Ending,
+  alternate,
+  chat_template,
+  checked_messages,
+)
 from mcjax.base.gguf_file import GgufFile
 from mcjax.types import McjaxError
 
-# Texts are cut here when they are long: in every byte-level pre-tokenizer a
-# letter followed by a blank or a newline ends a word, so no merge crosses it.
-_CHUNK = 1 << 15
-_CUT = re.compile(r"(?<=[A-Za-z])(?=[ \n])")
 # Control tokens that end a turn or a document, as llama.cpp knows them.
 _ENDS = (
   "<|endoftext|>",
@@ -37,9 +43,6 @@ _ENDS = (
   "<|eom_id|>",
   "</s>",
 )
-# Limits of tokenizer.json; the largest in the field has 33 MB and 1.5M entries.
-_MAX_FILE, _MAX_ENTRIES = 1 << 26, 1 << 22
-_MAX_STEPS, _MAX_GROWTH = 64, 1 << 10
 # How byte-level and SentencePiece vocabularies spell blanks and newlines.
 _SPELLED = (("\u0120", " "), ("\u010a", "\n"), ("\u2581", " "),
             ("<0x0A>", "\n"))
@@ -99,7 +102,7 @@ class Tokenizer:
     self._template = chat_template(template or "", names)
     self._vocab = core.get_vocab(with_added_tokens=True)
     added = core.get_added_tokens_decoder()
-    self._cuttable = _cuttable(core, added.values())
+    self._cuttable = tokenizer_text.is_cuttable(core, added.values())
     if not self._vocab:
       raise McjaxError("the tokenizer has no tokens")
     self.vocab_size = 1 + max(self._vocab.values())
@@ -117,7 +120,7 @@ class Tokenizer:
     Raises:
       McjaxError: tokenizer.json is missing or malformed.
     """
-    core = _read_core(folder / "tokenizer.json")
+    core = tokenizer_folder.read_core(folder / "tokenizer.json")
     settings = files.optional_json(folder / "tokenizer_config.json")
     names: dict[str, Any] = {
       key: value.get("content") if isinstance(value, dict) else value
@@ -130,9 +133,9 @@ class Tokenizer:
       stops += ids if isinstance(ids, list) else [ids]
     return cls(
       core,
-      bos_id=_folder_bos(core, settings, names),
+      bos_id=tokenizer_folder.folder_bos(core, settings, names),
       stop_ids=[i for i in stops if i is not None],
-      template=_folder_template(folder, settings),
+      template=tokenizer_folder.folder_template(folder, settings),
       template_tokens=names,
     )
 
@@ -166,7 +169,7 @@ class Tokenizer:
     Raises:
       McjaxError: the text holds lone surrogates, which UTF-8 has not.
     """
-    pieces = _pieces(text) if self._cuttable else [text]
+    pieces = tokenizer_text.pieces_of(text) if self._cuttable else [text]
     try:
       with self._lock:
         self._core.encode_special_tokens = True
@@ -198,7 +201,7 @@ class Tokenizer:
     """The UTF-8 bytes that a token adds to text; may end within a character."""
     piece = self._core.id_to_token(token_id) or ""
     if self._is_byte_level:
-      known = _byte_alphabet()
+      known = tokenizer_text.byte_alphabet()
       if all(character in known for character in piece):
         return bytes(known[character] for character in piece)
     if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
@@ -251,10 +254,10 @@ class Tokenizer:
       McjaxError: a message is malformed, the template fails, refuses the
         order of the roles, or leaves out words.
     """
-    roles, words = _checked(messages)
+    roles, words = checked_messages(messages)
     if not self.has_chat_template:
       blanks = ["", *["\n\n"] * (len(words) - 1)]
-      return self._joined(_alternate(words, blanks))
+      return self._joined(alternate(words, blanks))
     try:
       parts = self._laid_out(roles, words, first, add_generation_prompt)
     except McjaxError:
@@ -357,7 +360,7 @@ class Tokenizer:
     for text, (before, behind) in zip(words, trims, strict=True):
       text = text.lstrip() if before else text
       trimmed.append(text.rstrip() if behind else text)
-    return [*_alternate(trimmed, pieces), (pieces[-1], -1)]
+    return [*alternate(trimmed, pieces), (pieces[-1], -1)]
 
   def _joined(self, parts: list[tuple[str, int]]) -> Chat:
     """Ids of texts one after another, and the owner of each token.
@@ -392,142 +395,3 @@ class Tokenizer:
       self._core.encode_special_tokens = False
       ids = self._core.encode(text, add_special_tokens=False).ids
     return np.asarray(ids, np.int32)
-
-
-def _checked(messages) -> tuple[tuple[str, ...], list[str]]:
-  """Roles and words of messages that have both."""
-  if isinstance(messages, (str, Mapping)) or not len(messages):
-    raise McjaxError("messages must be a list of {role, content}, not empty")
-  for i, message in enumerate(messages):
-    for field in ("role", "content"):
-      if not isinstance(message, Mapping) or field not in message:
-        raise McjaxError(f"message {i} has no {field!r}")
-      if not isinstance(message[field], str):
-        raise McjaxError(
-          f"{field!r} of message {i} must be a string, "
-          f"got {type(message[field]).__name__}")
-  return (tuple(m["role"] for m in messages), [m["content"] for m in messages])
-
-
-def _alternate(words, pieces) -> list[tuple[str, int]]:
-  """(text, owner) of each message with the template's text before it."""
-  out = []
-  for i, text in enumerate(words):
-    out += [(pieces[i], -1), (text, i)]
-  return out
-
-
-@functools.cache
-def _byte_alphabet() -> dict[str, int]:
-  """The byte that each character of a byte-level vocabulary stands for."""
-  plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = [b for b in range(256) if b not in plain]
-  return {chr(b): b for b in plain} | {
-    chr(256 + i): b for i, b in enumerate(others)}
-
-
-def _pieces(text: str) -> list[str]:
-  """Cuts a text into pieces of about _CHUNK characters at safe places."""
-  pieces, start = [], 0
-  while len(text) - start > _CHUNK:
-    cut = _CUT.search(text, start + _CHUNK)
-    if cut is None:
-      break
-    pieces.append(text[start : cut.start()])
-    start = cut.start()
-  return [*pieces, text[start:]]
-
-
-def _cuttable(core: tokenizers.Tokenizer, added: Iterable) -> bool:
-  """Whether encoding the pieces of `_pieces` equals encoding the whole."""
-  setup = json.loads(_without_vocabulary(core))
-  pre = json.dumps(setup["pre_tokenizer"])
-  normal = (setup["normalizer"] or {}).get("type")
-  plain = '"ByteLevel"' in pre and '"add_prefix_space": true' not in pre
-  loose = any(
-    not t.special and (t.lstrip or t.rstrip or re.search(r"\s", t.content))
-    for t in added
-  )
-  return plain and normal in (None, "NFC", "NFKC") and not loose
-
-
-def _without_vocabulary(core: tokenizers.Tokenizer) -> str:
-  """JSON of a tokenizer without its model."""
-  bare = tokenizers.Tokenizer(tokenizers.models.BPE())
-  for part in ("normalizer", "pre_tokenizer", "decoder"):
-    if getattr(core, part) is not None:
-      setattr(bare, part, getattr(core, part))
-  return bare.to_str()
-
-
-# --- Hugging Face folders ----------------------------------------------------
-
-
-def _read_core(path: pathlib.Path) -> tokenizers.Tokenizer:
-  """Reads tokenizer.json, within limits."""
-  if not files.is_file(path):
-    raise McjaxError("no tokenizer.json (a fast tokenizer is needed)")
-  text = files.read_text(path, _MAX_FILE)
-  if text.count(",") > _MAX_ENTRIES:
-    raise McjaxError(f"tokenizer.json has more than {_MAX_ENTRIES} entries")
-  try:
-    core = tokenizers.Tokenizer.from_str(text)
-    # Before anything is encoded: a text may be padded to any length.
-    core.no_padding()
-    core.no_truncation()
-    _check_steps(json.loads(_without_vocabulary(core)))
-    core.encode("a", add_special_tokens=True)
-  except McjaxError:
-    raise
-  except (KeyboardInterrupt, SystemExit):
-    raise
-  except BaseException as e:  # bare Exceptions, and panics of the Rust side
-    why = " ".join(str(e).split())[:300]
-    raise McjaxError(f"tokenizer.json is damaged: {why}") from e
-  return core
-
-
-def _check_steps(setup: Any) -> None:
-  """Refuses steps that make ever longer texts of a short one."""
-  growth, steps = 1.0, 0
-  nodes = [setup]
-  while nodes:
-    node = nodes.pop()
-    if isinstance(node, list):
-      nodes += node
-    elif isinstance(node, dict):
-      nodes += node.values()
-      steps += "type" in node
-      if node.get("type") == "Replace":
-        pattern = node.get("pattern") or {}
-        old = pattern.get("String") if isinstance(pattern, dict) else ""
-        new = len(node.get("content") or "")
-        growth *= max(1, new / max(1, len(old or "")))
-  if growth > _MAX_GROWTH or steps > _MAX_STEPS:
-    raise McjaxError("tokenizer.json has steps that lengthen texts endlessly")
-
-
-def _folder_bos(core, settings: dict, names: dict[str, str]) -> int | None:
-  """The id that the post-processor or `add_bos_token` puts in front."""
-  if settings.get("add_bos_token") is False:
-    return None
-  plain = core.encode("a", add_special_tokens=False).ids
-  full = core.encode("a", add_special_tokens=True).ids
-  if full and full[0] != plain[0]:
-    return full[0]
-  if settings.get("add_bos_token"):
-    return core.token_to_id(names.get("bos_token") or "")
-  return None
-
-
-def _folder_template(folder: pathlib.Path, settings: dict) -> str | None:
-  """chat_template.jinja, else the (default) entry of tokenizer_config."""
-  path = folder / "chat_template.jinja"
-  if files.is_file(path):
-    return files.read_text(path)
-  template = settings.get("chat_template")
-  if isinstance(template, list):
-    named = {t.get("name"): t.get("template") for t in template
-             if isinstance(t, dict)}
-    template = named.get("default")
-  return template

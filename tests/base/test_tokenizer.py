@@ -7,8 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
-from mcjax.base import gguf_vocabulary, template_worker
-from mcjax.base import tokenizer as tokenizer_lib
+from mcjax.base import gguf_vocabulary, template_worker, tokenizer_text
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.testing import tiny_models
 from mcjax.types import McjaxError
@@ -117,10 +116,10 @@ def test_cut_texts_equal_whole_texts(rules, smollm2, monkeypatch):
   tokenizer = Tokenizer(core)
   assert tokenizer._cuttable
   text = _long_text(60_000)
-  monkeypatch.setattr(tokenizer_lib, "_CHUNK", 50)
-  assert len(tokenizer_lib._pieces(text)) > 200
+  monkeypatch.setattr(tokenizer_text, "_CHUNK", 50)
+  assert len(tokenizer_text.pieces_of(text)) > 200
   cut = tokenizer.encode(text)
-  monkeypatch.setattr(tokenizer_lib, "_CHUNK", 1 << 30)
+  monkeypatch.setattr(tokenizer_text, "_CHUNK", 1 << 30)
   np.testing.assert_array_equal(cut, tokenizer.encode(text))
 
 
