@@ -39,11 +39,13 @@ class Config:
       sentences: where sentences answer it, these and the history's first token
       alone, unless the whole history is raw; blocks: instead of the sentences
       the blocks of 32 tokens that hold them; all: everything.
-    read_tokens: tokens of such sentences that are read at most; 0 does what the
-      card of the base's LensNet measured to be best.
+    read_tokens: tokens of such sentences that are read at most; 0 is what the
+      base's card has (`mcjax.pretrained.cards`).
+    read_share: share of the best sentence's match with the question that
+      another must have to be read; 0 is what the card has.
     contrast: how much an answer that is read from such text alone leans on
       what it adds to what the base says without it (context-aware decoding,
-      two forward passes a token); 0 leaves it out.
+      two forward passes a token); 0 leaves it out, None is what the card has.
     gist_stride: positions one gist advances (1 compact ... 32 true span);
       reduced automatically so that the window fits the base's range. None
       where the LM does not attend to gists.
@@ -81,7 +83,8 @@ class Config:
   gist_attention: str = "auto"
   raw_attention: str = "sentences"
   read_tokens: int = 0
-  contrast: float = 0.5
+  read_share: float = 0.0
+  contrast: float | None = None
   gist_stride: int = 1
   sink_tokens: int = 32
   recent_tokens: int = 0
@@ -122,8 +125,10 @@ class Config:
     for name in ("gist_stride", "renew_tokens"):
       self._require(name, getattr(self, name) <= BRANCHING, f"<= {BRANCHING}")
     self._require("threshold", 0.0 <= self.threshold < 1.0, "in [0, 1)")
-    for name in ("contrast", "temperature"):
-      self._require(name, getattr(self, name) >= 0.0, ">= 0")
+    self._require("read_share", 0.0 <= self.read_share <= 1.0, "in [0, 1]")
+    self._require(
+      "contrast", self.contrast is None or self.contrast >= 0.0, ">= 0")
+    self._require("temperature", self.temperature >= 0.0, ">= 0")
     for name in ("sink_tokens", "protect_tokens"):
       self._require(
         name, getattr(self, name) <= self.window // 4, "<= window / 4"
@@ -141,14 +146,16 @@ class Config:
 
   def _check_type(self, name: str, default) -> None:
     value = getattr(self, name)
-    if default is None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name == "contrast":
+      self._require(name, value is None or number, "a number or None")
+    elif default is None:
       ok = value is None or isinstance(value, str)
       self._require(name, ok, "a path or None")
     elif isinstance(default, bool):
       self._require(name, isinstance(value, bool), "True or False")
     elif isinstance(default, float):
-      ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-      self._require(name, ok, "a number")
+      self._require(name, number, "a number")
     elif isinstance(default, int):
       ok = isinstance(value, int) and not isinstance(value, bool)
       self._require(name, ok, "a whole number")

@@ -50,7 +50,8 @@ def test_every_policy_is_accepted(policy):
   ("refresh_every", -1), ("delta_nll_every", -5),
   ("chat", "always"), ("temperature", -0.1), ("temperature", float("nan")),
   ("seed", -1), ("seed", 1.5), ("check_invariants", 1),
-  ("telemetry_path", 3), ("telemetry_path", True),
+  ("read_share", 1.5), ("read_share", None), ("contrast", "much"),
+  ("contrast", True), ("telemetry_path", 3), ("telemetry_path", True),
 ])
 def test_a_bad_value_names_its_field_in_one_line(field, value):
   with pytest.raises(McjaxError, match=rf"config\.{field} must be ") as caught:

@@ -14,14 +14,16 @@ import numpy as np
 
 from mcjax import pretrained
 from mcjax.answer.matching import Matcher, WordTable
-from mcjax.answer.reading import LEAST, Reader
+from mcjax.answer.reading import Reader
 from mcjax.base.load import BaseLM
+from mcjax.config import Config
 from mcjax.focus.policy import WISH, age_scores, with_payment
 from mcjax.gist.encoder import GistEncoder, load_gistnet
 from mcjax.lens import features as lens_features
 from mcjax.lens import network as lensnet
 from mcjax.lens.features import RAW, LensQuery, Rows
 from mcjax.lens.keyer import TABLE, LensKeyer
+from mcjax.pretrained import cards
 from mcjax.tree import learned_keys, lexical_keys
 from mcjax.tree.journal import overlaps
 from mcjax.tree.search import TreeSearch, brute_force
@@ -100,7 +102,7 @@ class LensNetPolicy:
 
   def __init__(self, config: lensnet.LensNetConfig, params, lm: BaseLM,
                encoder: GistEncoder, card: dict | None, max_nodes: int = 256,
-               read_tokens: int = 0):
+               read_tokens: int = 0, read_share: float = 0.0):
     self.config, self.params, self.card = config, params, card
     self.keyer = LensKeyer(params, config, lm)
     self.by_meaning = TABLE in params
@@ -109,9 +111,10 @@ class LensNetPolicy:
     self._reading = params["text"], np.zeros(len(lensnet.APART), np.float32)
     self._encoder = encoder
     self._max_nodes = max_nodes
-    self._read_tokens = read_tokens or (card or {}).get(
-      "read_tokens", READ_TOKENS)
-    self._read_share = (card or {}).get("read_share", LEAST)
+    settings = cards.settled(Config(
+      read_tokens=read_tokens, read_share=read_share, contrast=0.0), lm.name)
+    self._read_tokens = settings.read_tokens
+    self._read_share = settings.read_share
     self._tree: MegaContextTree | None = None
     self._query_ids: np.ndarray | None = None
     self._evidence: list[tuple[int, float]] = []
@@ -200,9 +203,6 @@ class LensNetPolicy:
       lensnet.apply(*self._prompts, self.config, lens_features.empty_inputs(
         size, self.config.d_model))
     context.token_embeddings(np.zeros(BRANCHING, np.int32))
-
-
-READ_TOKENS = 256  # read for an answer where no card says how many
 
 
 def _sizes(window: int) -> tuple[int, ...]:
@@ -305,7 +305,8 @@ def read_initial(lm: BaseLM, path=None) -> dict | None:
 
 
 def load_lensnet(lm: BaseLM, path=None, *, gistnet: GistEncoder | None = None,
-                 max_nodes: int = 256, read_tokens: int = 0) -> LensNetPolicy:
+                 max_nodes: int = 256, read_tokens: int = 0,
+                 read_share: float = 0.0) -> LensNetPolicy:
   """The LensNet of a base: the given weights, else the shipped, else fresh.
 
   Args:
@@ -314,7 +315,7 @@ def load_lensnet(lm: BaseLM, path=None, *, gistnet: GistEncoder | None = None,
       of this name, or else deterministic untrained ones.
     gistnet: the base's GistNet; the shipped one by default.
     max_nodes: nodes each search may touch per refocus step.
-    read_tokens: tokens that are read for an answer; 0 does as the card says.
+    read_tokens, read_share: see `Config`; 0 is what the base's card has.
 
   Raises:
     McjaxError: the file is missing, unreadable or made for another width.
@@ -322,7 +323,7 @@ def load_lensnet(lm: BaseLM, path=None, *, gistnet: GistEncoder | None = None,
   params, config, card = _load(lm, path)
   return LensNetPolicy(
     config, params, lm, gistnet or load_gistnet(lm), card, max_nodes,
-    read_tokens)
+    read_tokens, read_share)
 
 
 def load_keyer(lm: BaseLM, path=None) -> LensKeyer:

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from mcjax.pretrained import cards
 from mcjax.types import McjaxError
 
 FORMAT_VERSION = 1
@@ -182,5 +183,9 @@ def _check_sizes(path, config: dict) -> None:
 
 def shipped(base_name: str, kind: str) -> pathlib.Path | None:
   """Path of the weights of `kind` shipped for a base of this name, if any."""
-  path = _ROOT / base_name / f"{kind}.safetensors"
-  return path if path.is_file() else None
+  card = cards.find(base_name)
+  for folder in (base_name, card.nets if card else ""):
+    path = _ROOT / folder / f"{kind}.safetensors"
+    if folder and path.is_file():
+      return path
+  return None

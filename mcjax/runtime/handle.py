@@ -14,6 +14,7 @@ import numpy as np
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.gist.encoder import GistEncoder
+from mcjax.pretrained import cards
 from mcjax.runtime.documents import Documents, Finder
 from mcjax.runtime.focus_loop import FocusLoop, run_alone
 from mcjax.runtime.policy_choice import Choice
@@ -57,9 +58,10 @@ class Handle:
     self.policy = choice.name
     self.tree = tree
     self.telemetry = telemetry
+    settled = cards.settled(config, lm.name)
     self._loop = FocusLoop(
-      tree, ContextLM.reading(lm, config, encoder), choice.policy, encoder,
-      config, self.telemetry,
+      tree, ContextLM.reading(lm, settled, encoder), choice.policy, encoder,
+      settled, self.telemetry,
     )
     self._loop.restore_focus(tree.extra.get("focus"))
     self._documents = Documents(tree)

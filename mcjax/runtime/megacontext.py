@@ -18,6 +18,7 @@ from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.gist.encoder import GistEncoder, load_gistnet
 from mcjax.lens.policy import LensNetPolicy
+from mcjax.pretrained import cards
 from mcjax.runtime import answering, policy_choice, prompts
 from mcjax.runtime.answering import Request, Stopped
 from mcjax.runtime.documents import Document, Source, digest_of, json_of
@@ -41,7 +42,8 @@ class MegaContext(Handle):
 
   Attributes:
     lm: the frozen base.
-    config: of the loop.
+    config: of the loop, as it was given; what it leaves to the base's card
+      stays open, so that a history follows the card of the day.
     policy: name of the policy at work, also where the configuration says auto.
     tree: the history.
     telemetry: counters, seconds per phase and the newest records.
@@ -123,7 +125,8 @@ class MegaContext(Handle):
       config = Config(**{k: v for k, v in saved.items() if k in known})
     check_window(lm, config)
     choice = policy_choice.choose(config, lm, encoder, lensnet)
-    choice = policy_choice.for_tree(choice, config, tree)
+    choice = policy_choice.for_tree(
+      choice, cards.settled(config, lm.name), tree)
     telemetry = Telemetry(config.telemetry_path)
     return cls(tree, lm, config, encoder, telemetry, choice)
 

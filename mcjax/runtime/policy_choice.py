@@ -18,12 +18,8 @@ from mcjax.focus.oracle import Oracle
 from mcjax.focus.policy import Policy
 from mcjax.focus.similarity import Similarity
 from mcjax.gist.encoder import GistEncoder
-from mcjax.lens.policy import (
-  READ_TOKENS,
-  LensNetPolicy,
-  load_keyer,
-  load_lensnet,
-)
+from mcjax.lens.policy import LensNetPolicy, load_keyer, load_lensnet
+from mcjax.pretrained import cards
 from mcjax.tree.learned_keys import Keyer
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import McjaxError
@@ -56,13 +52,14 @@ def choose(config: Config, lm: BaseLM, encoder: GistEncoder,
     encoder: its GistNet.
     given: the LensNet; the shipped one by default.
   """
+  config = cards.settled(config, lm.name)
   shipped = pretrained.shipped(lm.name, "lensnet") is not None
   name = config.policy
   keyer: Keyer | None = given.keyer if given else None
   if name == "lensnet" or name == "auto" and (given or shipped):
     learned = given or load_lensnet(
       lm, gistnet=encoder, max_nodes=config.search_nodes,
-      read_tokens=config.read_tokens)
+      read_tokens=config.read_tokens, read_share=config.read_share)
     if name == "lensnet" or given or learned.reads(encoder):
       return Choice("lensnet", learned, learned.keyer)
   if name == "auto":
@@ -77,6 +74,11 @@ def for_tree(choice: Choice, config: Config, tree: MegaContextTree) -> Choice:
 
   A tree whose keys another LensNet wrote is led by similarity, with a warning,
   where the configuration says auto.
+
+  Args:
+    choice: of `choose`.
+    config: of the loop, settled by the base's card.
+    tree: the history.
 
   Raises:
     McjaxError: policy lensnet was asked for and the tree holds other keys.
@@ -96,8 +98,8 @@ def for_tree(choice: Choice, config: Config, tree: MegaContextTree) -> Choice:
 
 def _hand_written(name: str, config: Config) -> Policy:
   if name == "similarity":
-    return Similarity(
-      config.search_nodes, read_tokens=config.read_tokens or READ_TOKENS)
+    return Similarity(config.search_nodes, read_tokens=config.read_tokens,
+                      read_share=config.read_share)
   if name == "recency":
     return Recency()
   if name == "random":

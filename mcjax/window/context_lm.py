@@ -18,6 +18,7 @@ from mcjax.base import model
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.gist.encoder import GistEncoder
+from mcjax.pretrained import cards
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
 from mcjax.window import kv_slots
@@ -63,7 +64,7 @@ class ContextLM:
       )
     self.lm = lm
     self.show_gists = show_gists
-    self._config = config
+    self._config = config = cards.settled(config, lm.name)
     self.window = WorkingContext(config.window)
     dtype = lm.params["embed"].dtype
     self.state = kv_slots.init(lm.config, config.window, dtype)
@@ -329,7 +330,7 @@ class ContextLM:
     contrast = self._contrasting
     prior = contrast.prior(self.window) if contrast else None
     return Job(self._row, limit, slots, draw, seen, prior,
-               self._config.contrast)
+               self._config.contrast or 0.0)
 
   def drop(self, job: Job) -> None:
     """Gives up a job that was not decoded."""

@@ -1,0 +1,91 @@
+"""Cards: a base's settings, taken where a configuration leaves them to it."""
+
+import json
+
+import pytest
+
+from mcjax import Config, McjaxError, MegaContext, pretrained
+from mcjax.pretrained import cards
+from mcjax.testing import tiny_base
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+  """Ships cards from a folder of the test's own."""
+  monkeypatch.setattr(cards, "_ROOT", tmp_path)
+  monkeypatch.setattr(pretrained, "_ROOT", tmp_path)
+  for cached in (cards.find, cards._unmeasured):
+    cached.cache_clear()
+  yield tmp_path
+  for cached in (cards.find, cards._unmeasured):
+    cached.cache_clear()
+
+
+def _ship(root, base, **values):
+  (root / base).mkdir()
+  (root / base / "card.json").write_text(json.dumps(values))
+
+
+def test_every_shipped_card_is_whole_and_says_how_it_was_chosen():
+  paths = sorted(cards._ROOT.glob("*/card.json"))
+  assert paths
+  for path in paths:
+    card = cards.find(path.parent.name)
+    assert card is not None and card.chosen, path
+    assert not card.nets or (cards._ROOT / card.nets).is_dir(), path
+
+
+def test_a_configuration_takes_what_it_leaves_open_from_the_card(root):
+  _ship(root, "known", read_tokens=40, read_share=0.25, contrast=0.0)
+  settled = cards.settled(Config(window=512), "known")
+  assert (settled.read_tokens, settled.read_share, settled.contrast) == (
+    40, 0.25, 0.0)
+  assert settled.window == 512
+  own = Config(read_tokens=7, contrast=2.0)
+  settled = cards.settled(own, "known")
+  assert (settled.read_tokens, settled.read_share, settled.contrast) == (
+    7, 0.25, 2.0)
+  assert cards.settled(settled, "known") is settled
+
+
+def test_a_base_without_a_card_is_safe_and_told_of_once(root, caplog):
+  for _ in range(2):
+    settled = cards.settled(Config(), "stranger")
+  assert settled.read_tokens == cards.Card().read_tokens
+  assert settled.contrast == cards.Card().contrast
+  told = [r.getMessage() for r in caplog.records]
+  assert len(told) == 1 and "stranger" in told[0] and "\n" not in told[0]
+
+
+def test_a_history_follows_the_card_at_work(root, tiny_lm, tiny_gistnet):
+  _ship(root, tiny_lm.name, read_tokens=33, contrast=0.0)
+  config = Config(window=512)
+  with MegaContext.create(
+      "memory://cards/", tiny_lm, config, tiny_gistnet) as mc:
+    assert mc.config == config
+    assert mc._loop._config.read_tokens == 33
+    assert mc._loop._policy._read_tokens == 33
+    assert mc.context._contrast is None  # no second pass is prepared
+    mc.ingest(tiny_base.text(600))
+    mc.generate("abc?", max_new_tokens=2)
+
+
+def test_bases_of_one_tokenizer_share_their_nets(root):
+  _ship(root, "small", nets="family")
+  (root / "family").mkdir()
+  (root / "family" / "lensnet.safetensors").touch()
+  assert pretrained.shipped("small", "lensnet").parent.name == "family"
+  assert pretrained.shipped("small", "gistnet") is None
+  (root / "small" / "lensnet.safetensors").touch()
+  assert pretrained.shipped("small", "lensnet").parent.name == "small"
+
+
+@pytest.mark.parametrize("text", [
+  "", "[]", "{", '{"read_tokens": 0}', '{"read_tokens": "many"}',
+  '{"nets": "../elsewhere"}', '{"contrast": -1}', '{"window": 1}'])
+def test_a_damaged_card_is_refused_in_one_line(root, text):
+  (root / "broken").mkdir()
+  (root / "broken" / "card.json").write_text(text)
+  with pytest.raises(McjaxError, match="is no card") as caught:
+    cards.of("broken")
+  assert "\n" not in str(caught.value)
