@@ -63,7 +63,7 @@ def find(base_name: str) -> Card | None:
     return None
   try:
     return read_fields(Card, "card", _object(path.read_bytes()))
-  except (ValueError, TypeError, McjaxError) as error:
+  except (ValueError, TypeError) as error:
     raise McjaxError(f"{path} is no card: {error}") from error
 
 
