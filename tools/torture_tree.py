@@ -7,10 +7,9 @@ import shutil
 import sys
 import tempfile
 
-from absl import flags, logging
+from absl import app, flags, logging
 from tqdm import tqdm
 
-from mcjax.cli import commands
 from mcjax.testing import torture
 
 _KILLS = flags.DEFINE_integer("kills", 1000, "Processes to kill.")
@@ -20,16 +19,15 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of what they write.")
 def main(argv) -> None:
   del argv
   logging.set_verbosity(logging.ERROR)
-  calls = shutil.which("strace") is not None
-  outcomes = []
+  calls, outcomes = torture.can_trace(), []
   folder = pathlib.Path(tempfile.mkdtemp(prefix="torture-"))
-  kills = torture.torture(folder, _KILLS.value, _SEED.value, calls)
-  for doing, outcome in tqdm(kills, total=_KILLS.value, disable=None):
-    outcomes.append((doing, outcome))
-    if outcome != "ok":
-      print(f"killed in {doing}: {outcome}", file=sys.stderr)
+  kills = torture.torture(str(folder), _KILLS.value, _SEED.value, calls)
+  for outcome in tqdm(kills, total=_KILLS.value, disable=None):
+    outcomes.append(outcome)
+    if outcome.found != "ok":
+      print(f"killed in {outcome.doing}: {outcome.found}", file=sys.stderr)
   print(torture.table(outcomes))
-  bad = sum(outcome != "ok" for _, outcome in outcomes)
+  bad = sum(outcome.found != "ok" for outcome in outcomes)
   how = "at moments and system calls" if calls else "at moments"
   print(f"{len(outcomes)} kills {how}, {bad} with damage"
         + (f"; see {folder}" if bad else ""))
@@ -39,4 +37,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  commands.run(main)
+  app.run(main)

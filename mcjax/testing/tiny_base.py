@@ -50,12 +50,13 @@ def byte_tokenizer(*, stops: bool = False, chat: bool = False) -> Tokenizer:
 
 
 def make_lm(
-  seed: int = 0, *, name: str = "tiny", max_positions: int = 2048, **tokenizer
+  seed: int = 0, *, name: str = "tiny", max_positions: int = 2048,
+  vocab: int = VOCAB, **tokenizer
 ) -> BaseLM:
   """Two layers of 32 channels with seeded float32 weights."""
   rng = np.random.RandomState(seed)
   config = DecoderConfig(
-    family="llama", vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4,
+    family="llama", vocab_size=vocab, d_model=32, n_layers=2, n_heads=4,
     n_kv_heads=2, head_dim=8, d_ff=48, max_positions=max_positions,
     rope_theta=1e4, rms_norm_eps=1e-5, tie_embeddings=False,
   )
@@ -65,9 +66,9 @@ def make_lm(
 
   ones = jnp.ones((2, 32), jnp.float32)
   params = {
-    "embed": draw(VOCAB, 32, scale=1.0),
+    "embed": draw(vocab, 32, scale=1.0),
     "final_norm": ones[0],
-    "unembed": draw(32, VOCAB),
+    "unembed": draw(32, vocab),
     "layers": {
       "attn_norm": ones, "mlp_norm": ones, "wq": draw(2, 32, 4, 8),
       "wk": draw(2, 32, 2, 8), "wv": draw(2, 32, 2, 8),

@@ -1,26 +1,32 @@
 """Kills processes that write a tree, and looks at what they leave.
 
-A victim creates or opens a tree, appends, commits, rebuilds and closes until
-it gets a SIGKILL: at a random moment, or, where `strace` is there, at a random
-system call. Then an ordinary run opens the tree, compares everything in it
-with what its tokens must give, appends, commits and closes; and the next
-victim goes on with the same tree. Needs no accelerator and no base model.
+A victim makes short runs after one another: it creates or opens the tree,
+ingests, forgets, rebuilds, commits and closes, until it gets a SIGKILL: after a
+random time, or, where `strace` can attach to it, at the n-th system call of one
+of its threads that touches a file or a socket. Then an ordinary run opens the
+tree, compares everything in it with what its tokens must give, appends, commits
+and closes; and the next victim goes on with the same tree, or begins anew.
+
+Victims and ordinary runs are forked from this process, which has imported
+everything and must never use TensorStore itself (its threads do not survive a
+fork): so run `torture` in a process of its own, as `tools/torture_tree` does.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
-import multiprocessing
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
+import ctypes
+import functools
+import mmap
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from typing import Any
+import traceback
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,10 +35,83 @@ from mcjax.tree.store import Store, decode_record
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import McjaxError
 
+STATES = ("start", "create", "open", "append", "ingest", "forget", "rebuild",
+          "close")
+_WORK = STATES[3:-1]  # between open and close
 _APPENDS = (1, 33, 400, 3000, 36_000)  # tokens; the last one fills shards
-_RUNS_PER_TREE = 8  # victims, before a new tree is begun
-_PATIENCE = 60.0  # seconds that a victim may take to begin
-_CALLS = "write,pwrite64,rename,openat,unlink,mkdir,fsync,fdatasync,close,flock"
+_LONGEST = 150_000  # tokens of a tree; what is longer is checked slowly
+_ENCODERS = 5
+_ANEW = 0.25  # how often a victim begins a new tree
+_PATIENCE = 120.0  # seconds that a victim may live
+_FILE_CALLS = ("write,pwrite64,rename,renameat,renameat2,openat,unlink,unlinkat,"
+               "mkdir,fsync,fdatasync,ftruncate,close,flock")
+_SOCKET_CALLS = "connect,sendto,sendmsg,write,writev,recvfrom,recvmsg,poll"
+_PR_SET_PTRACER = 0x59616D61
+
+
+class Outcome(NamedTuple):
+  """Of one kill.
+
+  Attributes:
+    doing: what the victim did then, one of `STATES`.
+    how: "moment" or "call".
+    found: by the ordinary run behind it: "ok", or what went wrong.
+  """
+
+  doing: str
+  how: str
+  found: str
+
+
+class Board:
+  """What a victim tells, in shared memory: telling takes no system call."""
+
+  def __init__(self):
+    self._cells = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.int64)
+
+  def clear(self) -> None:
+    self._cells[:] = 0
+
+  @property
+  def doing(self) -> str:
+    return STATES[self._cells[0]]
+
+  @property
+  def committed(self) -> tuple[int, int]:
+    """Tokens and events that a commit has returned for."""
+    return int(self._cells[1]), int(self._cells[2])
+
+  @committed.setter
+  def committed(self, counts: tuple[int, int]) -> None:
+    self._cells[1:3] = counts
+
+  @property
+  def go(self) -> bool:
+    """Whether the victim may go on; it waits where `wait_at` says."""
+    return bool(self._cells[3])
+
+  @go.setter
+  def go(self, may: bool) -> None:
+    self._cells[3] = may
+
+  def wait_at(self, state: str) -> None:
+    self._cells[4] = STATES.index(state)
+
+  def tell(self, state: str) -> None:
+    """Says what is done next; waits there once, if told to."""
+    self._cells[0] = STATES.index(state)
+    if self._cells[4] == self._cells[0]:
+      self._cells[5] = True
+      while not self.go:
+        time.sleep(0.001)
+
+  @property
+  def waits(self) -> bool:
+    """Whether the victim has come where it should wait."""
+    return bool(self._cells[5])
+
+
+# What is written.
 
 
 def stream(start: int, stop: int) -> np.ndarray:
@@ -42,155 +121,290 @@ def stream(start: int, stop: int) -> np.ndarray:
   return (mixed % np.uint64(reference.VOCAB)).astype(np.int32)
 
 
+def event(number: int) -> dict:
+  """The only events that are ever written: documents, some forgotten."""
+  start = 7 * number
+  kind = "forgotten" if number % 3 == 2 else "document"
+  return {"kind": kind, "start": start, "stop": start + 5, "number": number}
+
+
+@functools.cache
+def encoder(seed: int) -> reference.TinyEncoder:
+  """One of those that a tree may belong to."""
+  return reference.TinyEncoder(seed=seed)
+
+
 def encoder_of(url: str) -> reference.TinyEncoder:
   """The encoder that the commit record names."""
   raw, _ = Store(url).read_record()
   if raw is None:
-    return reference.TinyEncoder()
+    return encoder(0)
   name: Any = decode_record(raw, url)["gistnet"]
-  return reference.TinyEncoder(seed=int(name["fingerprint"].split("-")[1]))
+  return encoder(int(name["fingerprint"].split("-")[1]))
 
 
-def open_or_create(url: str) -> MegaContextTree:
+def open_or_create(
+  url: str, tell: Callable[[str], None] = lambda state: None
+) -> MegaContextTree:
   """As a user's program does."""
   if MegaContextTree.exists(url):
+    tell("open")
     return MegaContextTree.open(
       url, encoder=encoder_of(url), **reference.BASE)
+  tell("create")
   return MegaContextTree.create(
-    url, encoder=reference.TinyEncoder(), vocab_size=reference.VOCAB,
+    url, encoder=encoder(0), vocab_size=reference.VOCAB,
     **reference.BASE)
 
 
-def victim(url: str, seed: int, pipe: Connection | None) -> None:
-  """Writes until it is killed; tells what it does and what is committed."""
-  rng = np.random.default_rng(seed)
+def _append(tree: MegaContextTree, rng: np.random.Generator) -> None:
+  count = int(rng.choice(_APPENDS))
+  if tree.cursor + count < _LONGEST:
+    tree.append(stream(tree.cursor, tree.cursor + count))
 
-  def tell(doing: str, committed: int = 0) -> None:
-    if pipe is not None:
-      pipe.send((doing, committed))
-    else:
-      os.write(1, f"{doing} {committed}\n".encode())
 
-  tell("open")
-  tree = open_or_create(url)
-  while True:
-    tell("append", tree.committed)
-    for _ in range(rng.integers(1, 4)):
-      count = int(rng.choice(_APPENDS))
-      tree.append(stream(tree.cursor, tree.cursor + count))
+def _commit_event(tree: MegaContextTree) -> None:
+  number = len(tree.journal.events)
+  tree.journal.add(**event(number))
+  tree.commit({"cursor": tree.cursor, "events": number + 1})
+
+
+def work(tree: MegaContextTree, state: str, rng: np.random.Generator) -> None:
+  """Does one of the things that `STATES` names between open and close."""
+  if state in ("append", "ingest"):
+    _append(tree, rng)
+  if state == "ingest":
     tree.record_access(np.array(1), np.arange(min(3, tree.num_nodes(1))))
-    tell("commit", tree.committed)
-    tree.commit({"cursor": tree.cursor})
-    if rng.random() < 0.2:
-      tell("rebuild", tree.committed)
-      tree.rebuild_gists(reference.TinyEncoder(seed=int(rng.integers(5))))
-    if rng.random() < 0.3:
-      tell("close", tree.committed)
-      tree.close()
-      tell("open", tree.committed)
-      tree = open_or_create(url)
+  if state in ("ingest", "forget"):
+    _commit_event(tree)
+  if state == "rebuild":
+    tree.rebuild_gists(encoder(int(rng.integers(_ENCODERS))))
 
 
-def ordinary_run(url: str, committed: int) -> str:
+def victim(url: str, seed: int, board: Board) -> None:
+  """Makes short runs until it is killed."""
+  rng = np.random.default_rng(seed)
+  while True:
+    tree = open_or_create(url, board.tell)
+    for _ in range(int(rng.integers(1, 5))):
+      state = str(rng.choice(_WORK, p=[0.15, 0.5, 0.15, 0.2]))
+      board.tell(state)
+      work(tree, state, rng)
+      if state != "append":
+        board.committed = tree.committed, len(tree.journal.events)
+    board.tell("close")
+    tree.close()
+
+
+def ordinary_run(url: str, committed: tuple[int, int]) -> str:
   """Opens, compares, appends, commits, closes; what went wrong, or "ok"."""
   there = MegaContextTree.exists(url)
   try:
     tree = open_or_create(url)
   except McjaxError as error:
     return f"{'does not open' if there else 'not created again'}: {error}"
-  if tree.cursor < committed:
-    return f"lost: {tree.cursor} of {committed} committed tokens"
+  tokens, events = committed
+  if tree.cursor < tokens or len(tree.journal.events) < events:
+    return (f"lost: {tree.cursor} tokens, {len(tree.journal.events)} events of"
+            f" {tokens}, {events} committed")
   try:
-    ids = stream(0, tree.cursor)
-    reference.check(tree, ids, encoder_of(url))
+    _compare(tree)
     tree.append(stream(tree.cursor, tree.cursor + 400))
-    tree.commit()
+    _commit_event(tree)
     tree.close()
-    with MegaContextTree.open(
-      url, encoder=encoder_of(url), **reference.BASE) as tree:
-      reference.check(tree, stream(0, len(ids) + 400), encoder_of(url))
+    with open_or_create(url) as tree:
+      _compare(tree)
   except (McjaxError, AssertionError) as error:
-    return f"changed: {str(error).splitlines()[0]}"
+    return f"changed: {str(error).strip().splitlines()[0]}"
   return "ok"
 
 
-def _killed_at_a_moment(
-  url: str, seed: int, rng: np.random.Generator
-) -> tuple[str, int]:
-  """Forks a victim and kills it; what it did, and what it had committed."""
-  context = multiprocessing.get_context("forkserver")
-  context.set_forkserver_preload([__name__])
-  ours, theirs = context.Pipe(duplex=False)
-  process = context.Process(target=victim, args=(url, seed, theirs))
-  process.start()
-  theirs.close()
-  doing, committed = "start", 0
-  for _ in range(int(rng.integers(1, 9))):  # so that every kind of work is met
-    if not ours.poll(_PATIENCE):
-      raise McjaxError("a victim does nothing")
-    doing, committed = ours.recv()
+def _compare(tree: MegaContextTree) -> None:
+  """Raises AssertionError unless the tree is whole."""
+  reference.check(tree, stream(0, tree.cursor), encoder_of(tree.url))
+  events = tree.journal.events
+  assert events == [event(number) for number in range(len(events))], "events"
+  if tree.extra:
+    whole = {"cursor": tree.cursor, "events": len(events)}
+    assert tree.extra == whole, f"{tree.extra} is not {whole}"
+
+
+# Processes.
+
+
+def forked(call: Callable[..., str | None], *args) -> tuple[int, int]:
+  """Runs a call in a child; its process id and where it writes its result."""
+  ours, theirs = os.pipe()
+  pid = os.fork()
+  if pid:
+    os.close(theirs)
+    return pid, ours
+  try:
+    os.close(ours)
+    _let_trace()
+    said = call(*args) or ""
+  except BaseException:
+    said = "failed: " + traceback.format_exc().strip().splitlines()[-1]
+  os.write(theirs, said.encode())
+  os._exit(0)
+
+
+def result(child: tuple[int, int]) -> tuple[str, int]:
+  """What a child returned, and the signal that ended it (0: none)."""
+  pid, pipe = child
+  with os.fdopen(pipe, "rb") as file:
+    said = file.read().decode()
+  _, status = os.waitpid(pid, 0)
+  return said, os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def _let_trace() -> None:
+  """Lets strace attach, which is not an ancestor of this process."""
+  if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0)
+
+
+def _wait_for(condition: Callable[[], bool], what: str) -> None:
+  end = time.monotonic() + _PATIENCE
+  while not condition():
+    if time.monotonic() > end:
+      raise McjaxError(what)
+    time.sleep(0.001)
+
+
+def _ended(pid: int) -> bool:
+  with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+    return file.read().rpartition(") ")[2].startswith("Z")
+
+
+def _traced(pid: int) -> bool:
+  with open(f"/proc/{pid}/status", encoding="ascii") as file:
+    line = next(line for line in file if line.startswith("TracerPid"))
+  return int(line.split()[1]) > 0
+
+
+def _kill_at_a_moment(pid: int, board: Board, rng: np.random.Generator) -> None:
+  board.go = True
   time.sleep(rng.exponential(0.02))
-  assert process.pid is not None
-  os.kill(process.pid, signal.SIGKILL)
-  process.join()
-  while ours.poll():  # what it told before it died
-    try:
-      doing, committed = ours.recv()
-    except EOFError:
-      break
-  return doing, committed
+  os.kill(pid, signal.SIGKILL)
 
 
-def _killed_at_a_call(
-  url: str, seed: int, rng: np.random.Generator
-) -> tuple[str, int]:
-  """As `_killed_at_a_moment`, when a system call is made for the nth time."""
-  when = int(rng.integers(1, 120))
-  code = ("from mcjax.testing import torture; import tensorstore;"
-          f" torture.victim({url!r}, {seed}, None)")
-  # Only calls on the tree's files count: those after the imports.
-  done = subprocess.run(
-    ["strace", "-f", "-qq", "-o", "/dev/null", "-P", url, "-P",
-     url + "/mcjax_tree.json", "-e", f"trace={_CALLS}", "-e",
-     f"inject={_CALLS}:signal=KILL:when={when}", sys.executable, "-c", code],
-    capture_output=True, text=True, timeout=_PATIENCE, check=False,
-    env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-  )
-  told = [line.split() for line in done.stdout.splitlines() if " " in line]
-  return (told[-1][0], int(told[-1][1])) if told else ("start", 0)
+def _kill_at_a_call(
+  pid: int, board: Board, rng: np.random.Generator, calls: str
+) -> None:
+  """Has the kernel kill it when a thread of it makes its n-th such call."""
+  when = int(rng.geometric(0.1))
+  strace = subprocess.Popen(
+    ["strace", "-f", "-qq", "-o", os.devnull, "-p", str(pid), "-e",
+     f"trace={calls}", "-e", f"inject={calls}:signal=KILL:when={when}"])
+  _wait_for(lambda: _traced(pid) or strace.poll() is not None,
+            "strace does not attach")
+  board.go = True
+  try:
+    strace.wait(_PATIENCE)
+  except subprocess.TimeoutExpired:  # no thread made so many calls
+    os.kill(pid, signal.SIGKILL)
+    strace.wait()
 
 
-def torture(folder: pathlib.Path, kills: int, seed: int, calls: bool = False
-            ) -> Iterator[tuple[str, str]]:
+def can_trace() -> bool:
+  """Whether strace is there and may attach to a child."""
+  if sys.platform != "linux" or shutil.which("strace") is None:
+    return False
+  board, rng = Board(), np.random.default_rng(0)
+
+  def child() -> None:
+    while True:
+      os.write(os.open(os.devnull, os.O_WRONLY), b"x")
+
+  process = forked(child)
+  with_strace = True
+  try:
+    _kill_at_a_call(process[0], board, rng, _FILE_CALLS)
+  except (McjaxError, OSError):
+    with_strace = False
+  if not with_strace:
+    os.kill(process[0], signal.SIGKILL)
+  return result(process)[1] == signal.SIGKILL and with_strace
+
+
+def one_kill(url: str, seed: int, how: str, rng: np.random.Generator,
+             board: Board, anew: bool) -> Outcome:
+  """Kills one victim, and looks at what it leaves.
+
+  Args:
+    url: of the tree.
+    seed: of what the victim does.
+    how: "moment" or "call".
+    rng: of when it is killed.
+    board: on which it tells what it does.
+    anew: there is no tree yet.
+  """
+  board.clear()
+  board.wait_at(str(rng.choice(
+    STATES[2:] if not anew or rng.random() < 0.2 else STATES[1:2])))
+  child = forked(victim, url, seed, board)
+  _wait_for(lambda: board.waits or _ended(child[0]), "a victim does nothing")
+  if how == "call":
+    remote = "://" in url
+    calls = _SOCKET_CALLS if remote else _FILE_CALLS
+    _kill_at_a_call(child[0], board, rng, calls)
+  else:
+    _kill_at_a_moment(child[0], board, rng)
+  said, ended_by = result(child)
+  doing, committed = board.doing, board.committed
+  if ended_by != signal.SIGKILL:
+    return Outcome(doing, how, f"victim {said}")
+  said, ended_by = result(forked(ordinary_run, url, committed))
+  return Outcome(doing, how, said if not ended_by else f"signal {ended_by}")
+
+
+def torture(place: str, kills: int, seed: int, calls: bool = False
+            ) -> Iterator[Outcome]:
   """Kills so many victims.
 
   Args:
-    folder: for the trees.
+    place: folder or url under which the trees lie. A tree that is damaged
+      stays there, those that are not are deleted.
     kills: victims.
     seed: of everything but the moments, which are the clock's.
-    calls: every other one dies at a system call; needs `strace`.
+    calls: every other one dies at a system call; see `can_trace`.
 
   Yields:
-    For each, what it was doing and what the ordinary run behind it found:
-    "ok", or what went wrong.
+    What came of each.
   """
-  rng = np.random.default_rng(seed)
-  for number in range(kills):
-    url = str(folder / f"tree-{number // _RUNS_PER_TREE}")
-    kill = _killed_at_a_call if calls and number % 2 else _killed_at_a_moment
-    doing, committed = kill(url, seed + number, rng)
-    outcome = ordinary_run(url, committed)
-    yield doing, outcome
-    if outcome == "ok" and number % _RUNS_PER_TREE == _RUNS_PER_TREE - 1:
-      shutil.rmtree(url)
+  rng, board = np.random.default_rng(seed), Board()
+  for each in range(_ENCODERS):
+    encoder(each)  # once, for every process that is forked
+  number, url, anew = 0, f"{place}/tree-0", True
+  for kill in range(kills):
+    how = "call" if calls and kill % 2 else "moment"
+    out = one_kill(url, seed * 1_000_000 + kill, how, rng, board, anew)
+    yield out
+    anew = out.found != "ok" or rng.random() < _ANEW
+    if not anew:
+      continue
+    if out.found == "ok":
+      result(forked(_remove, url))
+    number += 1
+    url = f"{place}/tree-{number}"
 
 
-def table(outcomes: list[tuple[str, str]]) -> str:
+def _remove(url: str) -> None:
+  store = Store(url)
+  store.delete("")
+  if store.folder is not None:
+    shutil.rmtree(store.folder)
+
+
+def table(outcomes: list[Outcome]) -> str:
   """How often what was found after a kill in which work."""
-  counts = collections.Counter((d, o.split(":")[0]) for d, o in outcomes)
+  counts = collections.Counter((o.doing, o.found.split(":")[0])
+                               for o in outcomes)
   found = ["ok", *sorted({o for _, o in counts} - {"ok"})]
   lines = [f"{'killed in':12}" + "".join(f"{o:>20}" for o in found)]
-  for doing in sorted({d for d, _ in counts}):
-    row = "".join(f"{counts[doing, o]:20d}" for o in found)
-    lines.append(f"{doing:12}{row}")
+  for doing in STATES:
+    if any(doing == d for d, _ in counts):
+      row = "".join(f"{counts[doing, o]:20d}" for o in found)
+      lines.append(f"{doing:12}{row}")
   return "\n".join(lines)

@@ -1,12 +1,15 @@
 """Trees whose writers are killed, and files that are damaged or exchanged."""
 
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from mcjax.testing import torture
+import mcjax
 from mcjax.testing.tree_reference import (
   TinyKeyer,
   check,
@@ -18,10 +21,42 @@ from mcjax.tree.store import RECORD_KEY
 from mcjax.types import McjaxError
 
 
-def test_fifty_kills_with_ordinary_runs_between_lose_nothing(tmp_path):
-  outcomes = list(torture.torture(tmp_path, 50, seed=1))
-  assert [o for _, o in outcomes if o != "ok"] == []
-  assert len({doing for doing, _ in outcomes}) >= 2
+def torture(*arguments):
+  """What tools/torture_tree prints. It forks, so it has a process of its own."""
+  root = pathlib.Path(mcjax.__file__).parents[1]
+  done = subprocess.run(
+    [sys.executable, "tools/torture_tree.py", *arguments], cwd=root, text=True,
+    capture_output=True, check=False,
+    env=os.environ | {"PYTHONPATH": str(root)})
+  assert done.returncode == 0, done.stderr + done.stdout
+  return done.stdout
+
+
+def test_fifty_kills_with_ordinary_runs_between_lose_nothing():
+  said = torture("--kills=50", "--seed=1")
+  assert "50 kills" in said and "0 with damage" in said
+  states = {line.split()[0] for line in said.splitlines()[1:-1]}
+  assert len(states) >= 4, said
+
+
+def test_the_torture_finds_a_tree_whose_record_is_written_first(tmp_path):
+  """It would be worth nothing if it could not fail."""
+  script = """
+import sys
+from mcjax.testing import torture
+from mcjax.tree.tree import MegaContextTree as Tree
+commit = Tree.commit
+def record_first(tree, extra=None):
+  tree._write_record(dict(tree._record, cursor=tree.cursor, extra=extra or {}))
+  commit(tree, extra)
+Tree.commit = record_first
+outcomes = torture.torture(sys.argv[1], 60, 1)
+sys.exit(7 if any(o.found != "ok" for o in outcomes) else 0)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", script, str(tmp_path)], capture_output=True,
+    check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+  assert done.returncode == 7, done.stderr
 
 
 @pytest.fixture(scope="module")

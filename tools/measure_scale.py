@@ -1,0 +1,148 @@
+"""How a history grows: a tiny base and GistNet behind up to 100M tokens.
+
+  python tools/measure_scale.py --folder=/tmp/scale --tokens=100000000
+
+The text is drawn in passages of 512 tokens from the training store of the
+default base (experiments/prepare_data.py), so that words are as frequent as in
+real text; one made-up fact lies in the middle. At 1M, 10M, ... tokens the
+history is closed, opened in a process of its own, and asked for the fact.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import pathlib
+import shutil
+import time
+
+from absl import app, flags
+import numpy as np
+
+from mcjax.base import hub
+from mcjax.base.gguf_file import GgufFile
+from mcjax.base.tokenizer import Tokenizer
+from mcjax.config import Config
+from mcjax.evaluation.report.writer import Table, markdown_table
+from mcjax.runtime.megacontext import MegaContext
+from mcjax.runtime.telemetry import peak_memory_mib
+from mcjax.testing import tiny_base
+
+_FOLDER = flags.DEFINE_string("folder", None, "Written anew.", required=True)
+_TOKENS = flags.DEFINE_integer("tokens", 100_000_000, "Of the whole history.")
+_STEP = 1_000_000  # tokens of an ingest, and of the first look
+_PASSAGE = 512
+_VOCAB = 49_152
+_CONFIG = Config(window=512, policy="similarity", chat="plain")
+_FACT = ("\nThe zephyrwood quartzometer of Professor Okonkwo-Fitzgerald is kept"
+         " in the blue cupboard of the observatory.\n")
+_QUESTION = "Where is the zephyrwood quartzometer of Okonkwo-Fitzgerald kept?"
+
+
+def _models():
+  tokenizer = Tokenizer.from_gguf(GgufFile(hub.fetch("smollm2-135m")))
+  lm = tiny_base.make_lm(vocab=_VOCAB)
+  lm = dataclasses.replace(lm, tokenizer=tokenizer)
+  return lm, tiny_base.gistnet(lm, spread=0.05)
+
+
+def _passages(rng: np.random.Generator):
+  """Endless batches of token ids [_STEP] of real passages in new order."""
+  files = sorted((hub.cache_dir() / "data").glob("train-*.tokens.npy"))
+  text = np.concatenate([np.load(f) for f in files]).astype(np.int32)
+  while True:
+    start = rng.integers(0, len(text) - _PASSAGE, -(-_STEP // _PASSAGE))
+    yield text[start[:, None] + np.arange(_PASSAGE)].reshape(-1)[:_STEP]
+
+
+def _ingest(url: str, first: int, last: int, pipe) -> None:
+  """Appends tokens [first, last); sends seconds and peak MiB."""
+  lm, gistnet = _models()
+  batches = _passages(np.random.default_rng(first))
+  opener = MegaContext.open if first else MegaContext.create
+  fact = lm.tokenizer.encode(_FACT)
+  with opener(url, lm, _CONFIG, gistnet) as mc:
+    seconds = -time.perf_counter()
+    while mc.cursor < last:
+      ids = next(batches)
+      if mc.cursor == first and not first:
+        ids[_STEP // 2 : _STEP // 2 + len(fact)] = fact
+      mc.ingest_tokens(ids)
+    seconds += time.perf_counter()
+  pipe.send((seconds, time.process_time(), peak_memory_mib()))
+
+
+def _look(url: str, pipe) -> None:
+  """Opens, asks twice (the first time compiles); sends what it took."""
+  lm, gistnet = _models()
+  before = peak_memory_mib()
+  begin = time.perf_counter()
+  mc = MegaContext.open(url, lm, _CONFIG, gistnet)
+  opened = time.perf_counter() - begin
+  for _ in range(2):
+    mc.telemetry.counters.clear()
+    said = mc.generate(_QUESTION, 32, remember=False)
+  begin = time.perf_counter()
+  passages = mc.search(_QUESTION)
+  searched = time.perf_counter() - begin
+  counters, steps = mc.telemetry.counters, max(
+    1, mc.telemetry.counters["refocus_steps"])
+  refocus = [sum(r["seconds"].get(k, 0) for k in ("lens", "allocate", "fetch"))
+             for r in mc.telemetry.records if r["kind"] == "refocus"][-steps:]
+  pipe.send({
+    "open_s": opened,
+    "memory_mib": peak_memory_mib() - before,
+    "first_token_s": said.first_token_seconds,
+    "refocus_ms": 1e3 * float(np.median(refocus)) if refocus else 0.0,
+    "nodes": counters["nodes_touched"] / steps,
+    "bytes": counters["bytes_read"] / steps,
+    "search_s": searched,
+    "found": "cupboard" in passages[0].text,
+    "stored": mc.tree.nbytes_on_disk(),
+    "levels": mc.tree.top_level,
+  })
+  mc.close()
+
+
+def _apart(work, *args):
+  """What `work` sends, run in a process of its own."""
+  context = multiprocessing.get_context("spawn")
+  ours, theirs = context.Pipe(duplex=False)
+  process = context.Process(target=work, args=(*args, theirs))
+  process.start()
+  theirs.close()
+  sent = ours.recv()
+  process.join()
+  return sent
+
+
+def main(argv) -> None:
+  del argv
+  folder = pathlib.Path(_FOLDER.value)
+  shutil.rmtree(folder / "tree", ignore_errors=True)
+  folder.mkdir(parents=True, exist_ok=True)
+  url, cursor, rows = str(folder / "tree"), 0, []
+  stops = [_STEP]
+  while stops[-1] < _TOKENS.value:
+    stops.append(min(10 * stops[-1], _TOKENS.value))
+  for stop in stops:
+    seconds, cpu, peak = _apart(_ingest, url, cursor, stop)
+    seen = _apart(_look, url)
+    files = sum(p.is_file() for p in pathlib.Path(url).rglob("*"))
+    stored = seen.pop("stored")
+    rows.append({
+      "tokens": stop, "tokens_per_s": (stop - cursor) / seconds,
+      "ingest_cpu_s": cpu, "ingest_peak_mib": peak, "files": files,
+      "bytes_per_token": sum(stored.values()) / stop, **seen,
+      "bytes_by_kind": {k: round(v / stop, 3) for k, v in stored.items()},
+    })
+    print(json.dumps(rows[-1]), flush=True)
+    cursor = stop
+  (folder / "results.json").write_text(json.dumps(rows, indent=1))
+  names = [n for n in rows[0] if n != "bytes_by_kind"]
+  table = Table("How a history grows", tuple(names),
+                [[row[n] for n in names] for row in rows])
+  print(*markdown_table(table), sep="\n")
+
+
+if __name__ == "__main__":
+  app.run(main)
