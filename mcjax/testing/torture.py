@@ -43,8 +43,9 @@ _LONGEST = 150_000  # tokens of a tree; what is longer is checked slowly
 _ENCODERS = 5
 _ANEW = 0.25  # how often a victim begins a new tree
 _PATIENCE = 120.0  # seconds that a victim may live
-_FILE_CALLS = ("write,pwrite64,rename,renameat,renameat2,openat,unlink,unlinkat,"
-               "mkdir,fsync,fdatasync,ftruncate,close,flock")
+_FILE_CALLS = (
+  "write,pwrite64,rename,renameat,renameat2,openat,unlink,unlinkat,mkdir,fsync,"
+  "fdatasync,ftruncate,close,flock")
 _SOCKET_CALLS = "connect,sendto,sendmsg,write,writev,recvfrom,recvmsg,poll"
 _PR_SET_PTRACER = 0x59616D61
 

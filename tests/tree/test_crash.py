@@ -22,7 +22,7 @@ from mcjax.types import McjaxError
 
 
 def torture(*arguments):
-  """What tools/torture_tree prints. It forks, so it has a process of its own."""
+  """What tools/torture_tree prints; it forks, so a process of its own."""
   root = pathlib.Path(mcjax.__file__).parents[1]
   done = subprocess.run(
     [sys.executable, "tools/torture_tree.py", *arguments], cwd=root, text=True,
