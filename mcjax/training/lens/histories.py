@@ -1,7 +1,8 @@
 """Histories and what is asked of them, with the answer known by construction.
 
   questions  natural questions about stories and meetings, with the sections or
-             turns that answer them; one in seven is asked of other texts
+             turns that answer them, and the sentences in these that share most
+             words with the answer; one in seven is asked of other texts
   cloze      a sentence taken out of a text asks for the place it stood at, as
              does a heading or docstring for what stands below it
   facts      made-up facts, asked for in other words, among distractors, in
@@ -14,6 +15,7 @@ Every history is a function of (seed, number) alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import json
@@ -35,6 +37,8 @@ _IDLE = ("Thanks!", "Thank you very much.", "Go on.", "Please continue.", "ok",
          "Hello!", "how nice", "Tell me a joke.", "Write a short poem.",
          "That was helpful.", "Danke!", "I see.", "Good morning.", "sure",
          "What do you think?", "haha", "No, that is wrong.", "Bye.")
+_NEAR = 0.8  # of the best sentence's shared words that others must share
+_SENTENCE = re.compile(r"(?<=[.!?\"\u201d])\s+")
 _LEADS = ("", "", "", "Please tell me: ", "I need to know ", "Remind me, ",
           "Do you remember ", "Can you say ", "Explain: ", "Quick question - ")
 
@@ -48,6 +52,7 @@ class Example:
     query: [Q] int32 token ids.
     asked: it is a prompt; else the newest tokens.
     gold: token spans that answer it; none where the history does not.
+    best: token spans in these that the answer was taken from, if known.
     cursor: tokens of the history that are there.
     future: [F] int32 what comes next, where it is known.
   """
@@ -58,6 +63,7 @@ class Example:
   gold: tuple[tuple[int, int], ...]
   cursor: int
   future: np.ndarray
+  best: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +75,7 @@ class History:
 
 
 def read_questions(path, split: str, tokenizer: Tokenizer) -> list[tuple]:
-  """(ids, [(question, gold spans)]) of the documents of a split.
+  """(ids, [(question, gold spans, best spans)]) of the documents of a split.
 
   Args:
     path: JSON lines, xz-compressed; documents of "sections" or of "turns".
@@ -95,17 +101,57 @@ def _document(record: dict, tokenizer: Tokenizer) -> tuple:
              for i, (who, words) in enumerate(record["turns"])]
   pieces = [tokenizer.encode(text) for _, text in parts]
   edges = np.cumsum([0, *map(len, pieces)]).tolist()
-  span = {name: (edges[i], edges[i + 1]) for i, (name, _) in enumerate(parts)}
-  asked = []
+  text, asked = _Sentences([text for _, text in parts], pieces), []
   for q in record["questions"]:
     if "sections" in q:
-      gold = [span[str(s)] for s in q["sections"] if str(s) in span]
+      found = [i for i, (name, _) in enumerate(parts)
+               if name in {str(s) for s in q["sections"]}]
     else:
-      gold = [(edges[a], edges[min(b + 1, len(parts))])
-              for a, b in q["spans"] if a < len(parts)]
-    if gold:
-      asked.append((q["question"], gold))
+      found = sorted({i for a, b in q["spans"]
+                      for i in range(a, min(b + 1, len(parts)))})
+    if found:
+      answer = q.get("answer") or " ".join(q["answers"])
+      asked.append((q["question"], [(edges[i], edges[i + 1]) for i in found],
+                    text.telling(found, answer)))
   return np.concatenate(pieces).astype(np.int32), asked
+
+
+class _Sentences:
+  """The sentences of a document's parts, and which of them tell an answer."""
+
+  def __init__(self, texts: Sequence[str], pieces: Sequence[np.ndarray]):
+    self._of: list[list[tuple[tuple[int, int], set[str]]]] = []
+    start = 0
+    for text, ids in zip(texts, pieces):
+      per_byte = len(ids) / max(1, len(text.encode()))  # about
+      own, at = [], 0
+      for sentence in _SENTENCE.split(text):
+        size = len(sentence.encode()) + 1
+        a, b = int(at * per_byte), int(np.ceil((at + size) * per_byte))
+        own.append(((start + a, start + min(b, len(ids))), _words(sentence)))
+        at += size
+      self._of.append(own)
+      start += len(ids)
+    held = Counter(w for own in self._of for _, words in own for w in words)
+    count = max(1, sum(map(len, self._of)))
+    self._rarity = {w: float(np.log(count / n)) for w, n in held.items()}
+
+  def telling(self, parts: Sequence[int], answer: str
+              ) -> tuple[tuple[int, int], ...]:
+    """Token spans of the sentences with most of the answer's words.
+
+    Those with at least `_NEAR` of the best one's, in rarity.
+    """
+    wanted = _words(answer)
+    scored = [(sum(self._rarity[w] for w in words & wanted), span)
+              for i in parts for span, words in self._of[i]]
+    top = max((score for score, _ in scored), default=0.0)
+    return tuple(sorted(
+      span for score, span in scored if top and score >= _NEAR * top))
+
+
+def _words(text: str) -> set[str]:
+  return set(re.findall(r"\w+", text.casefold()))
 
 
 def question_histories(documents: Sequence[tuple], tokenizer: Tokenizer,
@@ -118,26 +164,27 @@ def question_histories(documents: Sequence[tuple], tokenizer: Tokenizer,
         documents[index][0]) > LENGTH * 1.15 and groups[-1]:
       groups.append([])
     groups[-1].append(documents[index])
-  every = [q for _, asked in documents for q, _ in asked]
+  every = [q for _, asked in documents for q, *_ in asked]
   for group in groups:
     ids = np.concatenate([ids for ids, _ in group])
     examples, at = [], 0
+    own = {q for _, others in group for q, *_ in others}
     for part, asked in group:
-      for question, gold in asked:
-        moved = tuple((a + at, b + at) for a, b in gold)
-        own = {q for _, others in group for q, _ in others}
+      for question, gold, best in asked:
+        gold, best = (tuple((a + at, b + at) for a, b in spans)
+                      for spans in (gold, best))
         if rng.integers(_FOREIGN) == 0:
-          question, moved = every[int(rng.integers(len(every)))], ()
+          question, gold, best = every[int(rng.integers(len(every)))], (), ()
           if question in own:
             continue
-        examples.append(_asking("questions", question, moved, len(ids),
-                                tokenizer, rng))
+        examples.append(_asking("questions", question, gold, len(ids),
+                                tokenizer, rng, best))
       at += len(part)
     yield History(ids, tuple(examples))
 
 
 def _asking(kind: str, question: str, gold, cursor: int, tokenizer: Tokenizer,
-            rng: np.random.Generator) -> Example:
+            rng: np.random.Generator, best=()) -> Example:
   """An example of a prompt, in one of the ways people type."""
   text = str(rng.choice(_LEADS))
   text += question if not text else question[:1].lower() + question[1:]
@@ -151,7 +198,7 @@ def _asking(kind: str, question: str, gold, cursor: int, tokenizer: Tokenizer,
   elif way == 3 and rng.integers(3) == 0:
     text = text.upper()
   return Example(kind, np.asarray(tokenizer.encode(text), np.int32), True,
-                 tuple(gold), cursor, np.zeros(0, np.int32))
+                 tuple(gold), cursor, np.zeros(0, np.int32), tuple(best))
 
 
 class TextHistories:

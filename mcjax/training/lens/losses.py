@@ -39,7 +39,7 @@ class LensObjective:
   rank: float = 1.0
   complete: float = 0.3
   weigh: float = 0.5
-  miss: float = 30.0
+  miss: float = 300.0
   text: float = 2.0
   answerable: float = 0.3
   invented: float = 4.0
@@ -78,12 +78,14 @@ def loss(params, lens: lensnet.LensNetConfig, objective: LensObjective,
   gold = (targets.gold > 0) & inputs.mask
   known = targets.asked & jnp.any(gold, axis=1)
   log_share = jax.nn.log_softmax(out.rank, axis=1)
-  rank = -jax.nn.logsumexp(jnp.where(gold, log_share, -1e9), axis=1)
+  held = jnp.log(jnp.where(gold, targets.gold, 1.0))
+  rank = -jax.nn.logsumexp(jnp.where(gold, log_share + held, -1e9), axis=1)
   share = jnp.where(gold, targets.gold, 0.0)
   share = share / jnp.maximum(jnp.sum(share, axis=1, keepdims=True), 1e-6)
   complete = -jnp.sum(share * jnp.where(gold, log_share, 0.0), axis=1)
   twice = 2 * out.worth  # tanh(w) = 2 sigmoid(2 w) - 1
-  weigh = (objective.miss * jnp.where(gold, jax.nn.softplus(-twice), 0.0)
+  weigh = (objective.miss * jnp.where(gold, targets.gold, 0.0)
+           * jax.nn.softplus(-twice)
            + jnp.where(gold, 0.0, jax.nn.softplus(twice)))
   rows = jnp.maximum(jnp.sum(inputs.mask.astype(jnp.float32), 1), 1.0)
   weigh = 4 * jnp.sum(jnp.where(inputs.mask, weigh, 0.0), 1) / rows

@@ -31,6 +31,7 @@ from mcjax.window.focus_view import fading_weights
 
 ROWS = 160  # of a window at most
 NODES = 256  # of a search
+_AROUND = 0.3  # of evidence around the sentence that answers
 _COPY = 3  # tokens of which the last one is foretold by the others
 _GAIN = 20.0  # focus score's logit for every foretold share of the next tokens
 
@@ -42,7 +43,7 @@ class WindowSet:
   Attributes:
     features: [N, ROWS, FEATURES] float16.
     block: [N, ROWS] int32; -1 for padding.
-    gold: [N, ROWS] float16 share of a block that answers the prompt.
+    gold: [N, ROWS] float16 how much of what answers the prompt a block holds.
     worth: [N, ROWS] float16 score in [-1, 1] while text is read on.
     asked, answerable: [N] bool.
     newest: [N, 32] int32 newest tokens; -1 for none.
@@ -186,7 +187,7 @@ class WindowMaker:
     block = np.full(ROWS, -1, np.int32)
     block[:count] = rows.block
     gold, worth = np.zeros((2, ROWS), np.float16)
-    gold[:count] = _gold(rows.block, example.gold)
+    gold[:count] = _gold(rows.block, example.gold, example.best)
     if len(example.future):
       worth[:count] = _worth(tree, rows, example.future)
     newest = np.full(BRANCHING, -1, np.int32)
@@ -224,13 +225,30 @@ def _rows(found: list[int], last: int, rng) -> Rows:
     np.array(found[: ROWS - len(raw)], np.int64), raw]))[-ROWS:]
   state = np.where(blocks >= raw[0], RAW, BURIED)
   state[(blocks < raw[0]) & (blocks // BRANCHING == raw[0] // BRANCHING)] = GIST
-  if rng.integers(3) == 0:  # some that were expanded before
-    state[rng.permutation(len(blocks))[:6]] = RAW
+  if rng.integers(2):  # some that were expanded before, most often the best
+    best = np.isin(blocks, found[: int(rng.integers(24))])
+    state[best & (rng.random(len(blocks)) < 0.7)] = RAW
+    state[rng.permutation(len(blocks))[: int(rng.integers(8))]] = RAW
   return Rows(blocks, state.astype(np.int32), np.zeros(len(blocks), np.int64))
 
 
-def _gold(blocks: np.ndarray, spans) -> np.ndarray:
-  """Share of each block that lies in one of the spans, [R]."""
+def _gold(blocks: np.ndarray, spans, best) -> np.ndarray:
+  """How much of what answers each block holds, [R] in [0, 1].
+
+  Where it is known what the answer was taken from, the rest of what was marked
+  as evidence counts `_AROUND`.
+  """
+  whole = _shares(blocks, spans)
+  if not best:
+    return whole
+  return np.maximum(_AROUND * whole, _shares(blocks, best))
+
+
+def _shares(blocks: np.ndarray, spans) -> np.ndarray:
+  """Share of each block that lies in one of the spans, [R].
+
+  Or of the span, where that is shorter than a block.
+  """
   start = blocks * BRANCHING
   out = np.zeros(len(blocks))
   for a, b in spans:

@@ -86,8 +86,11 @@ def finished(tmp_path_factory, lm, encoder, stores, questions):
 
 def test_a_question_knows_the_section_that_answers(lm, questions):
   (ids, asked), _ = histories.read_questions(questions, "train", lm.tokenizer)
-  question, [(a, b)] = asked[0]
+  question, [(a, b)], best = asked[0]
   assert "KAI SOLHEIM" in lm.tokenizer.decode(ids[a:b])
+  told = [lm.tokenizer.decode(ids[x:y]) for x, y in best]
+  assert all(a <= x < y <= b for x, y in best)
+  assert any("KAI SOLHEIM" in text for text in told), told
   history = next(iter(histories.question_histories(
     [(ids, asked)], lm.tokenizer, 0)))
   for example in history.examples:
