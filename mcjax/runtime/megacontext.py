@@ -370,14 +370,19 @@ class MegaContext(Handle):
 
   def _answered(self, prompt: Prompt, request: Request, template: bool
                 ) -> Generation:
+    turn = self._turn(prompt, template)
+    return self._run(answering.steps(
+      self._loop, turn.ids, turn.closing, request, self._sources),
+      self._loop.context)
+
+  def _turn(self, prompt: Prompt, template: bool = True) -> prompts.Turn:
+    """The prompt as the history takes it; it leads the focus from now on."""
     tokenizer = self.lm.tokenizer
     turn = prompts.turn(
       prompt, self.tree, tokenizer, template and self.config.chat == "auto"
       and tokenizer.has_chat_template)
     self._loop.query = turn.query
-    return self._run(answering.steps(
-      self._loop, turn.ids, turn.closing, request, self._sources),
-      self._loop.context)
+    return turn
 
   @locked
   def score(self, text: str) -> np.ndarray:

@@ -81,8 +81,7 @@ class LoopSystem:
     mc = self._tell(evidence)
     with mc._loop.undone():
       before = mc.telemetry.counters["edits"]
-      ids, _ = mc._prompt(question)
-      mc._loop.append(ids)
+      mc._loop.append(mc._turn(question).ids)
       mc._loop.settle()
       mc._loop.attend()
       return self._look(mc.focus(), mc._loop.sources,
