@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import zlib
 
 import numpy as np
 import tensorstore as ts
 
-from mcjax.tree.store import ArraySpec, Store, io_errors
+from mcjax.tree import format as tree_format
+from mcjax.tree.store import ArraySpec, Store, decode_record, io_errors
 from mcjax.types import McjaxError
 
 _SUMS = ArraySpec("uint32", 0, 1024, 2**15)
@@ -26,6 +28,9 @@ class Column:
   column of their own (which has checksums in its turn, a thousandth as many),
   and one of the incomplete chunk, in the commit record. So a chunk that is
   damaged, stale, or another one's is found when it is read.
+
+  Compaction moves the oldest rows into an array of larger files, PATH/packed;
+  the rows and their checksums stay what they are.
   """
 
   def __init__(
@@ -35,6 +40,7 @@ class Column:
     spec: ArraySpec,
     length: int,
     sums: Mapping[str, int] | None = None,
+    packed: Mapping[str, Sequence[int]] | None = None,
   ):
     """Opens a column, or begins one of length 0.
 
@@ -45,6 +51,7 @@ class Column:
       length: rows that are committed.
       sums: checksums of incomplete chunks by path, from the commit record;
         None where the tree has no checksums.
+      packed: rows that are packed, and rows a file, by path, from the record.
     """
     self.spec, self.path = spec, path
     self.length = self.flushed = length
@@ -57,6 +64,20 @@ class Column:
     if self._checked and (chunks := length // spec.chunk):
       self._sums = Column(store, f"{path}/sums", _SUMS, chunks, sums)
     self._pages: dict[int, np.ndarray] = {}
+    self.packed = 0
+    self._packed_array: ts.TensorStore | None = None
+    if packed and path in packed:
+      self.use_packed(*packed[path])
+
+  def use_packed(self, rows: int, shard: int) -> None:
+    """Reads the first `rows` rows from the packed array from now on."""
+    self._packed_array = self.packed_array(shard, create=False)
+    self.packed = rows
+
+  def packed_array(self, shard: int, create: bool) -> ts.TensorStore:
+    """The array of packed rows, so many of them a file. Raises: McjaxError."""
+    spec = self.spec._replace(shard=shard)
+    return self._store.array(f"{self.path}/packed", spec, create)
 
   def append(self, rows: np.ndarray) -> None:
     """Adds a copy of rows [n, *row_shape] in RAM."""
@@ -92,8 +113,7 @@ class Column:
     if self._checked:
       low = start // chunk * chunk
       high = min(-(-stop // chunk) * chunk, self.flushed)
-    with io_errors(f"read {self.path} of", self._store.url):
-      rows = self._array[low:high].read().result()
+    rows = self._read_stored(low, high)
     if self._checked:
       found, rest = _checksums(rows, chunk)
       expected = self._expected(low // chunk, low // chunk + len(found))
@@ -105,9 +125,55 @@ class Column:
           raise McjaxError(
             f"{self.path} of {self._store.url} is damaged: rows {at} to"
             f" {min(at + chunk, high)} are not those that were committed"
-            " (checksum): restore the tree from a backup"
+            " (checksum): tools/check_tree tells what is lost, --repair what"
+            " can be made anew"
           )
     return rows[start - low : stop - low]
+
+  def _read_stored(self, low: int, high: int) -> np.ndarray:
+    """Flushed rows, packed or not, as the arrays have them."""
+    try:
+      return self._read_arrays(low, high)
+    except McjaxError:
+      if not self._has_moved():
+        raise
+    return self._read_arrays(low, high)
+
+  def _read_arrays(self, low: int, high: int) -> np.ndarray:
+    assert self._array is not None
+    edge = min(max(low, self.packed), high)
+    with io_errors(f"read {self.path} of", self._store.url):
+      parts = []
+      if low < edge:
+        assert self._packed_array is not None
+        parts.append(self._packed_array[low:edge].read())
+      if edge < high or not parts:
+        parts.append(self._array[edge:high].read())
+      rows = [part.result() for part in parts]
+      return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+  def _has_moved(self) -> bool:
+    """Follows a compaction since this column was opened, if there was one.
+
+    Raises:
+      McjaxError: the column is not in use any more.
+    """
+    record = None
+    with contextlib.suppress(McjaxError):
+      raw, _ = self._store.read_record()
+      record = decode_record(raw, self._store.url) if raw else None
+    if record is None or "gist_epoch" not in record:
+      return False
+    if not tree_format.is_current(self.path, record):
+      raise McjaxError(
+        f"{self._store.url} was written anew since it was opened: refresh it,"
+        " or open it again"
+      )
+    rows, shard = record.get("packed", {}).get(self.path, (0, 0))
+    if rows <= self.packed:
+      return False
+    self.use_packed(rows, shard)
+    return True
 
   def _expected(self, first: int, last: int) -> list[int]:
     """Checksums of complete chunks [first, last)."""
@@ -175,10 +241,30 @@ class Column:
     step = max(self.spec.shard, self.spec.chunk)
     for start in range(0, stop, step):
       assert self._array is not None
-      with io_errors(f"read {self.path} of", self._store.url):
-        rows = self._array[start : min(start + step, stop)].read().result()
+      rows = self._read_stored(start, min(start + step, stop))
       self._add_sums(rows)
       self.flushed = start + len(rows)
+
+  def damage(self) -> Iterator[tuple[int, int]]:
+    """Rows [start, stop) of chunks that are not those committed."""
+    step = max(self.spec.shard, self.spec.chunk)
+    for start in range(0, self.flushed, step):
+      stop = min(start + step, self.flushed)
+      if not self._reads_well(start, stop):
+        yield from self._bad_chunks(start, stop)
+
+  def _reads_well(self, start: int, stop: int) -> bool:
+    try:
+      self._read_array(start, stop)
+    except McjaxError:
+      return False
+    return True
+
+  def _bad_chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    for low in range(start, stop, self.spec.chunk):
+      high = min(low + self.spec.chunk, stop)
+      if not self._reads_well(low, high):
+        yield low, high
 
   @property
   def sums(self) -> Column | None:

@@ -155,9 +155,9 @@ class TokenFrequency:
     self.counts[found] += times.astype(np.uint32)
     self.blocks += len(blocks)
 
-  def save(self) -> dict[str, int]:
+  def save(self, always: bool = False) -> dict[str, int]:
     """What the commit record says of the counts, written if they are old."""
-    if self.blocks - self._saved >= self.EVERY:
+    if always or self.blocks - self._saved >= self.EVERY:
       slot = 1 - self._slot
       array = self._store.array("frequency", self._spec, create=True)
       with io_errors("write token frequencies of", self._store.url):

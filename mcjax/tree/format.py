@@ -1,4 +1,4 @@
-"""Format version 2 of a stored tree: its arrays, its record, its gist rows.
+"""Format version 3 of a stored tree: its arrays, its record, its gist rows.
 
 mcjax_tree.json   the record: who made it, how long it is; written last
 tokens            [cursor] uint16, or uint32 above 65,536 ids
@@ -11,7 +11,9 @@ frequency         [2, vocab_size] uint32, two slots
 journal           [bytes] uint8, JSON lines of events
 
 PATH/sums         [chunks] uint32: CRC-32 of every complete chunk of the rows of
-                  an append-only array (all but the last two)
+                  an append-only array (tokens, gists, keys, lens, journal)
+PATH/packed       the oldest rows of such an array, many more in a file
+tokens.E, keys.E, journal.E: the same written anew, in epoch E
 
 The record's "sums" holds, for each append-only array, the CRC-32 of the rows
 of its last, incomplete chunk: those of a "sums" array too, which is checked as
@@ -21,12 +23,20 @@ tree without lens keys; records from before there were any lack it.
 twice. "journal" is the length of the journal in bytes; records from before
 there was one lack it.
 
-Version 1 had no checksums; the first commit to such a tree makes them.
+Its "commit" counts the commits; a copy of the record, written after it, tells
+one that was put back from an older backup.
+
+Its "packed" is {PATH: [rows, rows a file]} of what `compact` moved, "epochs"
+holds those of tokens, keys and journal; both are missing at first.
+
+Version 1 had no checksums; the first commit to such a tree makes them. Version
+2 had no copy and no count.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tensorstore as ts
@@ -34,10 +44,12 @@ import tensorstore as ts
 from mcjax.tree import learned_keys as lens_keys
 from mcjax.tree import lexical_keys as keys
 from mcjax.tree.store import MAX_ROWS, ArraySpec
-from mcjax.types import BRANCHING, McjaxError
+from mcjax.types import BRANCHING, McjaxError, span_width
 
 FORMAT = "mcjax-tree"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+PLAIN = ("tokens", "keys", "journal")  # kinds whose first epoch has no number
+JOURNAL_SPEC = ArraySpec("uint8", 0, 2**12, 2**16)
 GIST_DTYPES = ("bfloat16", "float32", "int8")
 _BFLOAT16 = ts.bfloat16.numpy_dtype
 _SCALE_BYTES = 4  # an int8 gist ends with its float32 scale
@@ -68,7 +80,8 @@ def folder(kind: str, record: dict) -> str:
     return f"gists/{record['gist_epoch']}"
   if kind == "lens":
     return f"lens/{record['lens']['epoch']}"
-  return kind
+  epoch = record.get("epochs", {}).get(kind, 0)
+  return f"{kind}.{epoch}" if epoch else kind
 
 
 def column_spec(kind: str, level: int, record: dict) -> ArraySpec:
@@ -84,16 +97,88 @@ def column_spec(kind: str, level: int, record: dict) -> ArraySpec:
   return ArraySpec(dtype, width, 32, 256, compress=False)
 
 
+def kinds(record: dict) -> list[str]:
+  """The kinds of columns that the record names."""
+  return [*PLAIN, "gists", *(["lens"] if record.get("lens") else [])]
+
+
+def next_epochs(record: dict, kinds: Iterable[str]) -> dict:
+  """The record with the columns of some kinds written anew."""
+  out: dict[str, Any] = dict(record, epochs=dict(record.get("epochs", {})))
+  for kind in kinds:
+    if kind == "gists":
+      out["gist_epoch"] += 1
+    elif kind == "lens":
+      out["lens"] = out["lens"] | {"epoch": out["lens_epochs"]}
+      out["lens_epochs"] += 1
+    else:
+      out["epochs"][kind] = out["epochs"].get(kind, 0) + 1
+  return out
+
+
 def epoch_folders(record: dict) -> set[str]:
   """The folders of epochs that the record names."""
-  kinds = ["gists"] + ["lens"] * bool(record.get("lens"))
-  return {folder(kind, record) for kind in kinds}
+  return {folder(kind, record) for kind in kinds(record)}
 
 
 def past_folders(record: dict) -> set[str]:
   """The folders of every epoch up to those of the record."""
-  gists = {f"gists/{e}" for e in range(record["gist_epoch"] + 1)}
-  return gists | {f"lens/{e}" for e in range(record.get("lens_epochs", 0))}
+  out = {f"gists/{e}" for e in range(record["gist_epoch"] + 1)}
+  out |= {f"lens/{e}" for e in range(record.get("lens_epochs", 0))}
+  for kind in PLAIN:
+    for epoch in range(record.get("epochs", {}).get(kind, 0) + 1):
+      out.add(folder(kind, {"epochs": {kind: epoch}}))
+  return out
+
+
+def is_current(path: str, record: dict) -> bool:
+  """Whether the record uses a column at that path."""
+  return any(
+    path == f or path.startswith(f + "/") for f in epoch_folders(record))
+
+
+def without_past(record: dict) -> dict:
+  """The record without what it says of columns it does not use any more."""
+  out = dict(record)
+  for field in ("packed", "sums"):
+    if record.get(field) is not None:
+      out[field] = {
+        p: v for p, v in record[field].items() if is_current(p, record)}
+  return out
+
+
+class Place(NamedTuple):
+  """One column of a tree as its record has it."""
+
+  kind: str
+  level: int
+  path: str
+  spec: ArraySpec
+  length: int
+
+
+def places(record: dict) -> list[Place]:
+  """Every column with rows, children before parents."""
+  cursor, journal = record["cursor"], record.get("journal", 0)
+  found = [
+    Place("tokens", 0, folder("tokens", record),
+          tokens_spec(record["vocab_size"]), cursor),
+    Place("journal", 0, folder("journal", record), JOURNAL_SPEC, journal),
+  ]
+  level = 1
+  while nodes := cursor // span_width(level):
+    for kind in kinds_of(level, record):
+      spec = column_spec(kind, level, record)
+      path = f"{folder(kind, record)}/L{level}"
+      found.append(Place(kind, level, path, spec, nodes))
+    level += 1
+  return [place for place in found if place.length]
+
+
+def kinds_of(level: int, record: dict) -> list[str]:
+  """Kinds of columns that are stored of a level >= 1."""
+  out = ["gists", "keys"] if level > 1 else ["gists"]
+  return [*out, "lens"] if record.get("lens") else out
 
 
 def pack_gists(gists: np.ndarray, dtype: str) -> np.ndarray:
@@ -158,6 +243,7 @@ def new_record(
     "gist_epoch": 0,
     "keys": keys.SCHEME,
     "cursor": 0,
+    "commit": 1,
     "frequency": {"slot": 0, "blocks": 0},
     "sums": {},
     "extra": {},
@@ -173,6 +259,29 @@ def check_record(
   encoder: Encoder | None,
 ) -> None:
   """Raises McjaxError unless the record is readable and of these models."""
+  check_readable(record, url)
+  base = record["base"]
+  if base["fingerprint"] != base_fingerprint:
+    raise McjaxError(
+      f"{url} was made with the base LM {base['name']}"
+      f" ({base['fingerprint']}), not with {base_name} ({base_fingerprint})"
+    )
+  if encoder is not None:
+    check_gistnet(record, url, encoder)
+
+
+def check_gistnet(record: dict, url: str, encoder: Encoder) -> None:
+  """Raises McjaxError unless the GistNet made the tree's gists."""
+  made_with = record["gistnet"]["fingerprint"]
+  if made_with != encoder.fingerprint:
+    raise McjaxError(
+      f"{url} holds gists of the GistNet {made_with}, not of"
+      f" {encoder.fingerprint}: load that one, or rebuild the gists"
+    )
+
+
+def check_readable(record: dict, url: str) -> None:
+  """Raises McjaxError unless this version can read what the record says."""
   if record.get("format") != FORMAT:
     raise McjaxError(f"{url} is not a tree but {record.get('format')!r:.99}")
   version = record.get("version")
@@ -189,18 +298,6 @@ def check_record(
   if record["keys"] != keys.SCHEME:
     raise McjaxError(
       f"{url} has keys of scheme {record['keys']}, not {keys.SCHEME}"
-    )
-  base = record["base"]
-  if base["fingerprint"] != base_fingerprint:
-    raise McjaxError(
-      f"{url} was made with the base LM {base['name']}"
-      f" ({base['fingerprint']}), not with {base_name} ({base_fingerprint})"
-    )
-  made_with = record["gistnet"]["fingerprint"]
-  if encoder is not None and made_with != encoder.fingerprint:
-    raise McjaxError(
-      f"{url} holds gists of the GistNet {made_with}, not of"
-      f" {encoder.fingerprint}: load that one, or rebuild the gists"
     )
 
 
@@ -236,6 +333,9 @@ def _wrong_fields(record: dict) -> list[str]:
     "frequency": whole(get("frequency", "slot"), 0, 1) and whole(blocks)
     and whole(get("cursor")) and blocks <= record["cursor"] // BRANCHING
     and (crc is None or whole(crc, 0, 2**32 - 1)),
+    "commit": whole(record.get("commit", 0)),
+    "epochs": _wholes(record.get("epochs", {})),
+    "packed": _is_packed(record.get("packed", {})),
     "extra": isinstance(get("extra"), dict),
     "journal": whole(record.get("journal", 0)),
     "lens": lens is None or texts(lens, "fingerprint")
@@ -246,3 +346,14 @@ def _wrong_fields(record: dict) -> list[str]:
     and all(whole(value, 0, 2**32 - 1) for value in sums.values()),
   }
   return [name for name, fine in checks.items() if not fine]
+
+
+def _wholes(value: object) -> bool:
+  return isinstance(value, dict) and all(
+    type(v) is int and 0 <= v <= MAX_ROWS for v in value.values())
+
+
+def _is_packed(value: object) -> bool:
+  return isinstance(value, dict) and all(
+    isinstance(v, list) and len(v) == 2 and _wholes(dict(enumerate(v)))
+    and v[1] > 0 for v in value.values())

@@ -13,11 +13,10 @@ import json
 import numpy as np
 
 from mcjax.tree.columns import Column
-from mcjax.tree.store import ArraySpec, Store
+from mcjax.tree.format import JOURNAL_SPEC
+from mcjax.tree.store import Store
 from mcjax.types import McjaxError, span_width
 
-PATH = "journal"
-SPEC = ArraySpec("uint8", 0, 2**12, 2**16)
 FORGOTTEN = "forgotten"  # kind of an event that hides tokens [start, stop)
 
 
@@ -32,9 +31,9 @@ class Journal:
   """
 
   def __init__(self, store: Store, length: int,
-               sums: Mapping[str, int] | None = None):
+               sums: Mapping[str, int] | None = None, path: str = "journal"):
     """Reads `length` bytes. Raises: McjaxError if they are no JSON lines."""
-    self.column = Column(store, PATH, SPEC, length, sums)
+    self.column = Column(store, path, JOURNAL_SPEC, length, sums)
     lines = self.column.read(0, length).tobytes()
     try:
       self.events = [json.loads(line) for line in lines.splitlines()]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import functools
 
 import numpy as np
 
 from mcjax.tree import format as tree_format
 from mcjax.tree import learned_keys as lens_keys
-from mcjax.tree import lexical_keys as lexical
 from mcjax.tree.columns import Column, flush_columns
+from mcjax.tree.derive import NodeMaker
 from mcjax.tree.format import Encoder
 from mcjax.tree.store import Store
-from mcjax.types import BRANCHING, McjaxError, span_width
+from mcjax.types import BRANCHING, span_width
 
 SLICE_TOKENS = 2 * span_width(3)  # tokens per encoder batch of a long append
 
@@ -36,11 +35,13 @@ class Levels:
     self.ingested = 0
     spec = tree_format.tokens_spec(record["vocab_size"])
     self._sums = record.get("sums")
-    self.tokens = Column(store, "tokens", spec, self.cursor, self._sums)
+    self.tokens = Column(
+      store, tree_format.folder("tokens", record), spec, self.cursor,
+      self._sums, record.get("packed"))
     self._columns: dict[tuple[str, int], Column] = {}
     level = 1
     while self.num_nodes(level):
-      for kind in self._kinds(level):
+      for kind in tree_format.kinds_of(level, record):
         length = self.num_nodes(level)
         column = self._make_column(kind, level, record, length)
         self._columns[kind, level] = column
@@ -52,17 +53,17 @@ class Levels:
     """What the record will say of the lens keys held; None without any."""
     return self._record.get("lens")
 
-  def _kinds(self, level: int) -> list[str]:
-    """Kinds of columns that are stored of a level."""
-    kinds = ["gists", "keys"] if level > 1 else ["gists"]
-    return kinds + ["lens"] if self.lens else kinds
-
   def num_nodes(self, level: int) -> int:
     """Complete nodes of a level."""
     return self.cursor // span_width(level)
 
   def column(self, kind: str, level: int) -> Column:
-    """The "gists", "keys" or "lens" of a level, made on first use."""
+    """The "gists", "keys" or "lens" of a level, made on first use.
+
+    The "tokens" of level 0, too.
+    """
+    if kind == "tokens":
+      return self.tokens
     if (kind, level) not in self._columns:
       column = self._make_column(kind, level, self._record, 0)
       self._columns[kind, level] = column
@@ -73,7 +74,8 @@ class Levels:
   ) -> Column:
     spec = tree_format.column_spec(kind, level, record)
     path = f"{tree_format.folder(kind, record)}/L{level}"
-    return Column(self._store, path, spec, length, self._sums)
+    packed = record.get("packed")
+    return Column(self._store, path, spec, length, self._sums, packed)
 
   def blocks(self, start: int, stop: int) -> np.ndarray:
     """Token ids of blocks [start, stop): int32 [n, 32]."""
@@ -91,17 +93,14 @@ class Levels:
     old = self.cursor
     self.tokens.append(ids)
     self.cursor += len(ids)
+    maker = self._maker(encoder, self.column, self.keyer)
     level = 1
     while (start := old // span_width(level)) < self.num_nodes(level):
-      stop = self.num_nodes(level)
-      rows = self._encode(encoder, level, start, stop, self.column)
-      self.column("gists", level).append(rows)
-      if level > 1:
-        self.column("keys", level).append(self._new_keys(level, start, stop))
-      if self.lens and self.keyer:
-        rows = self._lens_keys(self.keyer, level, start, stop, self.column)
-        self.column("lens", level).append(rows)
+      for kind in tree_format.kinds_of(level, self._record):
+        rows = maker.rows(kind, level, start, self.num_nodes(level))
+        self.column(kind, level).append(rows)
       level += 1
+    self.ingested += maker.read
 
   def _keyer_fits(self) -> bool:
     keyer, lens = self.keyer, self.lens
@@ -116,72 +115,16 @@ class Levels:
   def _drop_lens_columns(self) -> None:
     self._columns = self._without_lens()
 
-  def _encode(
-    self,
-    encoder: Encoder,
-    level: int,
-    start: int,
-    stop: int,
-    column: Callable[[str, int], Column],
-  ) -> np.ndarray:
-    """Stored gists of nodes [start, stop), from the level below."""
-    n, width = stop - start, encoder.d_model
-    self.ingested += n * BRANCHING
-    if level == 1:
-      gists = encoder.encode_tokens(self.blocks(start, stop))
-    else:
-      below = column("gists", level - 1)
-      rows = below.read(start * BRANCHING, stop * BRANCHING)
-      children = tree_format.unpack_gists(rows).reshape(n, BRANCHING, -1)
-      gists = encoder.encode_gists(children, level)
-    gists = np.asarray(gists, np.float32)
-    if gists.shape != (n, width):
-      raise ValueError(f"gists of shape {gists.shape}, not {(n, width)}")
-    if not np.isfinite(gists).all():
-      raise McjaxError(
-        f"the GistNet {encoder.fingerprint} made a gist of level {level} that"
-        " is not finite"
-      )
-    return tree_format.pack_gists(gists, self._record["gist_dtype"])
-
-  def _new_keys(self, level: int, start: int, stop: int) -> np.ndarray:
-    if lexical.key_dim(level) != lexical.key_dim(level - 1):
-      self.ingested += (stop - start) * span_width(level)
-      return self.sketch(level, start, stop)
-    self.ingested += (stop - start) * BRANCHING
-    below = self.column("keys", level - 1)
-    rows = below.read(start * BRANCHING, stop * BRANCHING)
-    return lexical.union(rows.reshape(stop - start, BRANCHING, -1))
-
-  def _lens_keys(
-    self,
-    keyer: lens_keys.Keyer,
-    level: int,
-    start: int,
-    stop: int,
-    column: Callable[[str, int], Column],
-  ) -> np.ndarray:
-    """Lens keys of nodes [start, stop), from gists or the level below."""
-    n = stop - start
-    self.ingested += n * BRANCHING
-    if level == 1:
-      gists = tree_format.unpack_gists(column("gists", 1).read(start, stop))
-      return lens_keys.block_keys(keyer, self.blocks(start, stop), gists)
-    below = column("lens", level - 1)
-    rows = below.read(start * BRANCHING, stop * BRANCHING)
-    return lens_keys.bounds(rows.reshape(n, BRANCHING, -1), keyer.key_dim)
-
   def sketch(self, level: int, start: int, stop: int) -> np.ndarray:
     """Keys of nodes [start, stop), from their tokens and the few before."""
-    width = span_width(level)
-    low = max(0, start * width - lexical.LOOKBACK)
-    ids = self.tokens.read(low, stop * width).astype(np.int64)
-    missing = lexical.LOOKBACK - (start * width - low)
-    ids = np.concatenate([np.full(missing, -1), ids])
-    spans = np.lib.stride_tricks.sliding_window_view(
-      ids, lexical.LOOKBACK + width
-    )[::width]
-    return lexical.sketch(spans, level)
+    return self._maker(None, self.column).sketch(level, start, stop)
+
+  def _maker(
+    self, encoder: Encoder | None, column: Callable[[str, int], Column],
+    keyer: lens_keys.Keyer | None = None,
+  ) -> NodeMaker:
+    dtype = self._record["gist_dtype"]
+    return NodeMaker(column, dtype, encoder, keyer)
 
   @property
   def has_full_shard(self) -> bool:
@@ -248,20 +191,18 @@ class Levels:
 
     def column(kind: str, level: int) -> Column:
       key = kind, level
-      return new[key] if key in new else self._columns[key]
+      return new[key] if key in new else self.column(kind, level)
 
-    makers = {}
-    if encoder is not None:
-      makers["gists"] = functools.partial(self._encode, encoder)
-    if keyer is not None:
-      makers["lens"] = functools.partial(self._lens_keys, keyer)
+    maker = self._maker(encoder, column, keyer)
     step = SLICE_TOKENS // BRANCHING
-    for kind, make in makers.items():
+    kinds = ["gists"] * (encoder is not None) + ["lens"] * (keyer is not None)
+    for kind in kinds:
       level = 1
       while count := self.num_nodes(level):
         made = new[kind, level] = self._make_column(kind, level, record, 0)
         for start in range(0, count, step):
-          made.append(make(level, start, min(start + step, count), column))
+          stop = min(start + step, count)
+          made.append(maker.rows(kind, level, start, stop))
           flush_columns([made], self._store.url, everything=False)
         flush_columns([made], self._store.url, everything=True)
         level += 1

@@ -30,6 +30,7 @@ import shutil
 from typing import Any, NamedTuple
 import zlib
 
+from absl import logging
 import numpy as np
 import tensorstore as ts
 
@@ -37,6 +38,7 @@ from mcjax.types import McjaxError
 
 MAX_ROWS = 2**46
 RECORD_KEY = "mcjax_tree.json"
+COPY_KEY = "mcjax_tree.copy.json"  # of the record, written after it
 _RECORD_BYTES = 64 << 20  # no record is larger
 _OURS = "mcjax_tree."  # what an interrupted creation leaves starts with this
 _LITTER = ".__lock"  # what a killed write leaves ends with this
@@ -123,21 +125,28 @@ class Store:
 
   # The record.
 
-  def read_record(self) -> tuple[bytes | None, bytes]:
-    """The raw record (None where there is none) and its generation."""
+  def read_record(self, key: str = RECORD_KEY) -> tuple[bytes | None, bytes]:
+    """The raw record (None where there is none) and its generation.
+
+    Args:
+      key: the record, or `COPY_KEY`.
+    """
     with io_errors("read", self.url):
       if self.folder is not None:
-        path = self.folder / RECORD_KEY
+        path = self.folder / key
         if path.exists() and not path.is_file():
           raise McjaxError(f"{path} is not a file")
         if path.exists() and path.stat().st_size > _RECORD_BYTES:
           raise McjaxError(f"{path} is too large for a commit record")
-      found = self._kv.read(RECORD_KEY).result()
+      found = self._kv.read(key).result()
     value = bytes(found.value) if found.state == "value" else None
     return value, found.stamp.generation
 
   def write_record(self, value: bytes, generation: bytes) -> bytes:
-    """Replaces the record atomically.
+    """Replaces the record atomically, then its copy.
+
+    The copy tells a record that is put back from an older backup, and mends one
+    that is damaged. A commit does not fail for its sake.
 
     Args:
       value: the new record.
@@ -156,7 +165,16 @@ class Store:
         f"another process wrote {self.url} meanwhile: close this tree and open"
         " it again"
       )
+    try:
+      self.write_copy(value)
+    except McjaxError as error:
+      logging.log_first_n(logging.WARNING, "%s", 1, error)
     return stamp.generation
+
+  def write_copy(self, value: bytes) -> None:
+    """Replaces the copy of the record. Raises: McjaxError."""
+    with io_errors("write", self.url):
+      self._kv.write(COPY_KEY, value).result()
 
   # Arrays and keys.
 
@@ -210,14 +228,15 @@ class Store:
   def is_unused(self) -> bool:
     """Whether nothing lies under the url but traces of a failed creation."""
     if self.folder is None:
-      names = self._keys()
+      names = self.keys()
     else:
       with io_errors("read", self.url):
         names = [p.name for p in self.folder.iterdir()] if (
           self.folder.exists()) else []
     return all(name.startswith(_OURS) for name in names)
 
-  def _keys(self) -> list[str]:
+  def keys(self) -> list[str]:
+    """Every key, of whatever kind."""
     with io_errors("list", self.url):
       return [key.decode() for key in self._kv.list().result()]
 
@@ -230,7 +249,7 @@ class Store:
       }
     with io_errors("read", self.url):
       return {
-        key: len(self._kv.read(key).result().value) for key in self._keys()
+        key: len(self._kv.read(key).result().value) for key in self.keys()
       }
 
   def delete(self, prefix: str) -> None:
@@ -239,6 +258,28 @@ class Store:
       (self._kv / prefix).delete_range(ts.KvStore.KeyRange()).result()
     if self.folder is not None and prefix.endswith("/"):
       shutil.rmtree(self.folder / prefix, ignore_errors=True)
+
+  def delete_shards(self, path: str, below: int) -> int:
+    """Deletes the first files of an array. Raises: McjaxError.
+
+    Args:
+      path: of the array.
+      below: number of the first file that stays.
+
+    Returns:
+      How many were deleted.
+    """
+    with io_errors("delete from", self.url):
+      chunks = self._kv / f"{path}/c/"
+      keys = [key.decode() for key in chunks.list().result()]
+      gone = [key for key in keys if int(key.split("/")[0]) < below]
+      for pending in [chunks.write(key, None) for key in gone]:
+        pending.result()
+    if self.folder is not None:
+      for key in gone:
+        with contextlib.suppress(OSError):
+          (self.folder / path / "c" / key).parent.rmdir()
+    return len(gone)
 
   def make_folder(self) -> list[pathlib.Path]:
     """Makes the local folder. Returns: those that are new, outermost last."""
@@ -282,7 +323,7 @@ def encode_record(fields: dict[str, object]) -> bytes:
   ).encode()
 
 
-def decode_record(raw: bytes, url: str) -> dict[str, object]:
+def decode_record(raw: bytes, url: str) -> dict[str, Any]:
   """Inverse of `encode_record`. Raises: McjaxError if it is damaged."""
   try:
     fields = json.loads(raw)
@@ -294,7 +335,7 @@ def decode_record(raw: bytes, url: str) -> dict[str, object]:
     ValueError, KeyError, AttributeError, TypeError, RecursionError
   ) as error:
     raise McjaxError(
-      f"the commit record of {url} is damaged ({error}): restore"
-      f" {RECORD_KEY} from a backup"
+      f"the commit record of {url} is damaged ({error}): tools/check_tree"
+      " --repair takes its copy"
     ) from error
   return fields

@@ -48,7 +48,9 @@ class StoredTree:
     frequency = TokenFrequency(
       store, record["vocab_size"], **record["frequency"]
     )
-    journal = Journal(store, record.get("journal", 0), record.get("sums"))
+    journal = Journal(
+      store, record.get("journal", 0), record.get("sums"),
+      tree_format.folder("journal", record))
     blocks = record["cursor"] // span_width(1)
     frequency.add(levels.blocks(frequency.blocks, blocks))
     self._levels, self._frequency = levels, frequency
@@ -186,7 +188,7 @@ class StoredTree:
     kinds = ("tokens", "gists", "keys", "lens", "access", "other")
     total = dict.fromkeys(kinds, 0)
     for key, size in self._store.sizes().items():
-      kind = key.split("/")[0]
+      kind = key.split("/")[0].split(".")[0]
       total[kind if kind in total else "other"] += size
     return total
 

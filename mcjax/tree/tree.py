@@ -16,12 +16,13 @@ import os
 from absl import logging
 import numpy as np
 
+from mcjax.tree import commits
 from mcjax.tree import format as tree_format
 from mcjax.tree import lock as writer_lock
 from mcjax.tree.columns import flush_columns
 from mcjax.tree.learned_keys import Keyer
 from mcjax.tree.levels import SLICE_TOKENS, Encoder
-from mcjax.tree.store import Store, decode_record, encode_record
+from mcjax.tree.store import Store, encode_record
 from mcjax.tree.stored import StoredTree
 from mcjax.types import McjaxError, span_width
 
@@ -73,11 +74,11 @@ class MegaContextTree(StoredTree):
     )
     record["extra"] = extra or record["extra"]
     store = Store(url)
-    _check_unused(store)
+    commits.check_unused(store)
     made, lock = store.make_folder(), None
     try:
       lock = writer_lock.acquire(store)
-      generation = _check_unused(store)  # under the lock, once more
+      generation = commits.check_unused(store)  # under the lock, once more
       store.remove_litter()
       generation = store.write_record(encode_record(record), generation)
     except BaseException:
@@ -128,7 +129,7 @@ class MegaContextTree(StoredTree):
     lock = writer_lock.acquire(store)
     try:
       record, generation = _read_checked(store, *models)
-      _recover(store, lock, record)
+      commits.recover(store, lock, record)
       return cls(store, record, generation, encoder, keyer, lock)
     except BaseException:
       lock.release()
@@ -137,7 +138,7 @@ class MegaContextTree(StoredTree):
   @staticmethod
   def exists(url: str | os.PathLike[str]) -> bool:
     """Whether a tree (whole or damaged) lies at the url."""
-    return Store(url).read_record()[0] is not None
+    return commits.exists(Store(url))
 
   # Writing.
 
@@ -232,6 +233,7 @@ class MegaContextTree(StoredTree):
       logging.log_first_n(logging.WARNING, "%s", 1, error)
 
   def _write_record(self, record: dict) -> None:
+    record["commit"] = self._record.get("commit", 0) + 1
     raw = encode_record(record)
     try:
       generation = self._store.write_record(raw, self._generation)
@@ -406,39 +408,12 @@ class MegaContextTree(StoredTree):
     self.close()
 
 
-def _check_unused(store: Store) -> bytes:
-  """The generation of the record that is not there. Raises: McjaxError."""
-  raw, generation = store.read_record()
-  if raw is not None:
-    raise McjaxError(f"{store.url} already holds a tree: open it instead")
-  if not store.is_unused():
-    raise McjaxError(f"{store.url} is not empty: give a new or empty folder")
-  return generation
-
-
 def _read_checked(
   store: Store, base_fingerprint: str, base_name: str, encoder: Encoder | None
 ) -> tuple[dict, bytes]:
   """The commit record, for these models, and its generation."""
-  raw, generation = store.read_record()
-  if raw is None:
-    raise McjaxError(f"there is no tree at {store.url}")
-  record = decode_record(raw, store.url)
+  record, generation = commits.read_commit(store)
   tree_format.check_record(
     record, store.url, base_fingerprint, base_name, encoder
   )
   return record, generation
-
-
-def _recover(
-  store: Store, lock: writer_lock.WriterLock, record: dict
-) -> None:
-  """Clears up behind a writer that was killed, and says so."""
-  if lock.crashed is None:
-    return
-  count = store.remove_litter()
-  logging.warning(
-    "%s was not closed by %s: going on from its last commit, %d tokens;"
-    " %d files of unfinished writes removed",
-    store.url, lock.crashed, record["cursor"], count,
-  )

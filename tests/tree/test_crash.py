@@ -16,8 +16,9 @@ from mcjax.testing.tree_reference import (
   create,
   peek,
   random_ids,
+  reopen,
 )
-from mcjax.tree.store import RECORD_KEY
+from mcjax.tree.store import COPY_KEY, RECORD_KEY
 from mcjax.types import McjaxError
 
 
@@ -123,11 +124,8 @@ def test_no_damage_is_silent(generations, tmp_path, count):
       try:
         tree = peek(place, keyer=keyer)
         texts = [e["text"] for e in tree.journal.events]
-        if path == pathlib.Path(RECORD_KEY) and kind == "older":
-          check(tree, ids[: tree.cursor], keyer=keyer)  # an older commit
-        else:
-          check(tree, ids, keyer=keyer)
-          assert texts == ["x" * n for n in (9_000, 40_000, 45_000)]
+        check(tree, ids, keyer=keyer)
+        assert texts == ["x" * n for n in (9_000, 40_000, 45_000)]
       except McjaxError as error:
         told += 1
         assert "\n" not in str(error)
@@ -147,6 +145,39 @@ def test_a_stale_and_an_exchanged_shard_are_told_where_they_are(
   tree.gists(1, 0, 256)
   with pytest.raises(McjaxError, match=r"gists/0/L1 .* rows 256 to 288 "):
     tree.gists(1, 285, 286)
+
+
+def test_an_older_record_that_is_put_back_is_told(generations, tmp_path):
+  folders, ids, keyer = generations
+  place = tmp_path / "t"
+  shutil.copytree(folders[2], place)
+  shutil.copy(folders[1] / RECORD_KEY, place)
+  with pytest.raises(McjaxError, match="older one .* commit 3 of 4"):
+    peek(place, keyer=keyer)
+  (place / RECORD_KEY).unlink()
+  with pytest.raises(McjaxError, match="record of .* is missing"):
+    peek(place, keyer=keyer)
+  shutil.copy(place / COPY_KEY, place / RECORD_KEY)
+  check(peek(place, keyer=keyer), ids, keyer=keyer)
+
+
+@pytest.mark.parametrize("copy", ["older", "lost", "damaged"])
+def test_the_record_counts_whatever_its_copy_says(generations, tmp_path, copy):
+  folders, ids, keyer = generations
+  place = tmp_path / "t"
+  shutil.copytree(folders[2], place)
+  if copy == "older":  # as a writer leaves it that dies between the two
+    shutil.copy(folders[1] / COPY_KEY, place)
+  elif copy == "lost":
+    (place / COPY_KEY).unlink()
+  else:
+    (place / COPY_KEY).write_bytes(b"{}")
+  check(peek(place, keyer=keyer), ids, keyer=keyer)
+  tree = reopen(place, keyer=keyer)
+  tree.append(ids[:5])
+  tree.commit()
+  tree.close()
+  assert (place / COPY_KEY).read_bytes() == (place / RECORD_KEY).read_bytes()
 
 
 def test_positions_beyond_two_to_the_31(tmp_path):

@@ -32,7 +32,8 @@ from mcjax.tree.store import RECORD_KEY
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import McjaxError
 
-ARTEFACT = pathlib.Path(__file__).parent / "artefacts" / "tree_v1"
+ARTEFACTS = pathlib.Path(__file__).parent / "artefacts"
+ARTEFACT = ARTEFACTS / "tree_v1"
 
 
 def test_append_is_readable_at_once_and_durable_after_commit(url):
@@ -433,6 +434,20 @@ def test_a_stored_tree_of_version_1_opens(tmp_path):
   ids = np.concatenate([ids, ids[:100]])
   check(tree, ids, encoder)
   tree.rebuild_lens_keys(TinyKeyer())
+  check(peek(tmp_path / "t", encoder), ids, encoder, keyer=TinyKeyer())
+
+
+def test_a_stored_tree_of_version_2_opens(tmp_path):
+  shutil.copytree(ARTEFACTS / "tree_v2", tmp_path / "t")
+  encoder, ids = TinyEncoder(d_model=4), random_ids(9_000, seed=3)
+  tree = reopen(tmp_path / "t", encoder, keyer=TinyKeyer())
+  assert tree.extra == {"note": "format version 2"}
+  assert [e["name"] for e in tree.journal.of("document")] == ["a.md"]
+  check(tree, ids, encoder, keyer=TinyKeyer())
+  tree.append(ids[:5])
+  tree.commit()
+  tree.close()
+  ids = np.concatenate([ids, ids[:5]])
   check(peek(tmp_path / "t", encoder), ids, encoder, keyer=TinyKeyer())
 
 

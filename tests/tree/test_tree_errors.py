@@ -118,7 +118,7 @@ def test_newer_format_and_foreign_record(tmp_path):
   path = tmp_path / "t" / RECORD_KEY
   record = decode_record(path.read_bytes(), "t")
   for field, value, message in (
-    ("version", 3, "format version 3, newer than 2"),
+    ("version", 4, "format version 4, newer than 3"),
     ("format", "other", "not a tree"),
     ("keys", "learned-9", "learned-9"),
   ):
