@@ -28,7 +28,7 @@ from mcjax.testing.tree_reference import (
 )
 from mcjax.tree import format as tree_format
 from mcjax.tree import lexical_keys as keys
-from mcjax.tree.store import RECORD_KEY
+from mcjax.tree.store import COPY_KEY, RECORD_KEY
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import McjaxError
 
@@ -288,7 +288,8 @@ def test_an_interrupted_creation_is_done_again(tmp_path):
     (url / ("mcjax_tree" + name)).write_text("")
   tree = create(url)
   tree.close()
-  assert {p.name for p in url.iterdir()} == {RECORD_KEY, "mcjax_tree.lock"}
+  names = {RECORD_KEY, COPY_KEY, "mcjax_tree.lock"}
+  assert {p.name for p in url.iterdir()} == names
 
 
 def test_access_counts(url):
