@@ -87,6 +87,11 @@ class StoredTree:
     return self._record["vocab_size"]
 
   @property
+  def gistnet_fingerprint(self) -> str:
+    """Identity of the GistNet that made the gists."""
+    return self._record["gistnet"]["fingerprint"]
+
+  @property
   def lens_fingerprint(self) -> str | None:
     """Identity of what made the lens keys held; None if there are none."""
     return self._levels.lens["fingerprint"] if self._levels.lens else None
