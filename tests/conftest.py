@@ -6,6 +6,7 @@ user cache, for the other processes of a run and for the next run.
 """
 
 import os
+import uuid
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([
@@ -27,7 +28,7 @@ from runtime_cases import SMALL  # noqa: E402
 from mcjax import Config, MegaContext  # noqa: E402
 from mcjax.base import hub  # noqa: E402
 from mcjax.base.load import load_base_lm  # noqa: E402
-from mcjax.testing import tiny_base  # noqa: E402
+from mcjax.testing import object_store, tiny_base  # noqa: E402
 
 for name, value in {
   "jax_compilation_cache_dir": str(hub.cache_dir() / "xla-tests"),
@@ -74,11 +75,28 @@ def memory_url():
   return tiny_base.memory_url()
 
 
+@pytest.fixture(scope="session")
+def s3_server():
+  """The environment of an S3-compatible server on loopback."""
+  with object_store.serve() as environment:
+    yield environment
+
+
+@pytest.fixture
+def s3_url(s3_server, monkeypatch):
+  """A place in a bucket of this test's own."""
+  for name, value in s3_server.items():
+    monkeypatch.setenv(name, value)
+  return f"s3://{object_store.BUCKET}/{uuid.uuid4()}"
+
+
 @pytest.fixture(params=["memory", "file"])
 def url(request, tmp_path):
-  """A place for a tree, in memory and on disk."""
+  """A place for a tree, in memory and on disk; "s3" where a test asks."""
   if request.param == "memory":
     return tiny_base.memory_url()
+  if request.param == "s3":
+    return request.getfixturevalue("s3_url")
   return str(tmp_path / "tree")
 
 

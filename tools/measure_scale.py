@@ -1,11 +1,13 @@
-"""How a history grows: a tiny base and GistNet behind up to 100M tokens.
+"""How a history grows: up to 100M tokens behind a tiny base.
 
   python tools/measure_scale.py --folder=/tmp/scale --tokens=100000000
 
 The text is drawn in passages of 512 tokens from the training store of the
 default base (experiments/prepare_data.py), so that words are as frequent as in
-real text; one made-up fact lies in the middle. At 1M, 10M, ... tokens the
-history is closed, opened in a process of its own, and asked for the fact.
+real text; one made-up fact lies in the middle. Gists are plain means of
+embeddings: what is measured is the storage and the loop, not GistNet. At 1M,
+10M, ... tokens the history is closed, opened in a process of its own, and asked
+for the fact.
 """
 
 import dataclasses
@@ -23,6 +25,7 @@ from mcjax.base.gguf_file import GgufFile
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.config import Config
 from mcjax.evaluation.report.writer import Table, markdown_table
+from mcjax.gist.encoder import GistEncoder
 from mcjax.runtime.megacontext import MegaContext
 from mcjax.runtime.telemetry import peak_memory_mib
 from mcjax.testing import tiny_base
@@ -38,11 +41,29 @@ _FACT = ("\nThe zephyrwood quartzometer of Professor Okonkwo-Fitzgerald is kept"
 _QUESTION = "Where is the zephyrwood quartzometer of Okonkwo-Fitzgerald kept?"
 
 
+class _Means(GistEncoder):
+  """The mean of what it stands for."""
+
+  def encode_tokens(self, token_ids):
+    return np.concatenate([
+      self._table[token_ids[a : a + 2048]].mean(1)
+      for a in range(0, len(token_ids), 2048)])
+
+  def encode_gists(self, gists, level):
+    return gists.mean(1)
+
+  def of(self, table: np.ndarray) -> "_Means":
+    self._table = table
+    return self
+
+
 def _models():
   tokenizer = Tokenizer.from_gguf(GgufFile(hub.fetch("smollm2-135m")))
   lm = tiny_base.make_lm(vocab=_VOCAB)
   lm = dataclasses.replace(lm, tokenizer=tokenizer)
-  return lm, tiny_base.gistnet(lm, spread=0.05)
+  plain = tiny_base.gistnet(lm)
+  means = _Means(lm, plain.params, plain.config, trained=False)
+  return lm, means.of(np.asarray(lm.params["embed"]))
 
 
 def _passages(rng: np.random.Generator):

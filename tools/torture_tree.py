@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pathlib
 import shutil
 import sys
@@ -10,7 +12,7 @@ import tempfile
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from mcjax.testing import contention, torture
+from mcjax.testing import contention, object_store, torture
 
 _MODE = flags.DEFINE_enum(
   "mode", "kills", ["kills", "writers", "readers"], "What is done to trees.")
@@ -18,6 +20,8 @@ _KILLS = flags.DEFINE_integer("kills", 1000, "Processes to kill.")
 _COMMITS = flags.DEFINE_integer("commits", 1000, "Of two writers together.")
 _READERS = flags.DEFINE_integer("readers", 8, "Beside one writer.")
 _SECONDS = flags.DEFINE_float("seconds", 300, "That readers read.")
+_S3 = flags.DEFINE_bool(
+  "s3", False, "In a bucket of moto's server on loopback instead of files.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of what is written.")
 
 
@@ -50,14 +54,28 @@ def _readers(place: str) -> bool:
   return not found["torn"]
 
 
+@contextlib.contextmanager
+def _bucket():
+  with object_store.serve() as environment:
+    os.environ.update(environment)
+    yield f"s3://{object_store.BUCKET}"
+
+
+@contextlib.contextmanager
+def _folder():
+  """A temporary one; it stays if the program exits with an error."""
+  place = tempfile.mkdtemp(prefix="torture-")
+  yield place
+  shutil.rmtree(pathlib.Path(place))
+
+
 def main(argv) -> None:
   del argv
   logging.set_verbosity(logging.ERROR)
-  place = tempfile.mkdtemp(prefix="torture-")
   todo = {"kills": _kill, "writers": _two_writers, "readers": _readers}
-  if not todo[_MODE.value](place):
-    sys.exit(f"the trees are left in {place}")
-  shutil.rmtree(pathlib.Path(place))
+  with _bucket() if _S3.value else _folder() as place:
+    if not todo[_MODE.value](place):
+      sys.exit(f"damage: the trees are left in {place}")
 
 
 if __name__ == "__main__":

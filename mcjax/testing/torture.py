@@ -29,6 +29,8 @@ import traceback
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.ma  # noqa: F401  here, lest every forked process imports it
+import numpy.testing  # noqa: F401
 
 from mcjax.testing import tree_reference as reference
 from mcjax.tree.store import Store, decode_record
@@ -39,7 +41,7 @@ STATES = ("start", "create", "open", "append", "ingest", "forget", "rebuild",
           "close")
 _WORK = STATES[3:-1]  # between open and close
 _APPENDS = (1, 33, 400, 3000, 36_000)  # tokens; the last one fills shards
-_LONGEST = 150_000  # tokens of a tree; what is longer is checked slowly
+_LONGEST = 90_000  # tokens of a tree; what is longer is checked slowly
 _ENCODERS = 5
 _ANEW = 0.25  # how often a victim begins a new tree
 _PATIENCE = 120.0  # seconds that a victim may live
@@ -179,6 +181,8 @@ def work(tree: MegaContextTree, state: str, rng: np.random.Generator) -> None:
   if state in ("ingest", "forget"):
     _commit_event(tree)
   if state == "rebuild":
+    if tree.cursor > tree.committed:  # else it commits, and no event with it
+      _commit_event(tree)
     tree.rebuild_gists(encoder(int(rng.integers(_ENCODERS))))
 
 

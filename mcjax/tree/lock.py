@@ -1,8 +1,9 @@
 """One writer at a time: who holds a tree, and how another one is refused.
 
 On local files the lock is the kernel's (`flock`), held from open to close, so
-it goes with its process, however that ends. A tree in `memory://` is locked in
-the process it lives in. Readers take no lock.
+it goes with its process, however that ends. On an object store it is a lease
+(`lease`). A tree in `memory://` is locked in the process it lives in. Readers
+take no lock.
 
 mcjax_tree.lock        what is locked; stays, empty
 mcjax_tree.owner.json  who holds it, for messages; left behind by a process
@@ -12,69 +13,19 @@ mcjax_tree.owner.json  who holds it, for messages; left behind by a process
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
-import os
 import pathlib
-import socket
-import time
 from typing import Protocol
 import weakref
 
 import filelock
 
+from mcjax.tree.lease import LeaseLock
+from mcjax.tree.owner import Owner, refusal
 from mcjax.tree.store import Store
 from mcjax.types import McjaxError
 
 LOCK_NAME = "mcjax_tree.lock"
 OWNER_NAME = "mcjax_tree.owner.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Owner:
-  """Who holds a tree open for writing, and since when (Unix seconds)."""
-
-  pid: int
-  host: str
-  since: float
-
-  @classmethod
-  def here(cls) -> Owner:
-    return cls(os.getpid(), socket.gethostname(), time.time())
-
-  @classmethod
-  def parse(cls, raw: bytes | str) -> Owner | None:
-    """Inverse of `dump`; None if it is cut or strange."""
-    try:
-      fields = json.loads(raw)
-      return cls(
-        int(fields["pid"]), str(fields["host"])[:100], float(fields["since"])
-      )
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-      return None
-
-  def dump(self) -> str:
-    return json.dumps(dataclasses.asdict(self))
-
-  def __str__(self) -> str:
-    age = max(0.0, time.time() - self.since)
-    return f"process {self.pid} on {self.host} for {_duration(age)}"
-
-
-def _duration(seconds: float) -> str:
-  for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
-    if seconds >= 2 * size:
-      return f"{seconds / size:.0f} {unit}"
-  return f"{seconds:.0f} s"
-
-
-def refusal(url: str, owner: Owner | None) -> McjaxError:
-  """What a second writer is told."""
-  by = f" by {owner}" if owner else ""
-  return McjaxError(
-    f"{url} is open for writing{by}: close it there first, or open it with"
-    ' mode="r"'
-  )
 
 
 class WriterLock(Protocol):
@@ -170,4 +121,6 @@ def acquire(store: Store) -> WriterLock:
   """The exclusive right to write a tree. Raises: McjaxError if it is taken."""
   if store.folder is not None:
     return FileLock(store.folder)
-  return MemoryLock(store.url)
+  if store.url.startswith("memory://"):
+    return MemoryLock(store.url)
+  return LeaseLock(store)

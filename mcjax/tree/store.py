@@ -34,6 +34,7 @@ from absl import logging
 import numpy as np
 import tensorstore as ts
 
+from mcjax.tree.places import RETRIES, limit_time, locate
 from mcjax.types import McjaxError
 
 MAX_ROWS = 2**46
@@ -43,14 +44,14 @@ _RECORD_BYTES = 64 << 20  # no record is larger
 _OURS = "mcjax_tree."  # what an interrupted creation leaves starts with this
 _LITTER = ".__lock"  # what a killed write leaves ends with this
 CACHE_BYTES = 64 << 20  # decoded chunks kept in RAM, per process
-_REMOTE = re.compile(r"^(memory|gs|s3)://")
-_URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
 @functools.cache
 def shared_context() -> ts.Context:
   """The process's one TensorStore context; `memory://` lives inside it."""
+  limit_time()
   return ts.Context({
+    **RETRIES,
     "cache_pool": {"total_bytes_limit": CACHE_BYTES},
     "file_io_locking": {"mode": "none"},
   })
@@ -98,30 +99,20 @@ class ArraySpec(NamedTuple):
 
 
 class Store:
-  """A folder of rows arrays and one record."""
+  """A folder of rows arrays and one record.
+
+  Attributes:
+    url: where it lies.
+    folder: the same, of local files; else None.
+    kv: the key-value store under it.
+  """
 
   def __init__(self, url: str | os.PathLike[str]):
     """Args: url: a path or a kvstore url. Raises: McjaxError."""
-    text = os.fspath(url)
-    if text.startswith("file://"):
-      text = text[len("file://") :]
-    elif _URL.match(text) and not _REMOTE.match(text):
-      raise McjaxError(
-        f"cannot store a tree at {text}: use a path, file://, memory://, gs://"
-        " or s3://"
-      )
-    self.folder: pathlib.Path | None = None
-    if _REMOTE.match(text):
-      self.url = text.rstrip("/") + "/"
-      location = self.url
-    else:
-      if not text:
-        raise McjaxError("cannot store a tree at an empty path")
-      self.folder = pathlib.Path(os.path.abspath(text))
-      self.url = str(self.folder)
-      location = {"driver": "file", "path": self.url + "/"}
+    place = locate(url)
+    self.url, self.folder = place.url, place.folder
     with io_errors("reach", self.url):
-      self._kv = ts.KvStore.open(location, context=shared_context()).result()
+      self.kv = ts.KvStore.open(place.spec, context=shared_context()).result()
 
   # The record.
 
@@ -138,7 +129,7 @@ class Store:
           raise McjaxError(f"{path} is not a file")
         if path.exists() and path.stat().st_size > _RECORD_BYTES:
           raise McjaxError(f"{path} is too large for a commit record")
-      found = self._kv.read(key).result()
+      found = self.kv.read(key).result()
     value = bytes(found.value) if found.state == "value" else None
     return value, found.stamp.generation
 
@@ -159,7 +150,7 @@ class Store:
       McjaxError: the record is no longer that generation, or I/O failed.
     """
     with io_errors("write", self.url):
-      stamp = self._kv.write(RECORD_KEY, value, if_equal=generation).result()
+      stamp = self.kv.write(RECORD_KEY, value, if_equal=generation).result()
     if not stamp.generation:
       raise McjaxError(
         f"another process wrote {self.url} meanwhile: close this tree and open"
@@ -174,7 +165,7 @@ class Store:
   def write_copy(self, value: bytes) -> None:
     """Replaces the copy of the record. Raises: McjaxError."""
     with io_errors("write", self.url):
-      self._kv.write(COPY_KEY, value).result()
+      self.kv.write(COPY_KEY, value).result()
 
   # Arrays and keys.
 
@@ -208,7 +199,7 @@ class Store:
       return ts.open(
         {
           "driver": "zarr3",
-          "kvstore": (self._kv / (path + "/")).spec().to_json(),
+          "kvstore": (self.kv / (path + "/")).spec().to_json(),
           "metadata": metadata,
           "recheck_cached_data": "open",
           "recheck_cached_metadata": "open",
@@ -223,7 +214,7 @@ class Store:
   def has_array(self, path: str) -> bool:
     """Whether an array was ever made there."""
     with io_errors("read", self.url):
-      return self._kv.read(path + "/zarr.json").result().state == "value"
+      return self.kv.read(path + "/zarr.json").result().state == "value"
 
   def is_unused(self) -> bool:
     """Whether nothing lies under the url but traces of a failed creation."""
@@ -238,7 +229,7 @@ class Store:
   def keys(self) -> list[str]:
     """Every key, of whatever kind."""
     with io_errors("list", self.url):
-      return [key.decode() for key in self._kv.list().result()]
+      return [key.decode() for key in self.kv.list().result()]
 
   def sizes(self) -> dict[str, int]:
     """Bytes stored under each key; off the local disk this reads them all."""
@@ -249,13 +240,13 @@ class Store:
       }
     with io_errors("read", self.url):
       return {
-        key: len(self._kv.read(key).result().value) for key in self.keys()
+        key: len(self.kv.read(key).result().value) for key in self.keys()
       }
 
   def delete(self, prefix: str) -> None:
     """Deletes every key that starts with `prefix` (a folder path with /)."""
     with io_errors("delete from", self.url):
-      (self._kv / prefix).delete_range(ts.KvStore.KeyRange()).result()
+      (self.kv / prefix).delete_range(ts.KvStore.KeyRange()).result()
     if self.folder is not None and prefix.endswith("/"):
       shutil.rmtree(self.folder / prefix, ignore_errors=True)
 
@@ -270,7 +261,7 @@ class Store:
       How many were deleted.
     """
     with io_errors("delete from", self.url):
-      chunks = self._kv / f"{path}/c/"
+      chunks = self.kv / f"{path}/c/"
       keys = [key.decode() for key in chunks.list().result()]
       gone = [key for key in keys if int(key.split("/")[0]) < below]
       for pending in [chunks.write(key, None) for key in gone]:
