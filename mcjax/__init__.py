@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+  from mcjax.base.from_transformers import from_transformers
   from mcjax.base.load import BaseLM, load_base_lm
   from mcjax.config import Config
   from mcjax.gist.encoder import load_gistnet
@@ -31,6 +32,7 @@ _HOMES = {
   "McjaxError": "types",
   "MegaContext": "runtime.megacontext",
   "Source": "runtime.documents",
+  "from_transformers": "base.from_transformers",
   "load_base_lm": "base.load",
   "load_gistnet": "gist.encoder",
   "load_lensnet": "lens.policy",
@@ -47,6 +49,7 @@ __all__ = [
   "McjaxError",
   "MegaContext",
   "Source",
+  "from_transformers",
   "load_base_lm",
   "load_gistnet",
   "load_lensnet",

@@ -224,6 +224,7 @@ def fetch_hugging_face(repo: str) -> pathlib.Path:
     ) from e
   patterns = ["config.json", "generation_config.json", "tokenizer*.json"]
   patterns += ["special_tokens_map.json", "chat_template*"]
+  patterns += ["*.model", "vocab.json", "vocab.txt", "merges.txt"]
   patterns += ["model*.safetensors", "model.safetensors.index.json"]
   try:
     folder = huggingface_hub.snapshot_download(repo, allow_patterns=patterns)

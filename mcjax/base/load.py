@@ -69,7 +69,7 @@ def load_base_lm(
 
   Args:
     source: a name of `hub.NAMED_MODELS` ("smollm2-135m"), a Hugging Face
-      folder (config.json, safetensors, tokenizer.json), a Hugging Face id
+      folder (config.json, safetensors, a tokenizer's files), a Hugging Face id
       ("owner/model", downloaded), or the path of a .gguf file.
     dtype: of all parameters, "float32" or "bfloat16".
     mesh: of `parallel.sharding.make_mesh`, over which the parameters are
@@ -84,24 +84,48 @@ def load_base_lm(
     McjaxError: the source is unknown, missing, damaged, or a model that the
       decoder does not implement.
   """
-  if dtype not in _DTYPES:
-    raise McjaxError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
+  check_dtype(dtype)
   path = _resolve(os.fspath(source))
   name = os.path.basename(os.fspath(source).rstrip("/\\")) or str(source)
   try:
     opened = _open_folder(path) if path.is_dir() else _open_gguf(path)
     with opened as (config, tensors, leaves, tokenizer):
       kind = np.dtype(jnp.dtype(dtype))
-      if mesh is None:
-        params, digest = read_params(config, tensors, leaves, kind)
-      else:
-        params, digest = read_sharded(
-          config, tensors, leaves, kind, _shardings(config, rules, mesh))
+      shardings = None if mesh is None else _shardings(config, rules, mesh)
+      return assembled(
+        name, config, tensors, leaves, tokenizer, kind, shardings)
   except McjaxError as e:
     raise McjaxError(f"{path}: {e}") from e
+
+
+def check_dtype(dtype: str) -> None:
+  """Refuses a dtype that parameters do not have."""
+  if dtype not in _DTYPES:
+    raise McjaxError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
+
+
+def assembled(
+  name: str, config: DecoderConfig, tensors: Tensors, leaves: dict[str, Leaf],
+  tokenizer: Tokenizer, dtype: np.dtype, shardings: dict | None = None,
+) -> BaseLM:
+  """A base of a checkpoint's tensors and its tokenizer.
+
+  Args:
+    name: of the base.
+    config: sizes.
+    tensors: of the checkpoint.
+    leaves: where the parameters are in it.
+    tokenizer: of the base.
+    dtype: of all parameters.
+    shardings: of the parameters on a mesh; None takes the default device.
+  """
+  if shardings is None:
+    params, digest = read_params(config, tensors, leaves, dtype)
+  else:
+    params, digest = read_sharded(config, tensors, leaves, dtype, shardings)
   if tokenizer.largest_text_id() >= config.vocab_size:
     raise McjaxError(
-      f"{path}: the tokenizer has ids up to {tokenizer.largest_text_id()}, the "
+      f"the tokenizer has ids up to {tokenizer.largest_text_id()}, the "
       f"embedding only {config.vocab_size} rows"
     )
   digest.update(tokenizer.vocabulary_digest())
@@ -126,6 +150,25 @@ def load_decoder_config(source: str | os.PathLike) -> DecoderConfig:
       return decoder_config_from_hf(files.read_json(path / "config.json"))
     with _open_gguf(path) as (config, *_):
       return config
+  except McjaxError as e:
+    raise McjaxError(f"{path}: {e}") from e
+
+
+def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
+  """The tokenizer of a base; its weights are not read.
+
+  Args:
+    source: as of `load_base_lm`.
+
+  Raises:
+    McjaxError: as `load_base_lm`.
+  """
+  path = _resolve(os.fspath(source))
+  try:
+    if path.is_dir():
+      return Tokenizer.from_folder(path)
+    with _open_gguf(path) as (_, _, _, tokenizer):
+      return tokenizer
   except McjaxError as e:
     raise McjaxError(f"{path}: {e}") from e
 
@@ -170,7 +213,7 @@ def _open_folder(path: pathlib.Path) -> Iterator[tuple]:
   tokenizer = Tokenizer.from_folder(path)
   with contextlib.ExitStack() as stack:
     tensors = _safetensors(path, stack)
-    yield config, tensors, _hf_leaves(config, folds), tokenizer
+    yield config, tensors, hf_leaves(config, folds), tokenizer
 
 
 def _safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Tensors:
@@ -221,7 +264,7 @@ def _open_safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
     raise McjaxError(f"{path.name} is damaged: {e}") from e
 
 
-def _hf_leaves(config: DecoderConfig, folds: Folds) -> dict[str, Leaf]:
+def hf_leaves(config: DecoderConfig, folds: Folds) -> dict[str, Leaf]:
   """Parameter path -> leaf, `{i}` standing for the layer."""
   layer = "model.layers.{i}."
   names = dict(

@@ -1,8 +1,8 @@
 """The base LM's tokenizer: text to ids, ids to text, turns of a chat.
 
 Wraps a fast Hugging Face tokenizer, read from tokenizer.json or rebuilt from
-GGUF metadata, and renders the model's own chat template. Neither transformers
-nor PyTorch is imported.
+GGUF metadata, and renders the model's own chat template. Only a folder without
+tokenizer.json needs transformers; PyTorch is never imported.
 """
 
 from __future__ import annotations
@@ -118,24 +118,47 @@ class Tokenizer:
     """Reads tokenizer.json and its companions in a Hugging Face folder.
 
     Raises:
-      McjaxError: tokenizer.json is missing or malformed.
+      McjaxError: no tokenizer that can be read is there, or a malformed one.
     """
-    core = tokenizer_folder.read_core(folder / "tokenizer.json")
+    core = tokenizer_folder.read_core(folder)
     settings = files.optional_json(folder / "tokenizer_config.json")
+    settings["chat_template"] = tokenizer_folder.folder_template(
+      folder, settings)
+    stops: list = []
+    for file in ("config.json", "generation_config.json"):
+      ids = files.optional_json(folder / file).get("eos_token_id")
+      stops += ids if isinstance(ids, list) else [ids]
+    return cls._of(core, settings, stops)
+
+  @classmethod
+  def from_parts(cls, core: str, settings: Mapping[str, Any],
+                 stop_ids: Iterable[int | None]) -> Tokenizer:
+    """As `from_folder`, of what the files would hold.
+
+    Args:
+      core: of tokenizer.json.
+      settings: of tokenizer_config.json, its chat template among them.
+      stop_ids: end-of-text ids.
+
+    Raises:
+      McjaxError: malformed.
+    """
+    return cls._of(tokenizer_folder.core_of(core), settings, stop_ids)
+
+  @classmethod
+  def _of(cls, core: tokenizers.Tokenizer, settings: Mapping[str, Any],
+          stop_ids: Iterable[int | None]) -> Tokenizer:
     names: dict[str, Any] = {
       key: value.get("content") if isinstance(value, dict) else value
       for key, value in settings.items()
       if key.endswith("_token") and isinstance(value, (str, dict))
     }
-    stops = [core.token_to_id(names.get("eos_token") or "")]
-    for file in ("config.json", "generation_config.json"):
-      ids = files.optional_json(folder / file).get("eos_token_id")
-      stops += ids if isinstance(ids, list) else [ids]
+    stops = [core.token_to_id(names.get("eos_token") or ""), *stop_ids]
     return cls(
       core,
       bos_id=tokenizer_folder.folder_bos(core, settings, names),
       stop_ids=[i for i in stops if i is not None],
-      template=tokenizer_folder.folder_template(folder, settings),
+      template=settings.get("chat_template"),
       template_tokens=names,
     )
 

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import json
 import pathlib
 from typing import Any
 
 import tokenizers
 
-from mcjax.base import files
+from mcjax.base import files, slow_tokenizer
 from mcjax.types import McjaxError
 
 # Limits of tokenizer.json; the largest in the field has 33 MB and 1.5M entries.
 _MAX_FILE, _MAX_ENTRIES = 1 << 26, 1 << 22
 _MAX_STEPS, _MAX_GROWTH = 64, 1 << 10
+_OLDER = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
+          "tiktoken.model")
 
 
-def read_core(path: pathlib.Path) -> tokenizers.Tokenizer:
-  """Reads tokenizer.json, within limits."""
-  if not files.is_file(path):
-    raise McjaxError("no tokenizer.json (a fast tokenizer is needed)")
-  text = files.read_text(path, _MAX_FILE)
+def read_core(folder: pathlib.Path) -> tokenizers.Tokenizer:
+  """Reads tokenizer.json, within limits, or has one made of older files."""
+  path = folder / "tokenizer.json"
+  if files.is_file(path):
+    return core_of(files.read_text(path, _MAX_FILE))
+  if not any(files.is_file(folder / name) for name in _OLDER):
+    raise McjaxError(
+      f"no tokenizer.json, and none of {', '.join(_OLDER)} to make it of")
+  return core_of(slow_tokenizer.converted(folder))
+
+
+def core_of(text: str) -> tokenizers.Tokenizer:
+  """The tokenizer of a tokenizer.json's text, within limits."""
   if text.count(",") > _MAX_ENTRIES:
     raise McjaxError(f"tokenizer.json has more than {_MAX_ENTRIES} entries")
   try:
@@ -60,7 +71,8 @@ def _check_steps(setup: Any) -> None:
     raise McjaxError("tokenizer.json has steps that lengthen texts endlessly")
 
 
-def folder_bos(core, settings: dict, names: dict[str, str]) -> int | None:
+def folder_bos(core, settings: Mapping[str, Any], names: Mapping[str, str]
+               ) -> int | None:
   """The id that the post-processor or `add_bos_token` puts in front."""
   if settings.get("add_bos_token") is False:
     return None

@@ -46,6 +46,8 @@ class LensKeyer:
       lm: the base.
     """
     facts = dataclasses.asdict(config) | {"base": lm.fingerprint}
+    if config.gists:
+      del facts["gists"]  # of keys that are older than the field
     part = TABLE if TABLE in params else "keys"
     self.fingerprint = pretrained.fingerprint(params[part], facts)
     make = functools.partial(_make_tables, params, config, lm)

@@ -49,6 +49,8 @@ class LensNetConfig:
     match_dim: width in which gists of block and query are compared.
     key_dim: K, length of a block's key.
     features: number of features, which tells versions apart.
+    gists: whether it reads gists and the tail, which are the base's own; one
+      that does not serves every base of a tokenizer, and needs a table of keys.
   """
 
   d_model: int
@@ -59,6 +61,7 @@ class LensNetConfig:
   match_dim: int = 96
   key_dim: int = 64
   features: int = FEATURES
+  gists: bool = True
 
 
 class Scores(NamedTuple):
@@ -113,8 +116,9 @@ class LensNet(nn.Module):
     mean, scale = jax.lax.stop_gradient((mean, scale))
     features = jnp.clip(
       (inputs.features - mean[None]) * scale[None], -_MOST, _MOST)
-    rank = self._by_features(features) + self._by_gist(inputs)
-    rank = rank + self._by_tail(features, inputs)
+    rank = self._by_features(features)
+    if self.config.gists:
+      rank = rank + self._by_gist(inputs) + self._by_tail(features, inputs)
     rank = jnp.where(mask, rank, -1e9)
     total = jax.nn.logsumexp(rank)
     best = jnp.max(rank)
@@ -202,10 +206,13 @@ def init_params(config: LensNetConfig, seed: int = 0):
     jnp.zeros(BRANCHING, jnp.int32), jnp.ones(BRANCHING, bool), jnp.zeros(d),
     jnp.zeros((TAIL, d)), jnp.ones(TAIL, bool))
   init = jax.jit(LensNet(config).init)
-  keys = jax.jit(KeyHeads(config).init)(heads, jnp.zeros((BRANCHING, d)))
-  return {"score": init(lens, empty)["params"],
-          "text": init(text, empty)["params"], "keys": keys["params"],
-          "apart": jnp.zeros(len(APART))}
+  params = {"score": init(lens, empty)["params"],
+            "text": init(text, empty)["params"],
+            "apart": jnp.zeros(len(APART))}
+  if config.gists:  # key heads read the base's embeddings
+    params["keys"] = jax.jit(KeyHeads(config).init)(
+      heads, jnp.zeros((BRANCHING, d)))["params"]
+  return params
 
 
 def key_tables(params, config: LensNetConfig, embeddings: jax.Array):

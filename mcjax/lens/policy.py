@@ -126,8 +126,10 @@ class LensNetPolicy:
     self.answerable = 0.0
 
   def reads(self, encoder: GistEncoder) -> bool:
-    """Whether it was trained, on gists of this GistNet."""
+    """Whether it was trained, on gists of this GistNet if it reads any."""
     card = self.card or {}
+    if not self.config.gists:
+      return "steps" in card
     made_for = card.get("refitted_to_gistnet", card.get("gistnet"))
     return made_for == encoder.fingerprint
 
@@ -268,6 +270,9 @@ def _load(lm: BaseLM, source):
   if path is None:
     return lensnet.init_params(config), config, None
   params, fields, card = pretrained.read_weights(path, "lensnet")
+  if not fields.get("gists", True):  # it serves every base of the tokenizer
+    fields["d_model"] = lm.config.d_model
+    _check_table(path, params, lm)
   if fields.get("d_model") != lm.config.d_model:
     if source is not None:
       raise McjaxError(f"{source}: this LensNet reads vectors of "
@@ -284,7 +289,21 @@ def _load(lm: BaseLM, source):
       f"{source}: this LensNet reads {fields.get('features', 'other')} "
       f"features, not {lens_features.FEATURES}: train it again from it by "
       f"experiments.train_lensnet --config.initial={source}")
-  return {**lensnet.init_params(config), "keys": params["keys"]}, config, None
+  return _with_keys_of(params, config), config, None
+
+
+def _with_keys_of(params, config: lensnet.LensNetConfig):
+  """Fresh scores, and the keys that stand in trees."""
+  fresh = lensnet.init_params(config)
+  return fresh | {k: params[k] for k in ("keys",) if k in params}
+
+
+def _check_table(path, params, lm: BaseLM) -> None:
+  """Refuses a table of keys of another vocabulary."""
+  rows = len(params.get(TABLE, {}).get("vectors", ()))
+  if rows != lm.config.vocab_size:
+    raise McjaxError(f"{path}: its table of keys has {rows} tokens, but "
+                     f"{lm.name} has {lm.config.vocab_size}")
 
 
 def read_initial(lm: BaseLM, path=None) -> dict | None:
@@ -296,7 +315,8 @@ def read_initial(lm: BaseLM, path=None) -> dict | None:
   if path is None:
     return None
   params, fields, _ = pretrained.read_weights(path, "lensnet")
-  if fields.get("d_model") != lm.config.d_model:
+  if fields.get("gists", True) and (
+      fields.get("d_model") != lm.config.d_model):
     return None
   if fields.get("features") != lens_features.FEATURES:
     params.pop("score", None)

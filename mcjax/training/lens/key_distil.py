@@ -168,7 +168,8 @@ def _draw_document(stores, mixture, rng, shortest: int) -> np.ndarray:
 
 
 def read(stores: Mapping[str, TokenStore], tokenizer, vocab_size: int,
-         teacher: Teacher, config: KeyConfig, folder) -> Texts:
+         teacher: Teacher, config: KeyConfig, folder,
+         token_vectors: bool = True) -> Texts:
   """Draws the texts and asks the teacher; what is in `folder` is kept.
 
   Args:
@@ -178,6 +179,8 @@ def read(stores: Mapping[str, TokenStore], tokenizer, vocab_size: int,
     teacher: reads the texts.
     config: see there.
     folder: of records, so that a killed run goes on.
+    token_vectors: whether to ask for those of single tokens, which only
+      training needs.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -193,7 +196,8 @@ def read(stores: Mapping[str, TokenStore], tokenizer, vocab_size: int,
     encode("blocks", [tokenizer.decode(s.tolist()) for s in spans], 50),
     padded, encode("questions", asked, 26),
     encode("tokens", [tokenizer.decode([i]).strip() or "."
-                      for i in range(vocab_size)], 6))
+                      for i in range(vocab_size)], 6)
+    if token_vectors else np.zeros((0, 0), np.float32))
 
 
 def _encoded(teacher: Teacher, folder: pathlib.Path, name: str,
