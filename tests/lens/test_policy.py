@@ -6,6 +6,7 @@ from lens_cases import asked_view, opened, view_of
 import numpy as np
 import pytest
 
+from mcjax import Config, MegaContext
 from mcjax.focus.policy import WISH, age_scores
 from mcjax.lens import features as lens_features
 from mcjax.lens import network as lensnet
@@ -160,6 +161,28 @@ def test_weights_come_back_and_older_ones_are_named(
   lensnet_policy.save_lensnet(
     path, lensnet.init_params(other), other, {})
   with pytest.raises(McjaxError, match="reads vectors of 8"):
+    lensnet_policy.load_lensnet(tiny_lm, path, gistnet=tiny_gistnet)
+
+
+def test_one_without_gists_serves_every_base_of_its_tokenizer(
+    tiny_lm, tiny_gistnet, tmp_path):
+  config = lensnet.LensNetConfig(d_model=8, key_dim=16, gists=False)
+  path, rows = tmp_path / "lens.safetensors", tiny_lm.config.vocab_size
+  draw = np.random.default_rng(0)
+  params = lensnet.init_params(config, seed=3) | {"table": {
+    "vectors": draw.integers(-127, 128, (rows, 16)).astype(np.int8),
+    "salience": np.ones((rows, 2), np.float32)}}
+  lensnet_policy.save_lensnet(path, params, config, {"steps": 1})
+  policy = lensnet_policy.load_lensnet(tiny_lm, path, gistnet=tiny_gistnet)
+  assert policy.reads(tiny_gistnet) and policy.by_meaning
+  with MegaContext.create("memory://plain/", tiny_lm, Config(window=512),
+                          tiny_gistnet, policy) as mc:
+    mc.ingest(tiny_base.text(3000))
+    mc.generate("What is it?", max_new_tokens=2)
+    assert mc.policy == "lensnet"
+  params["table"] = {k: v[:-1] for k, v in params["table"].items()}
+  lensnet_policy.save_lensnet(path, params, config, {})
+  with pytest.raises(McjaxError, match="table of keys has .* tokens"):
     lensnet_policy.load_lensnet(tiny_lm, path, gistnet=tiny_gistnet)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 
@@ -49,7 +50,7 @@ def carried(table: Mapping[str, np.ndarray], source: Tokenizer,
       length = np.linalg.norm(in_key) + 1e-12
       out[token] = in_key / length
       weights[token] = length, max(0.0, float(in_query @ out[token]))
-  return key_distil.table(Tables(out, weights))
+  return key_distil.table(Tables(jnp.asarray(out), jnp.asarray(weights)))
 
 
 def carried_from(base: str, lm: BaseLM, held: Texts
@@ -75,7 +76,7 @@ def carried_from(base: str, lm: BaseLM, held: Texts
     raise McjaxError(f"{path} has no table of keys")
   table = carried(params[TABLE], load_tokenizer(base), lm.tokenizer,
                   len(lm.params["embed"]))
-  known = Tables(*(np.asarray(table[k], np.float32)
+  known = Tables(*(jnp.asarray(table[k], jnp.float32)
                    for k in ("vectors", "salience")))
   return table, {"after": key_distil.agreement(known, held)}
 
