@@ -25,7 +25,12 @@ from mcjax.cli.focus_map import Section, focus_map, source_lines
 from mcjax.runtime import telemetry
 from mcjax.runtime.text_files import TextFile, read_documents
 
-_TREE = flags.DEFINE_string("tree", "runs/demo", "Where the history lives.")
+_BASE = flags.DEFINE_string(
+  "base", "smollm2-135m",
+  "A named base, for instance qwen2.5-coder-1.5b, a folder or a .gguf file.")
+_TREE = flags.DEFINE_string(
+  "tree", "", "Where the history lives; runs/demo, with the name of another "
+  "base behind it, if empty.")
 _TOKENS = flags.DEFINE_integer(
   "tokens", 120_000, "Least tokens of standard library to ingest.", 1000
 )
@@ -79,8 +84,14 @@ def _ingest(mc: mcjax.MegaContext) -> list[Section]:
   return sections
 
 
+def _place(lm) -> pathlib.Path:
+  """Folder of the history: a base has one of its own."""
+  own = "" if lm.name == _BASE.default else f"-{lm.name}"
+  return pathlib.Path(_TREE.value or f"runs/demo{own}")
+
+
 def _open(lm) -> tuple[mcjax.MegaContext, list[Section]]:
-  tree = pathlib.Path(_TREE.value)
+  tree = _place(lm)
   listing = tree.with_name(tree.name + ".sections.json")
   if _FRESH.value:
     shutil.rmtree(tree, ignore_errors=True)
@@ -103,7 +114,7 @@ def _open(lm) -> tuple[mcjax.MegaContext, list[Section]]:
 def main(argv) -> None:
   del argv
   use_compilation_cache(hub.cache_dir() / "xla")
-  lm = mcjax.load_base_lm("smollm2-135m")
+  lm = mcjax.load_base_lm(_BASE.value)
   mc, sections = _open(lm)
   window = mc.config.window
   print(f"Base {lm.name}, window {window} slots, policy {mc.policy}, "
