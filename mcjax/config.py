@@ -34,7 +34,9 @@ class Config:
     search_nodes: tree nodes a search may touch per refocus step; below 1M
       tokens LensNet reads all its L1 keys instead.
     gist_attention: whether the LM attends to gists; auto does what the
-      GistNet's model card measured to be better, and masks untrained ones.
+      GistNet's model card measured to be best at this window, and masks
+      untrained ones.
+    gists_seen: of visible gists the newest ones, so many; 0 for all.
     raw_attention: what the LM attends to of the raw text before a question.
       sentences: where sentences answer it, these and the history's first token
       alone, unless the whole history is raw; blocks: instead of the sentences
@@ -81,6 +83,7 @@ class Config:
   settle_steps: int = 8
   search_nodes: int = 256
   gist_attention: str = "auto"
+  gists_seen: int = 0
   raw_attention: str = "sentences"
   read_tokens: int = 0
   read_share: float = 0.0
@@ -117,7 +120,7 @@ class Config:
       ("refocus_every", BRANCHING), ("max_edits", 1), ("cooldown", 0),
       ("settle_steps", 0), ("search_nodes", BRANCHING), ("gist_stride", 1),
       ("sink_tokens", 0), ("recent_tokens", 0), ("gists_per_level", 0),
-      ("read_tokens", 0),
+      ("read_tokens", 0), ("gists_seen", 0),
       ("protect_tokens", BRANCHING), ("renew_tokens", 1), ("refresh_every", 0),
       ("delta_nll_every", 0), ("seed", 0),
     ):

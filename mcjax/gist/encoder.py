@@ -265,7 +265,7 @@ def start(lm: BaseLM, values: Mapping[str, Any], path: str = "", seed: int = 0
     return None, configure(lm.params, lm.config, values), {}
   params, config, card = read_gistnet(path)
   config = dataclasses.replace(config, **_given(values))
-  kept = {k: card[k] for k in ("gist_attention",) if k in card}
+  kept = {k: card[k] for k in ("gist_attention", "gists_seen") if k in card}
   return _continued(params, config, seed), config, {
     **kept, "initial_run": card}
 
@@ -291,8 +291,6 @@ class GistEncoder:
     config: the network's `GistNetConfig`.
     params: its parameters.
     card: facts recorded with the weights.
-    attend: whether the LM does better with these gists in view, by the card's
-      "gist_attention"; never for the untrained start.
   """
 
   def __init__(self, lm, params, config: GistNetConfig, trained: bool,
@@ -310,12 +308,26 @@ class GistEncoder:
     self.config = config
     self.params = params
     self.card = card or {}
-    self.attend = trained and self.card.get("gist_attention") != "masked"
     self._vocab_size = lm.config.vocab_size
     self._base_config = lm.config
     self._base = {"embed": lm.params["embed"]}
     if config.input_layer:
       self._base |= {k: lm.params[k] for k in ("layers", "final_norm")}
+
+  def gists_seen(self, window: int) -> int | None:
+    """The newest gists, so many, that the LM should attend to; None for all.
+
+    By the card: "gist_attention" masked is 0, and "gists_seen" maps windows, as
+    strings, to the number that holds up to this window; above them it is 0.
+    The untrained start is not attended to.
+    """
+    table = self.card.get("gists_seen")
+    if not self.trained or self.card.get("gist_attention") == "masked":
+      return 0
+    if table is None:
+      return None
+    fitting = [int(w) for w in table if int(w) >= window]
+    return int(table[str(min(fitting))]) if fitting else 0
 
   def reader(self, lm: BaseLM) -> BaseLM:
     """The base as it reads this GistNet's gists: with the adapter, if any."""

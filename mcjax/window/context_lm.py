@@ -29,6 +29,7 @@ from mcjax.window.working_context import (
   Attention,
   Entries,
   WorkingContext,
+  out_of_sight,
   positions_of,
 )
 
@@ -54,9 +55,12 @@ class ContextLM:
     window: the bookkeeping; its entries say what the LM sees.
     tokens_run: token-forwards of the base so far, padding excluded.
     tokens_decoded: tokens generated so far.
+    show_gists: whether the LM attends to gists: to all of them, or to the
+      newest `window.gists_seen`.
   """
 
-  def __init__(self, lm: BaseLM, config: Config, show_gists: bool):
+  def __init__(self, lm: BaseLM, config: Config, show_gists: bool,
+               gists_seen: int | None = None):
     if config.window + BRANCHING > lm.config.max_positions:
       raise McjaxError(
         f"config.window {config.window} does not fit the {lm.name} base's "
@@ -66,6 +70,7 @@ class ContextLM:
     self.show_gists = show_gists
     self._config = config = cards.settled(config, lm.name)
     self.window = WorkingContext(config.window)
+    self.window.gists_seen = gists_seen if show_gists else None
     dtype = lm.params["embed"].dtype
     self.state = kv_slots.init(lm.config, config.window, dtype)
     self._decoder: Decoder | None = None
@@ -90,12 +95,11 @@ class ContextLM:
               ) -> ContextLM:
     """The LM over gists of `encoder`, shown or not as `config` says.
 
-    "auto" does what the GistNet's card measured to be better.
+    "auto" does what the GistNet's card measured to be best at this window.
     """
-    show = config.gist_attention == "visible" or (
-      config.gist_attention == "auto" and encoder.attend
-    )
-    return cls(encoder.reader(lm), config, show)
+    seen = {"visible": config.gists_seen or None, "masked": 0}.get(
+      config.gist_attention, encoder.gists_seen(config.window))
+    return cls(encoder.reader(lm), config, seen != 0, seen)
 
   # --- inputs -------------------------------------------------------------
 
@@ -133,10 +137,19 @@ class ContextLM:
     """
     return self._config.gist_stride if self.show_gists else 0
 
+  @property
+  def gists_wanted(self) -> int:
+    """Gists that the LM attends to, at most."""
+    if not self.show_gists:
+      return 0
+    seen = self.window.gists_seen
+    return self._config.window if seen is None else seen
+
   def positions_of(self, levels: np.ndarray) -> np.ndarray:
     """Positions [E] a window of entries with `levels` [E] would have."""
     return positions_of(
-      levels, self.gist_stride, self.lm.config.max_positions
+      levels, self.gist_stride, self.lm.config.max_positions,
+      out_of_sight(levels, self.window.gists_seen),
     )
 
   def token_embeddings(self, token_ids: np.ndarray) -> np.ndarray:

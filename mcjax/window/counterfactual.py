@@ -23,7 +23,12 @@ from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, Array
 from mcjax.window import kv_slots
 from mcjax.window.context_lm import ContextLM
-from mcjax.window.working_context import COLLAPSE, EXPAND, Entries
+from mcjax.window.working_context import (
+  COLLAPSE,
+  EXPAND,
+  Entries,
+  out_of_sight,
+)
 
 
 class Candidate(NamedTuple):
@@ -144,14 +149,19 @@ def _layout(context: ContextLM, candidate: Candidate | None, tail: int,
     np.zeros(tail, e.level.dtype),
   ])
   places = context.positions_of(levels)
+  seen = ~out_of_sight(levels, context.window.gists_seen)
+  if not context.show_gists:
+    seen &= levels == 0
   positions, visible = context.slot_arrays()
   positions[e.slot[:at]] = places[:at]
   positions[e.slot[at + gone : -1]] = places[at + size : len(levels) - tail]
+  visible[e.slot[:at]] &= seen[:at]
+  visible[e.slot[at + gone : -1]] &= seen[at + size : len(levels) - tail]
   visible[e.slot[at : at + gone]] = False
   visible[e.slot[-1]] = False
   swapped = places[at : at + size] if size else np.zeros(1, np.int32)
   own_visible = np.ones(len(inputs) + tail, bool)
-  own_visible[: len(inputs)] = size > 0 and (level == 0 or context.show_gists)
+  own_visible[: len(inputs)] = seen[at : at + size] if size else False
   own_gists = np.zeros(len(inputs) + tail, bool)
   own_gists[: len(inputs)] = level > 0
   return _Batch(

@@ -184,6 +184,15 @@ def effective_stride(
   return min(gist_stride, max(1, room // gists))
 
 
+def out_of_sight(level: np.ndarray, gists_seen: int | None) -> np.ndarray:
+  """[E] bool: gists that are not among the newest `gists_seen` (None: all)."""
+  out = np.zeros(len(level), bool)
+  if gists_seen is not None:
+    gists = np.flatnonzero(level)
+    out[gists[: max(0, len(gists) - gists_seen)]] = True
+  return out
+
+
 def positions_of(
   level: np.ndarray, gist_stride: int, max_positions: int,
   hidden: np.ndarray | None = None,
@@ -191,7 +200,7 @@ def positions_of(
   """Positions [E] int32 of entries with levels [E], in timeline order.
 
   A token advances the position by 1, a gist by the effective stride; an entry
-  sits at the centre of its stride. `hidden` [E] tokens take no position.
+  sits at the centre of its stride. `hidden` [E] entries take no position.
   """
   stride = effective_stride(level, gist_stride, max_positions)
   steps = np.where(level > 0, stride, 1)
@@ -209,10 +218,12 @@ class WorkingContext:
     entries: the tiling.
     attention: what the LM attends to of raw text; None for all of it.
     forgotten: [n, 2] spans of tokens that the LM may not see, see `Journal`.
+    gists_seen: the newest gists, so many, that the LM may see; None for all.
   """
 
   def __init__(self, window: int):
     self.window = window
+    self.gists_seen: int | None = None
     self.forgotten = np.zeros((0, 2), np.int64)
     self.attention: Attention | None = None
     self.entries = Entries.make(0, [], [])
@@ -380,10 +391,11 @@ class WorkingContext:
     self.entries.ready[:] = False
 
   def hidden(self) -> np.ndarray:
-    """[E] bool: raw tokens outside of what the LM attends to, and all entries
-    that hold anything forgotten."""
+    """[E] bool: what the LM does not see: raw tokens outside of what it attends
+    to, gists out of sight, and all entries that hold anything forgotten."""
     e = self.entries
     gone = overlaps(self.forgotten, e.start(), e.start() + e.width())
+    gone |= out_of_sight(e.level, self.gists_seen)
     if self.attention is None:
       return gone
     return gone | self.attention.earlier(e)[1]
@@ -423,6 +435,7 @@ class WorkingContext:
     twin.entries = Entries(*(a.copy() for a in self.entries.arrays()))
     twin._free = list(self._free)
     twin.attention, twin.forgotten = self.attention, self.forgotten
+    twin.gists_seen = self.gists_seen
     return twin
 
   def become(self, twin: WorkingContext) -> None:

@@ -349,13 +349,19 @@ def test_shipped_weights_open():
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("trained, card, expected", [
-  (True, {}, True), (True, {"gist_attention": "visible"}, True),
-  (True, {"gist_attention": "masked"}, False), (False, {}, False)])
-def test_the_card_says_whether_to_attend(trained, card, expected):
+_TABLE = {"gists_seen": {"1024": 4, "512": 8}}
+
+
+@pytest.mark.parametrize("trained, card, window, expected", [
+  (True, {}, 512, None), (True, {"gist_attention": "visible"}, 512, None),
+  (True, {"gist_attention": "masked"}, 512, 0), (False, {}, 512, 0),
+  (True, _TABLE, 256, 8), (True, _TABLE, 512, 8), (True, _TABLE, 544, 4),
+  (True, _TABLE, 2048, 0), (False, _TABLE, 256, 0)])
+def test_the_card_says_how_many_gists_to_attend_to(
+    trained, card, window, expected):
   encoder = gistnet.GistEncoder(
     _base(), gistnet.init_params(_SMALL), _SMALL, trained, card)
-  assert encoder.attend is expected
+  assert encoder.gists_seen(window) == expected
 
 
 def test_shipped_weights_load_and_are_small():

@@ -18,14 +18,17 @@ def exercise(mc):
     yield "generate"
 
 
-@pytest.mark.parametrize("policy, visible", [
-  ("random", "visible"),
-  *further(("similarity", "masked"), ("random", "masked"),
-           ("similarity", "visible"), ("recency", "visible"),
-           ("recency", "masked")),
+@pytest.mark.parametrize("policy, visible, seen", [
+  ("random", "visible", 3),
+  *further(("similarity", "masked", 0), ("random", "masked", 0),
+           ("random", "visible", 0),
+           ("similarity", "visible", 0), ("recency", "visible", 0),
+           ("recency", "masked", 0)),
 ])
-def test_exact_mode_is_a_plain_forward_of_the_window(make, policy, visible):
-  mc = make(kv="exact", policy=policy, gist_attention=visible, gist_stride=3)
+def test_exact_mode_is_a_plain_forward_of_the_window(
+    make, policy, visible, seen):
+  mc = make(kv="exact", policy=policy, gist_attention=visible, gists_seen=seen,
+            gist_stride=3)
   for what in exercise(mc):
     np.testing.assert_allclose(
       mc.next_logits(), window_logits(mc), atol=1e-4, err_msg=what

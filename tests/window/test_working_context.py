@@ -245,6 +245,19 @@ def test_slot_arrays_follow_the_slots():
   assert context.slot_arrays(1, 8192, show_gists=True)[1].sum() == 33
 
 
+def test_gists_out_of_sight_are_hidden_and_take_no_position():
+  context = tiled([(0, i) for i in range(32)] + [(1, i) for i in range(1, 5)]
+                  + [(0, 160 + i) for i in range(3)])
+  context.gists_seen = 2
+  assert np.flatnonzero(context.hidden()).tolist() == [32, 33]
+  positions, visible = context.slot_arrays(1, 8192, show_gists=True)
+  seen = context.entries.slot[~context.hidden()]
+  np.testing.assert_array_equal(positions[seen], np.arange(37))
+  assert visible.sum() == 37 == context.next_position(1, 8192)
+  assert context.copy().gists_seen == 2
+  invariants.check_positions(context, 1, 8192)
+
+
 # --- Any sequence ------------------------------------------------------------
 
 

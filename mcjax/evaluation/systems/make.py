@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import pathlib
+import re
 
 from mcjax.config import POLICIES, Config
 from mcjax.evaluation.systems import loop_system, retrieval, text_systems
@@ -14,7 +15,7 @@ from mcjax.evaluation.systems.system import System
 from mcjax.types import McjaxError
 
 LOOP = "megacontext"
-_VISIBLE = "+gists"
+_VISIBLE = re.compile(r"\+gists(\d*)$")
 _TURN = "+turn"
 _PLAIN = (text_systems.TextSystem, text_systems.Evidence,
           text_systems.FullAttention, text_systems.SlidingWindow,
@@ -49,7 +50,8 @@ class Maker:
     Args:
       name: one of NAMES; a text system with "+turn" puts its text inside the
         user's turn; "megacontext" may name a policy, as "megacontext/recency",
-        and with "+gists" the LM attends to its gists, else it does not.
+        and with "+gists" the LM attends to its gists, with "+gists8" to the
+        newest 8 of them, else to none.
 
     Raises:
       McjaxError: no such system.
@@ -75,22 +77,23 @@ class Maker:
     return self._models.lm.fingerprint
 
   def _config(self, name: str) -> Config:
-    visible = name.endswith(_VISIBLE)
-    policy = name.removesuffix(_VISIBLE).partition("/")[2] or "auto"
+    visible = _VISIBLE.search(name)
+    policy = _VISIBLE.sub("", name).partition("/")[2] or "auto"
     return Config(
       window=self._window, policy=policy, seed=self._seed,
-      gist_attention="visible" if visible else "masked")
+      gist_attention="visible" if visible else "masked",
+      gists_seen=int(visible[1] or 0) if visible else 0)
 
 
 def check(name: str) -> None:
   """Raises a McjaxError if no system has this name."""
-  base, _, policy = name.removesuffix(_VISIBLE).partition("/")
+  base, _, policy = _VISIBLE.sub("", name).partition("/")
   if base == LOOP and (policy or "auto") in POLICIES:
     return
   if name.removesuffix(_TURN) not in NAMES[:-1]:
     raise McjaxError(
       f"no system {name!r}; known: {', '.join(NAMES)}, the last with a policy, "
-      f"as {LOOP}/recency, and {_VISIBLE}; the others with {_TURN}")
+      f"as {LOOP}/recency, and +gists; the others with {_TURN}")
 
 
 def check_all(names: Sequence[str], reference: str) -> None:

@@ -49,6 +49,11 @@ class Objective:
       1,024 tokens and a segment after it, see `level_loss.py`.
     foreign: the far text is another window's, and the teacher does without
       it, see `foreign_loss.py`.
+    loop: the window is one of the loop, see `loop_loss.py`: a sink, `upper`
+      gists of 1,024 tokens, gists of blocks, `near` raw tokens and a segment.
+    upper: such gists.
+    expanded: blocks of the others that are raw.
+    floor: weight of a token that far text does not help, in nats.
     early: extra weight of a segment's first tokens, halved every 8 tokens.
     chunk: tokens whose logits exist at one time.
     remat: what of the decoder's layers the backward pass computes again:
@@ -72,6 +77,10 @@ class Objective:
   kl_segments: int | None = None
   level: int = 1
   foreign: bool = False
+  loop: bool = False
+  upper: int = 0
+  expanded: int = 0
+  floor: float = 0.1
   early: float = 0.0
   chunk: int = 256
   remat: str = "none"
@@ -96,18 +105,37 @@ class Objective:
     if self.level == 2 and self.window != BRANCHING**2 + self.segment:
       raise McjaxError("Objective.window must be 1024 + segment at level 2, "
                        f"got {self.window}")
-    if self.kl_segments is not None and not (
-        0 < self.kl_segments <= max(1, len(self.starts))):
-      raise McjaxError(f"Objective.kl_segments must be 1 to "
-                       f"{len(self.starts)}, got {self.kl_segments}")
     for name, known in (("remat", model.REMAT),
                         ("activations", ("float32", "bfloat16"))):
       if getattr(self, name) not in known:
         raise McjaxError(f"Objective.{name} must be one of "
                          f"{', '.join(known)}, got {getattr(self, name)!r}")
+    if self.loop:
+      self._check_loop()
+      return
+    if self.upper or self.expanded:
+      raise McjaxError("Objective.upper and expanded go with loop")
+    if self.kl_segments is not None and not (
+        0 < self.kl_segments <= max(1, len(self.starts))):
+      raise McjaxError(f"Objective.kl_segments must be 1 to "
+                       f"{len(self.starts)}, got {self.kl_segments}")
     if not self.starts:
       raise McjaxError("Objective.window leaves no segment with a gist to see: "
                        "lengthen it or shorten near and segment")
+
+  def _check_loop(self):
+    if self.foreign or self.level != 1:
+      raise McjaxError("Objective.loop goes with level 1 and its own text")
+    if not 0 <= self.upper or not 0 <= self.expanded <= self.lower - 1:
+      raise McjaxError(
+        "Objective.window must hold a sink of 32, 1024 * upper, more blocks "
+        f"than are expanded, near and segment, got {self.window}")
+
+  @property
+  def lower(self) -> int:
+    """Blocks of a loop window that are not part of an upper gist."""
+    rest = self.window - self.near - self.segment - self.upper * BRANCHING**2
+    return rest // BRANCHING - 1
 
   @property
   def starts(self) -> tuple[int, ...]:

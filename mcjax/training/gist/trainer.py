@@ -21,7 +21,13 @@ from mcjax.parallel import processes, sharding
 from mcjax.parallel.checkpoints import Checkpoints
 from mcjax.parallel.sharding import RULES
 from mcjax.training.common import data, loop
-from mcjax.training.gist import foreign_loss, level_loss, losses, recovery
+from mcjax.training.gist import (
+  foreign_loss,
+  level_loss,
+  loop_loss,
+  losses,
+  recovery,
+)
 from mcjax.training.gist.losses import Objective
 from mcjax.training.gist.run_config import (
   Phase,
@@ -54,6 +60,8 @@ def train_step(state, base_params, ids, *, config: TrainConfig, gist_config,
     the next state, and metrics averaged over all windows.
   """
   loss = level_loss if objective.level == 2 else losses
+  if objective.loop:
+    loss = loop_loss
   if objective.foreign:
     loss, ids = foreign_loss, foreign_loss.exchange(ids, objective)
   root = jax.random.fold_in(jax.random.key(config.seed), state["step"])
