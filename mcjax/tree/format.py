@@ -21,7 +21,8 @@ the others are. Its "lens" is {"fingerprint", "key_dim", "epoch"}, or None in a
 tree without lens keys; records from before there were any lack it.
 "lens_epochs" counts the epochs that a tree ever had, so that none is used
 twice. "journal" is the length of the journal in bytes; records from before
-there was one lack it.
+there was one lack it. "refined" are runs of blocks that `amend_gists` has dealt
+with; most records lack it.
 
 Its "commit" counts the commits; a copy of the record, written after it, tells
 one that was put back from an older backup.

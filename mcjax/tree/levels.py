@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -177,6 +177,7 @@ class Levels:
     record: dict,
     encoder: Encoder | None,
     keyer: lens_keys.Keyer | None,
+    amended: Mapping[int, tuple[np.ndarray, np.ndarray]] | None = None,
   ) -> None:
     """Writes columns anew into the epochs of `record`, in bounded memory.
 
@@ -186,6 +187,8 @@ class Levels:
       record: the record to be.
       encoder: makes the gists; None keeps those held.
       keyer: makes the lens keys; None makes none.
+      amended: {level: (sorted indices [n], gists [n, D])} that replace those
+        held; encoder and keyer then make nothing, and lens keys stay.
     """
     new: dict[tuple[str, int], Column] = {}
 
@@ -196,17 +199,35 @@ class Levels:
     maker = self._maker(encoder, column, keyer)
     step = SLICE_TOKENS // BRANCHING
     kinds = ["gists"] * (encoder is not None) + ["lens"] * (keyer is not None)
+    if amended is not None:
+      kinds = ["gists"]
+      new |= {k: c for k, c in self._columns.items() if k[0] == "lens"}
     for kind in kinds:
       level = 1
       while count := self.num_nodes(level):
         made = new[kind, level] = self._make_column(kind, level, record, 0)
         for start in range(0, count, step):
           stop = min(start + step, count)
-          made.append(maker.rows(kind, level, start, stop))
+          made.append(
+            maker.rows(kind, level, start, stop) if amended is None
+            else self._amended(level, start, stop, amended))
           flush_columns([made], self._store.url, everything=False)
         flush_columns([made], self._store.url, everything=True)
         level += 1
     self._rebuilt = new, record, keyer
+
+  def _amended(
+    self, level: int, start: int, stop: int,
+    amended: Mapping[int, tuple[np.ndarray, np.ndarray]],
+  ) -> np.ndarray:
+    """Stored gists of nodes [start, stop), some of them replaced."""
+    rows = self.column("gists", level).read(start, stop)
+    index, gists = amended.get(level, (np.zeros(0, np.int64), rows[:0]))
+    first, last = np.searchsorted(index, [start, stop])
+    if last > first:
+      rows[index[first:last] - start] = tree_format.pack_gists(
+        gists[first:last], self._record["gist_dtype"])
+    return rows
 
   def switch(self) -> None:
     """Takes what the last `rebuild` wrote into use."""

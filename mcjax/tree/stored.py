@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import json
 
 from jaxtyping import Float32, Int8, Int32, UInt8, UInt32
@@ -100,6 +101,17 @@ class StoredTree:
   def extra(self) -> dict:
     """What the last commit stored beside the history."""
     return json.loads(json.dumps(self._record["extra"]))
+
+  @property
+  def refined(self) -> list[tuple[int, int]]:
+    """Runs [start, stop) of blocks that `amend_gists` has dealt with."""
+    return [(int(a), int(b)) for a, b in self._record.get("refined", [])]
+
+  def as_stored(self, gists: np.ndarray) -> Float32[np.ndarray, "n D"]:
+    """Gists [n, D] as they come back once they are stored."""
+    rows = tree_format.pack_gists(
+      np.asarray(gists, np.float32), self._record["gist_dtype"])
+    return tree_format.unpack_gists(rows)
 
   def num_nodes(self, level: int) -> int:
     """Complete nodes of a level; tokens at level 0."""
@@ -205,3 +217,14 @@ class StoredTree:
     self._check_open()
     if level < lowest or not 0 <= start <= stop <= self.num_nodes(level):
       raise IndexError(f"no nodes {start}:{stop} at level {level}")
+
+
+def joined(runs: Iterable[tuple[int, int]]) -> list[list[int]]:
+  """Runs [start, stop) in order, those that touch or overlap as one."""
+  out: list[list[int]] = []
+  for start, stop in sorted(runs):
+    if out and start <= out[-1][1]:
+      out[-1][1] = max(out[-1][1], stop)
+    else:
+      out.append([start, stop])
+  return out

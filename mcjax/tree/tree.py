@@ -8,7 +8,7 @@ the append that completes its 32 children, in one batch per level.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import json
 import os
@@ -23,7 +23,7 @@ from mcjax.tree.columns import flush_columns
 from mcjax.tree.learned_keys import Keyer
 from mcjax.tree.levels import SLICE_TOKENS, Encoder
 from mcjax.tree.store import Store, encode_record
-from mcjax.tree.stored import StoredTree
+from mcjax.tree.stored import StoredTree, joined
 from mcjax.types import McjaxError, span_width
 
 __all__ = ["Encoder", "Keyer", "MegaContextTree"]
@@ -325,8 +325,39 @@ class MegaContextTree(StoredTree):
     record = tree_format.with_lens(self._record, keyer)
     record["gist_epoch"] += 1
     record["gistnet"] = tree_format.gistnet_fields(encoder)
+    record.pop("refined", None)
     self._rebuild(record, encoder, keyer)
     self._encoder = encoder
+
+  def amend_gists(self, index: np.ndarray, gists: np.ndarray,
+                  done: Sequence[tuple[int, int]]) -> None:
+    """Replaces some L1 gists, atomically, as `rebuild_gists` replaces all.
+
+    Gists above them and lens keys stay as they are.
+
+    Args:
+      index: [n] int blocks.
+      gists: [n, D] float32 of the GistNet's kind.
+      done: runs [start, stop) of blocks that count as `refined` from then on,
+        replaced or not.
+
+    Raises:
+      McjaxError: a gist that is not finite, or a failed write; the tree then
+        keeps its gists.
+      IndexError: no such block.
+    """
+    index = np.asarray(index, np.int64)
+    if len(index) and not 0 <= index.min() <= index.max() < self.num_nodes(1):
+      raise IndexError(f"no blocks {index.min()}..{index.max()}")
+    if not np.isfinite(gists).all():
+      raise McjaxError("a gist that is to be stored is not finite")
+    self.commit()
+    record = dict(self._record)
+    record["gist_epoch"] += 1
+    record["refined"] = joined([*self.refined, *done])
+    order = np.argsort(index)
+    self._rebuild(record, None, self._levels.keyer,
+                  {1: (index[order], np.asarray(gists, np.float32)[order])})
 
   def attach_keyer(self, keyer: Keyer | None) -> None:
     """As `open` with this keyer, for callers that choose it afterwards."""
@@ -346,7 +377,8 @@ class MegaContextTree(StoredTree):
     self._rebuild(record, None, keyer)
 
   def _rebuild(
-    self, record: dict, encoder: Encoder | None, keyer: Keyer | None
+    self, record: dict, encoder: Encoder | None, keyer: Keyer | None,
+    amended: Mapping[int, tuple[np.ndarray, np.ndarray]] | None = None,
   ) -> None:
     """Writes the epochs that `record` adds and switches to it."""
     before = self._record
@@ -354,7 +386,7 @@ class MegaContextTree(StoredTree):
     for folder in tree_format.past_folders(record) - used:
       self._store.delete(folder + "/")  # what a crash left behind
     try:
-      self._levels.rebuild(record, encoder, keyer)
+      self._levels.rebuild(record, encoder, keyer, amended)
       record["sums"] = self._levels.record_sums(rebuilt=True)
       record["sums"] |= self.journal.column.record_sums()
       self._write_record(record)

@@ -14,6 +14,7 @@ from mcjax.evaluation.suites import ceiling
 from mcjax.evaluation.systems import models
 from mcjax.gist import encoder as gistnet
 from mcjax.training.common import data
+from mcjax.training.gist import fitting
 from mcjax.types import McjaxError
 
 _SETTINGS = ceiling.Settings(
@@ -28,7 +29,7 @@ def text():
 
 def test_samples_carry_the_states_that_the_whole_text_gives(tiny_lm, text):
   params, config = tiny_lm.params, tiny_lm.config
-  tokens, hidden = ceiling.sample(
+  tokens, hidden = fitting.sample(
     params, config, jnp.asarray(text), jax.random.key(0), 3, 8)
   assert len({tuple(row) for row in np.asarray(tokens).tolist()}) > 1
   for ids, states in zip(tokens, hidden):
