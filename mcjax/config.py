@@ -18,7 +18,8 @@ class Config:
   """Constants of the loop.
 
   Attributes:
-    window: W_max, slots of the working context; one slot per entry.
+    window: W_max, slots of the working context; one slot per entry. The block
+      that is being read or written has 32 more until it is done.
     policy: who scores the entries: lensnet (learned), similarity (tree search
       by token statistics), recency, random, oracle (counterfactual; needs the
       continuation, so only in `score`); auto is lensnet where trained weights

@@ -138,8 +138,8 @@ class FocusLoop:
   def cold_start(self, least: int = 0) -> None:
     """Retiles the whole history by distance only.
 
-    All slots but those of the next block are used: what gists leave free holds
-    the newest tokens, unless `Config.recent_tokens` says how many.
+    The whole window is used: what gists leave free holds the newest tokens,
+    unless `Config.recent_tokens` says how many.
 
     Args:
       least: newest tokens that are shown raw in any case, up to half a window.
@@ -148,7 +148,7 @@ class FocusLoop:
       McjaxError: the window cannot hold the coarsest tiling.
     """
     config, window = self._config, self.context.window
-    room = config.window - BRANCHING
+    room = config.window
     half = config.window // (2 * BRANCHING) * BRANCHING
     recent = max(config.recent_tokens or BRANCHING, min(least, half))
     per_level = config.gists_per_level
@@ -179,8 +179,8 @@ class FocusLoop:
   def _filled(self, nodes: list[tuple[int, int]], recent: int, per_level: int
               ) -> list[tuple[int, int]]:
     """The tiling with as much more raw text as the window has room for."""
-    room = self._config.window - BRANCHING
-    for more in range(room - room % BRANCHING, recent, -BRANCHING):
+    room = self._config.window
+    for more in range(room, recent, -BRANCHING):
       longer = self._tiling(more, per_level)
       if len(longer) <= room:
         return longer
@@ -340,11 +340,19 @@ class FocusLoop:
         self.cold_start()
         if window.free <= before:
           raise McjaxError(
-            f"config.window {window.window} is too small: {need} slots are "
-            f"needed, {window.free} can be freed"
+            f"config.window {self._config.window} is too small: {need} are "
+            f"needed, {window.free} slots can be freed"
           )
       changed = True
     return changed
+
+  def rest(self) -> None:
+    """Brings a window that holds an unfinished block too back to its budget.
+
+    Between two calls of a user it has `Config.window` entries at most.
+    """
+    self._make_room(BRANCHING)
+    self.check()
 
   def _due(self) -> bool:
     return self.tree.cursor % self._config.refocus_every == 0
@@ -526,7 +534,8 @@ class FocusLoop:
     if self._warm:
       return
     self.context.warm_up()
-    legal = focus_allocator.Legal(*np.zeros((2, self._config.window), bool))
+    legal = focus_allocator.Legal(
+      *np.zeros((2, self.context.window.window), bool))
     focus_allocator.plan_edits(
       np.zeros(0, np.float32), legal, free=0, need=0,
       threshold=self._config.threshold, max_edits=self._config.max_edits,

@@ -179,6 +179,7 @@ class Handle:
     return self._loop.context.logits()
 
   def _commit(self) -> None:
+    self._loop.rest()
     self.tree.commit({
       "config": dataclasses.asdict(self.config),
       "focus": self._loop.saved_focus(),

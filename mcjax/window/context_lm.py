@@ -69,10 +69,11 @@ class ContextLM:
     self.lm = lm
     self.show_gists = show_gists
     self._config = config = cards.settled(config, lm.name)
-    self.window = WorkingContext(config.window)
+    self._slots = config.window + BRANCHING  # the next block's beside
+    self.window = WorkingContext(self._slots)
     self.window.gists_seen = gists_seen if show_gists else None
     dtype = lm.params["embed"].dtype
-    self.state = kv_slots.init(lm.config, config.window, dtype)
+    self.state = kv_slots.init(lm.config, self._slots, dtype)
     self._decoder: Decoder | None = None
     self._row = 0
     self._fresh = True  # keys and values were computed since the last block
@@ -80,7 +81,7 @@ class ContextLM:
     self._sizes = (1, *kv_slots.splice_sizes(config.max_edits))
     self._contrast: Contrast | None = None
     if config.contrast:
-      self._contrast = Contrast(lm, config.window, self._sizes)
+      self._contrast = Contrast(lm, self._slots, self._sizes)
     self._hidden: jax.Array | None = None
     self._rows = 0
     self._logits: jax.Array | None = None
@@ -143,7 +144,7 @@ class ContextLM:
     if not self.show_gists:
       return 0
     seen = self.window.gists_seen
-    return self._config.window if seen is None else seen
+    return self._slots if seen is None else seen
 
   def positions_of(self, levels: np.ndarray) -> np.ndarray:
     """Positions [E] a window of entries with `levels` [E] would have."""
@@ -179,7 +180,7 @@ class ContextLM:
       self.state = self.state._replace(inputs=inputs)
 
   def _padded(self, slots: np.ndarray, size: int) -> np.ndarray:
-    return kv_slots.pad(slots.astype(np.int32), size, self._config.window)
+    return kv_slots.pad(slots.astype(np.int32), size, self._slots)
 
   # --- keys and values ----------------------------------------------------
 
@@ -320,7 +321,7 @@ class ContextLM:
 
   def decoder_of(self, rows: int, params) -> Decoder:
     """A decoder of so many windows like this one; `model.unstacked` params."""
-    return Decoder(params, self.lm.config, rows, self._config.window,
+    return Decoder(params, self.lm.config, rows, self._slots,
                    self.state.inputs.dtype, self._stop_ids)
 
   def join(self, decoder: Decoder, row: int) -> None:
@@ -417,7 +418,7 @@ class ContextLM:
 
   def warm_up(self) -> None:
     """Compiles every shape the loop can meet, on an empty cache."""
-    window = self._config.window
+    window = self._slots
     # Compiled programs live as long as the process: once a shape is enough.
     shapes = (
       self.lm.config, window, self._sizes, bool(self._config.delta_nll_every),

@@ -76,7 +76,8 @@ def check_positions(
   positions = positions[order][taken[order]]
   _require(bool(np.all(np.diff(positions) > 0)), "monotone positions")
   last = context.next_position(gist_stride, max_positions)
-  _require(last + BRANCHING <= max_positions, "positions exceed the base")
+  _require(last + min(BRANCHING, context.free) <= max_positions,
+           "positions exceed the base")
   if len(positions):
     _require(int(positions[-1]) < last, "monotone positions", "next token")
 

@@ -214,7 +214,7 @@ class WorkingContext:
   """Fixed number of slots holding a contiguous, aligned, mixed-level tiling.
 
   Attributes:
-    window: slots.
+    window: slots, 32 of them for the block that is being read or written.
     entries: the tiling.
     attention: what the LM attends to of raw text; None for all of it.
     forgotten: [n, 2] spans of tokens that the LM may not see, see `Journal`.

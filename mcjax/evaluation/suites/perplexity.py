@@ -40,9 +40,9 @@ class Settings(TextSettings):
     documents: a kind of text.
     scored: tokens of each.
     windows: of the frontier, in slots.
-    shares: of a window's slots that gists take, in turn.
-    fitted_windows: windows at which gists are fitted too, dozens of passes of
-      the base; none if empty.
+    gists: of a window's slots that gists take, in turn.
+    fitted_windows: windows at which the most gists are fitted too, dozens of
+      passes of the base; none if empty.
     steps: of the fit, and its rate below.
     systems: of the second part, by name; none if empty.
     reference: of these; the others are compared with it.
@@ -53,7 +53,7 @@ class Settings(TextSettings):
   documents: int = 2
   scored: int = 128
   windows: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
-  shares: tuple[float, ...] = (0.125, 0.25)
+  gists: tuple[int, ...] = (4, 16, 32)
   fitted_windows: tuple[int, ...] = (256, 512)
   steps: int = 24
   rate: float = 0.02
@@ -66,7 +66,7 @@ class Settings(TextSettings):
   @classmethod
   def quick(cls, **changes) -> Settings:
     small: dict[str, Any] = dict(
-      documents=1, scored=32, windows=(256, 512), shares=(0.125,),
+      documents=1, scored=32, windows=(256, 512), gists=(16,),
       fitted_windows=(256,), steps=2, systems=("sink", "megacontext", "none"),
       window=512, history=2048)
     return cls(**{**small, **changes})
@@ -74,22 +74,20 @@ class Settings(TextSettings):
   def __post_init__(self):
     if self.systems:
       make.check_all(self.systems, self.reference)
-    if any(not 0 < share < 0.9 for share in self.shares):
-      raise McjaxError("shares must lie between 0 and 0.9")
     if self.windows and min(self.windows) < 4 * BRANCHING:
       raise McjaxError(f"windows must be {4 * BRANCHING} or more")
+    if self.windows and not all(
+        0 < n < min(self.windows) - 2 * BRANCHING for n in self.gists):
+      raise McjaxError(
+        f"gists must leave {2 * BRANCHING} slots of every window, got "
+        f"{', '.join(map(str, self.gists))}")
     if self.scored % 32:
       raise McjaxError("scored must be a multiple of 32")
-
-  def gists(self, window: int) -> tuple[int, ...]:
-    """Gists in a window at each share, whole blocks of raw text beside."""
-    return tuple(max(1, int(share * window)) for share in self.shares)
 
   @property
   def length(self) -> int:
     """Tokens of one excerpt."""
-    longest = [static_window.needed(w, max(self.gists(w)))
-               for w in self.windows]
+    longest = [static_window.needed(w, max(self.gists)) for w in self.windows]
     return max([*longest, self.history]) + self.scored
 
 
@@ -169,13 +167,14 @@ def _frontier(models: Models, s: Settings, ids: np.ndarray) -> dict:
   for window in s.windows:
     raw = static_window.cut(ids, window, 0, s.scored)
     out[f"{window}/raw/0"] = static_window.nll(lm, raw).tolist()
-    for count in s.gists(window):
+    for count in s.gists:
       parts = static_window.cut(ids, window, count, s.scored)
       gists = static_window.written(models.encoder, parts)
       arms = {"masked": None, "visible": gists}
       arms["shuffled"] = np.roll(gists, max(1, count // 2), axis=0)
       longest = len(parts.far) + len(parts.near) + len(parts.sink)
-      if window in s.fitted_windows and longest <= lm.config.max_positions:
+      if (window in s.fitted_windows and count == max(s.gists)
+          and longest <= lm.config.max_positions):
         arms["fitted"] = static_window.fitted(
           lm, reader, parts, gists, s.steps, s.rate)
       for arm, given in arms.items():
@@ -192,7 +191,7 @@ def _report_frontier(report: Report, s: Settings, rows: Sequence[dict],
     raw = means[f"{window}/raw/0"]
     table.append([window, "raw only", window - static_window.SINK, 0,
                   _mean(report, f"frontier/{window}/raw", raw), None, None])
-    for count in s.gists(window):
+    for count in s.gists:
       for arm in ("masked", "visible", "fitted", "shuffled"):
         mine = means.get(f"{window}/{arm}/{count}")
         if mine is None:
@@ -230,8 +229,7 @@ def _report_frontier(report: Report, s: Settings, rows: Sequence[dict],
   for window in s.windows:
     for key in means:
       size, arm, count = key.split("/")
-      share = round(int(count) / window, 3)
-      name = arm if not int(count) else f"{arm}, {share:g} gists"
+      name = arm if not int(count) else f"{arm}, {count} gists"
       if int(size) == window and arm != "shuffled":
         xs, ys = lines.setdefault(name, ([], []))
         xs.append(window)
@@ -253,7 +251,7 @@ def _edges(s: Settings) -> list[tuple[int, int]]:
 def _by_position(report: Report, s: Settings, rows: Sequence[dict]) -> None:
   table = []
   for window in s.windows:
-    for count in s.gists(window):
+    for count in s.gists:
       cells = []
       for a, b in _edges(s):
         seen, hidden, raw = (

@@ -96,8 +96,8 @@ def test_the_report_says_where_gists_pay(models, tmp_path):
 
 
 def test_mistakes_are_told():
-  with pytest.raises(McjaxError, match="shares"):
-    perplexity.Settings(shares=(1.0,))
+  with pytest.raises(McjaxError, match="gists"):
+    perplexity.Settings(windows=(256,), gists=(200,))
   with pytest.raises(McjaxError, match="windows"):
     perplexity.Settings(windows=(64,))
   with pytest.raises(McjaxError, match="multiple"):
