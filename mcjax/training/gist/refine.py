@@ -109,11 +109,11 @@ class Refiner:
     last = count // size
     if stop is not None:
       last = min(last, stop // (size * BRANCHING))
-    done = np.zeros(count, bool)
+    done = np.zeros(count, np.int64)
     for a, b in tree.refined:
-      done[a:b] = True
+      done[a:b] = 1
     spans = np.arange(first, max(first, last))
-    spans = spans[~done.reshape(-1, size).all(axis=1)[spans]]
+    spans = spans[done.reshape(-1, size).sum(axis=1)[spans] < size]
     reads = self._reads(count).reshape(-1, size).sum(axis=1)[spans]
     return (spans[np.lexsort((-spans, -reads))] * size).tolist()
 
