@@ -171,7 +171,8 @@ def _frontier(models: Models, s: Settings, ids: np.ndarray) -> dict:
       parts = static_window.cut(ids, window, count, s.scored)
       gists = static_window.written(models.encoder, parts)
       arms = {"masked": None, "visible": gists}
-      arms["shuffled"] = np.roll(gists, max(1, count // 2), axis=0)
+      if count == max(s.gists):
+        arms["shuffled"] = np.roll(gists, max(1, count // 2), axis=0)
       longest = len(parts.far) + len(parts.near) + len(parts.sink)
       if (window in s.fitted_windows and count == max(s.gists)
           and longest <= lm.config.max_positions):
@@ -221,7 +222,7 @@ def _report_frontier(report: Report, s: Settings, rows: Sequence[dict],
     "hidden (masked): the gists take their slots and are not attended to. "
     f"fitted: {s.steps} steps of Adam so that the base reads the raw tokens as "
     "it does behind the text that the gists stand for. shuffled: the gists in "
-    "another order. A visible gist pays for its slot where − raw only lies "
+    "another order, at the largest number alone. A visible gist pays for its slot where − raw only lies "
     "below zero with its interval: "
     + (", ".join(f"{w} slots with {c} gists" for w, c in pays) or "nowhere")
     + ".")
