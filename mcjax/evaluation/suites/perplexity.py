@@ -222,8 +222,8 @@ def _report_frontier(report: Report, s: Settings, rows: Sequence[dict],
     "hidden (masked): the gists take their slots and are not attended to. "
     f"fitted: {s.steps} steps of Adam so that the base reads the raw tokens as "
     "it does behind the text that the gists stand for. shuffled: the gists in "
-    "another order, at the largest number alone. A visible gist pays for its slot where − raw only lies "
-    "below zero with its interval: "
+    "another order, at the largest number alone. A visible gist pays for its "
+    "slot where − raw only lies below zero with its interval: "
     + (", ".join(f"{w} slots with {c} gists" for w, c in pays) or "nowhere")
     + ".")
   lines: dict[str, tuple[list, list]] = {}

@@ -92,7 +92,7 @@ def arrange(base_params, o: losses.Objective, ids: jax.Array,
     jnp.arange(BRANCHING),
     BRANCHING + jnp.arange(upper.shape[0]) * o.gist_stride + middle,
     starts + middle,
-    (starts[chosen][:, None] + inside).reshape(-1),
+    (starts[chosen][:, None] + inside[None]).reshape(-1),
     lead + jnp.sum(steps) + jnp.arange(end.shape[0])])
   raw = losses.embed(
     base_params, o, jnp.concatenate([sink, blocks[chosen].reshape(-1), end]))

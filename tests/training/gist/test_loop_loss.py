@@ -100,7 +100,7 @@ def test_every_block_and_every_weight_takes_part(tiny_lm, tiny_gist_config):
 
 @pytest.mark.parametrize("fields, match", [
   (dict(upper=2), "upper"), (dict(expanded=5), "expanded"),
-  (dict(level=2), "loop"), (dict(loop=False), "loop")])
+  (dict(level=2), "level"), (dict(loop=False), "loop")])
 def test_windows_that_cannot_be_are_refused(fields, match):
   with pytest.raises(McjaxError, match=match):
     dataclasses.replace(_O, **fields)
