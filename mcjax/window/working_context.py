@@ -218,7 +218,8 @@ class WorkingContext:
     entries: the tiling.
     attention: what the LM attends to of raw text; None for all of it.
     forgotten: [n, 2] spans of tokens that the LM may not see, see `Journal`.
-    gists_seen: the newest gists, so many, that the LM may see; None for all.
+    gists_seen: the newest gists, so many, that the LM may see, and none while an
+      answer is read from sentences; None for all, always.
   """
 
   def __init__(self, window: int):
@@ -395,9 +396,10 @@ class WorkingContext:
     to, gists out of sight, and all entries that hold anything forgotten."""
     e = self.entries
     gone = overlaps(self.forgotten, e.start(), e.start() + e.width())
-    gone |= out_of_sight(e.level, self.gists_seen)
     if self.attention is None:
-      return gone
+      return gone | out_of_sight(e.level, self.gists_seen)
+    if self.gists_seen is not None:  # nothing but what answers is read
+      gone |= e.level > 0
     return gone | self.attention.earlier(e)[1]
 
   def positions(self, gist_stride: int, max_positions: int) -> np.ndarray:

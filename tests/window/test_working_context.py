@@ -12,6 +12,7 @@ from mcjax.window import invariants
 from mcjax.window.working_context import (
   COLLAPSE,
   EXPAND,
+  Attention,
   WorkingContext,
   cold_start,
   cover,
@@ -256,6 +257,9 @@ def test_gists_out_of_sight_are_hidden_and_take_no_position():
   assert visible.sum() == 37 == context.next_position(1, 8192)
   assert context.copy().gists_seen == 2
   invariants.check_positions(context, 1, 8192)
+  context.attention = Attention(((0, 1),), 160)
+  assert not context.hidden()[[0, *range(36, 39)]].any()
+  assert context.hidden()[1:36].all(), "an answer is read from sentences alone"
 
 
 # --- Any sequence ------------------------------------------------------------
