@@ -218,8 +218,8 @@ class WorkingContext:
     entries: the tiling.
     attention: what the LM attends to of raw text; None for all of it.
     forgotten: [n, 2] spans of tokens that the LM may not see, see `Journal`.
-    gists_seen: the newest gists, so many, that the LM may see, and none while an
-      answer is read from sentences; None for all, always.
+    gists_seen: the newest gists, so many, that the LM may see, and none while
+      an answer is read from sentences; None for all, always.
   """
 
   def __init__(self, window: int):
