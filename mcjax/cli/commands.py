@@ -31,13 +31,14 @@ def define_workdir(help_text: str):
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-  """Prints a user's mistake as one line and exits with status 1."""
+def one_line_errors(status: int = 1) -> Iterator[None]:
+  """Prints a user's mistake as one line and exits with a status."""
   logging.getLogger("jax").setLevel(logging.WARNING)
   try:
     yield
   except McjaxError as error:
-    sys.exit(f"error: {error}")
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(status)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
@@ -123,7 +124,8 @@ def _joined(arguments: list[str]) -> Iterator[str]:
 
 
 def run(main: Callable[[list[str]], None], config: ConfigFlag | None = None,
-        flags_of: tuple[str, ...] = (), rest: bool = False) -> None:
+        flags_of: tuple[str, ...] = (), rest: bool = False,
+        status: int = 1) -> None:
   """`absl.app.run` with help, --profile and one line for a user's mistake.
 
   Args:
@@ -131,37 +133,41 @@ def run(main: Callable[[list[str]], None], config: ConfigFlag | None = None,
     config: its --config flag, if it has one.
     rest: whether there may be such arguments.
     flags_of: further modules whose flags --help tells.
+    status: of the process after a user's mistake.
   """
   absl_logging.set_verbosity(absl_logging.WARNING)
   jax.config.config_with_absl()
 
   def guarded(argv: list[str]) -> None:
-    with one_line_errors(), _profile():
+    with one_line_errors(status), _profile():
       main(argv)
 
-  app.run(guarded, flags_parser=lambda argv: _parse(
-    argv, main, config, flags_of, rest))
+  def parse(argv: list[str]) -> list[str]:
+    with one_line_errors(status):
+      return _parse(argv, main, config, flags_of, rest)
+
+  app.run(guarded, flags_parser=parse)
 
 
 def _parse(argv: list[str], main, config: ConfigFlag | None,
            flags_of: tuple[str, ...], rest: bool) -> list[str]:
-  """The arguments left over; sets the flags."""
-  with one_line_errors():
-    try:
-      argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
-      if set(_HELP) & set(argv):
-        _print_help(main, config, flags_of,
-                    [a for a in argv[1:] if a not in _HELP])
-        sys.exit(0)
-      if config is not None:
-        argv = [argv[0], *config.arrange(argv[1:])]
-      _ARGUMENTS[:] = argv
-      left = flags.FLAGS(argv)
-    except (flags.Error, ValueError) as error:
-      raise McjaxError(" ".join(str(error).split())) from error
-    if len(left) > 1 and not rest:
-      raise McjaxError(f"unknown argument: {left[1]} (--help tells the known "
-                       "ones)")
+  """The arguments left over; sets the flags. Raises: McjaxError."""
+  try:
+    argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+    if set(_HELP) & set(argv):
+      _print_help(main, config, flags_of,
+                  [a for a in argv[1:] if a not in _HELP])
+      sys.exit(0)
+    if config is not None:
+      argv = [argv[0], *config.arrange(argv[1:])]
+    _ARGUMENTS[:] = argv
+    flags.FLAGS.set_gnu_getopt(rest)  # flags may follow other arguments
+    left = flags.FLAGS(argv)
+  except (flags.Error, ValueError) as error:
+    raise McjaxError(" ".join(str(error).split())) from error
+  if len(left) > 1 and not rest:
+    raise McjaxError(f"unknown argument: {left[1]} (--help tells the known "
+                     "ones)")
   return left
 
 

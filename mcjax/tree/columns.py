@@ -13,7 +13,7 @@ from mcjax.tree import format as tree_format
 from mcjax.tree.store import ArraySpec, Store, decode_record, io_errors
 from mcjax.types import McjaxError
 
-_SUMS = ArraySpec("uint32", 0, 1024, 2**15)
+SUMS = ArraySpec("uint32", 0, 1024, 2**15)
 _PAGES = 64  # chunks of checksums kept in RAM, per column
 
 
@@ -62,7 +62,7 @@ class Column:
     self._crc = (sums or {}).get(path, 0)  # of the flushed incomplete chunk
     self._sums: Column | None = None
     if self._checked and (chunks := length // spec.chunk):
-      self._sums = Column(store, f"{path}/sums", _SUMS, chunks, sums)
+      self._sums = Column(store, f"{path}/sums", SUMS, chunks, sums)
     self._pages: dict[int, np.ndarray] = {}
     self.packed = 0
     self._packed_array: ts.TensorStore | None = None
@@ -114,21 +114,48 @@ class Column:
       low = start // chunk * chunk
       high = min(-(-stop // chunk) * chunk, self.flushed)
     rows = self._read_stored(low, high)
-    if self._checked:
-      found, rest = _checksums(rows, chunk)
-      expected = self._expected(low // chunk, low // chunk + len(found))
-      if high % chunk:
-        found, expected = [*found, rest], [*expected, self._crc]
-      for at, (here, right) in enumerate(zip(found, expected, strict=True)):
-        if here != right:
-          at = low + at * chunk
-          raise McjaxError(
-            f"{self.path} of {self._store.url} is damaged: rows {at} to"
-            f" {min(at + chunk, high)} are not those that were committed"
-            " (checksum): tools/check_tree tells what is lost, --repair what"
-            " can be made anew"
-          )
+    for at, fine in enumerate(self.vouches(low, rows) if self._checked else ()):
+      if not fine:
+        at = low + at * chunk
+        raise McjaxError(
+          f"{self.path} of {self._store.url} is damaged: rows {at} to"
+          f" {min(at + chunk, high)} are not those that were committed"
+          " (checksum): tools/check_tree tells what is lost, --repair what"
+          " can be made anew"
+        )
     return rows[start - low : stop - low]
+
+  def vouches(self, low: int, rows: np.ndarray) -> list[bool]:
+    """For each chunk of rows from `low` on, if it is the one committed.
+
+    Args:
+      low: at a chunk's edge.
+      rows: whole chunks, or up to the last flushed row.
+
+    Raises:
+      McjaxError: the checksums cannot be read.
+    """
+    chunk = self.spec.chunk
+    found, rest = _checksums(rows, chunk)
+    expected = self._expected(low // chunk, low // chunk + len(found))
+    if len(rows) % chunk:
+      found, expected = [*found, rest], [*expected, self._crc]
+    return [a == b for a, b in zip(found, expected, strict=True)]
+
+  def stored_sums(self) -> tuple[np.ndarray, np.ndarray]:
+    """Checksums of the complete chunks, of the rows as they lie there now.
+
+    Returns:
+      uint32 [chunks], and bool [chunks] where the rows can be read.
+    """
+    chunk = self.spec.chunk
+    sums = np.zeros(self.flushed // chunk, np.uint32)
+    known = np.zeros(len(sums), np.bool_)
+    for at in range(len(sums)):
+      with contextlib.suppress(McjaxError):
+        rows = self._read_stored(at * chunk, (at + 1) * chunk)
+        sums[at], known[at] = _checksums(rows, chunk)[0][0], True
+    return sums, known
 
   def _read_stored(self, low: int, high: int) -> np.ndarray:
     """Flushed rows, packed or not, as the arrays have them."""
@@ -180,11 +207,11 @@ class Column:
     out: list[int] = []
     while first < last:
       assert self._sums is not None
-      page, at = divmod(first, _SUMS.chunk)
-      stop = min(last - first + at, _SUMS.chunk)
+      page, at = divmod(first, SUMS.chunk)
+      stop = min(last - first + at, SUMS.chunk)
       if len(self._pages.get(page, ())) < stop:
-        begin = page * _SUMS.chunk
-        end = min(begin + _SUMS.chunk, self._sums.length)
+        begin = page * SUMS.chunk
+        end = min(begin + SUMS.chunk, self._sums.length)
         while len(self._pages) >= _PAGES:
           self._pages.pop(next(iter(self._pages)))
         self._pages[page] = self._sums.read(begin, end)
@@ -229,7 +256,7 @@ class Column:
     sums, self._crc = _checksums(rows, self.spec.chunk, filled, self._crc)
     if sums and self._sums is None:
       self._sums = Column(
-        self._store, f"{self.path}/sums", _SUMS, 0, {})
+        self._store, f"{self.path}/sums", SUMS, 0, {})
     if self._sums is not None:
       self._sums.append(np.array(sums, np.uint32))
 
@@ -291,6 +318,11 @@ class Column:
     self._tail, self._pages = list(tail), {}
     if self._sums is not None:
       self._sums.restore(sums)
+
+
+def checksum(rows: np.ndarray) -> int:
+  """CRC-32 of a whole chunk."""
+  return _checksums(rows, len(rows))[0][0]
 
 
 def _checksums(

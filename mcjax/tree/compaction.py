@@ -8,6 +8,7 @@ erasure it is told to refresh.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import json
@@ -47,14 +48,17 @@ class Compacted:
   erased: int
 
 
-def compact(url: str | os.PathLike[str], encoder: Encoder | None = None,
-            keyer: Keyer | None = None) -> Compacted:
+# Loads a tree's GistNet, and its lens keys' maker where it has such keys.
+Models = Callable[[], tuple[Encoder, Keyer | None]]
+
+
+def compact(url: str | os.PathLike[str], models: Models | None = None
+            ) -> Compacted:
   """Merges sealed files, and erases the text of forgotten documents.
 
   Args:
     url: of a tree that is open for writing nowhere.
-    encoder: its GistNet; needed where there is text to erase.
-    keyer: its LensNet's keys; likewise, where it has such keys.
+    models: called where there is text to erase.
 
   Raises:
     McjaxError: the tree is damaged, in use, or needs a model; or a failed
@@ -68,7 +72,7 @@ def compact(url: str | os.PathLike[str], encoder: Encoder | None = None,
   with commits.maintaining(store) as head:
     before = _files(store)
     _clear(head)
-    erased = erase(head, encoder, keyer)
+    erased = erase(head, models)
     pack(head)
     return Compacted(before, _files(store), erased)
 
@@ -144,7 +148,7 @@ def _clear(head: Head) -> None:
       head.store.delete(folder + "/")
 
 
-def erase(head: Head, encoder: Encoder | None, keyer: Keyer | None) -> int:
+def erase(head: Head, models: Models | None) -> int:
   """Overwrites forgotten text, and makes anew all that was made of it.
 
   Tokens keep their places. Names, digests and metadata of forgotten documents
@@ -170,6 +174,7 @@ def erase(head: Head, encoder: Encoder | None, keyer: Keyer | None) -> int:
     before = LOOKBACK if place.kind == "keys" else 0
     return overlaps(spans, index * width - before, (index + 1) * width)
 
+  encoder, keyer = models() if models else (None, None)
   new = Rewrite(head, tree_format.kinds(record), encoder, keyer)
   new.run(dirty)
   new.write_journal(_without_forgotten(journal.events))

@@ -110,6 +110,11 @@ class AccessCounts:
     self._new = []
 
 
+def frequency_spec(vocab_size: int) -> ArraySpec:
+  """Layout of the counts of tokens: a row a slot."""
+  return ArraySpec("uint32", vocab_size, 1, 1)
+
+
 class TokenFrequency:
   """How many complete blocks hold each token: the source of a query's idf.
 
@@ -132,7 +137,7 @@ class TokenFrequency:
       McjaxError: unreadable, or not those that were committed.
     """
     self._store = store
-    self._spec = ArraySpec("uint32", vocab_size, 1, 1)
+    self._spec = frequency_spec(vocab_size)
     self._slot, self._saved, self._crc = slot, blocks, crc
     self.blocks = blocks
     self.counts = np.zeros(vocab_size, np.uint32)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mcjax.tree.columns import Column
 from mcjax.tree.format import JOURNAL_SPEC
-from mcjax.tree.store import Store
+from mcjax.tree.store import MAX_ROWS, Store
 from mcjax.types import McjaxError, span_width
 
 FORGOTTEN = "forgotten"  # kind of an event that hides tokens [start, stop)
@@ -37,7 +37,9 @@ class Journal:
     lines = self.column.read(0, length).tobytes()
     try:
       self.events = [json.loads(line) for line in lines.splitlines()]
-    except ValueError as error:
+      if not all(map(_is_event, self.events)):
+        raise ValueError("a line is no event")
+    except (ValueError, RecursionError) as error:
       raise McjaxError(f"the journal of {store.url} is damaged: {error}"
                        ) from error
     self.forgotten = self._merged()
@@ -95,6 +97,16 @@ class Journal:
     self.column.restore(column)
     del self.events[count:]
     self._edges, self._known = np.zeros(0, np.int64), 0
+
+
+def _is_event(event: object) -> bool:
+  """Whether it has a kind and, where it has a place, a possible one."""
+  if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
+    return False
+  span = [event.get(name) for name in ("start", "stop") if name in event]
+  if event["kind"] == FORGOTTEN and len(span) < 2:
+    return False
+  return all(type(at) is int and 0 <= at <= MAX_ROWS for at in span)
 
 
 def overlaps(spans: np.ndarray, start: np.ndarray, stop: np.ndarray

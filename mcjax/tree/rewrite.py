@@ -118,14 +118,20 @@ def recount(store: Store, record: dict, tokens: Column) -> dict[str, int]:
   Returns:
     The "frequency" of the record to be.
   """
-  slot = record["frequency"]["slot"]
-  counts = TokenFrequency(store, record["vocab_size"], slot, 0)
-  blocks = record["cursor"] // BRANCHING
+  blocks, slot = record["cursor"] // BRANCHING, record["frequency"]["slot"]
+  counts = recounted(store, record["vocab_size"], tokens, blocks, slot)
+  return counts.save(always=True)
+
+
+def recounted(store: Store, vocab_size: int, tokens: Column, blocks: int,
+              slot: int = 0) -> TokenFrequency:
+  """The counts of the first `blocks` blocks of a column of tokens."""
+  counts = TokenFrequency(store, vocab_size, slot, 0)
   for start in range(0, blocks, _BLOCKS):
     stop = min(start + _BLOCKS, blocks)
     ids = tokens.read(start * BRANCHING, stop * BRANCHING)
     counts.add(ids.astype(np.int32).reshape(-1, BRANCHING))
-  return counts.save(always=True)
+  return counts
 
 
 def _check_models(head: Head, kinds: Collection[str], encoder: Encoder | None,

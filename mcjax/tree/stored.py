@@ -98,6 +98,11 @@ class StoredTree:
     return self._levels.lens["fingerprint"] if self._levels.lens else None
 
   @property
+  def record(self) -> dict:
+    """A copy of the commit record."""
+    return json.loads(json.dumps(self._record))
+
+  @property
   def extra(self) -> dict:
     """What the last commit stored beside the history."""
     return json.loads(json.dumps(self._record["extra"]))

@@ -39,6 +39,10 @@ def stored(tmp_path_factory):
   return folder
 
 
+def models():
+  return TinyEncoder(), TinyKeyer()
+
+
 def files(place):
   return sum("mcjax_tree" not in key for key in Store(place).keys())
 
@@ -110,7 +114,7 @@ def test_forgotten_text_is_erased_wherever_it_left_a_trace(stored, tmp_path):
   with pytest.raises(McjaxError, match="needs its GistNet"):
     compact(place)
   check(peek(place, keyer=TinyKeyer()), IDS, keyer=TinyKeyer())
-  done = compact(place, TinyEncoder(), TinyKeyer())
+  done = compact(place, models)
   assert done.erased == np.count_nonzero(IDS[70_000:103_000])
   tree = peek(place, keyer=TinyKeyer())
   check(tree, ids, keyer=TinyKeyer())
@@ -123,7 +127,7 @@ def test_forgotten_text_is_erased_wherever_it_left_a_trace(stored, tmp_path):
     reader.gists(1, 0, 9000)
   assert reader.refresh()
   check(reader, ids, keyer=TinyKeyer())
-  assert compact(place, TinyEncoder(), TinyKeyer()).erased == 0
+  assert compact(place, models).erased == 0
   ids = np.concatenate([ids, IDS[:5000]])
   tree = reopen(place, keyer=TinyKeyer())
   tree.append(IDS[:5000])
@@ -136,10 +140,10 @@ def test_other_models_and_other_writers_are_refused(stored, tmp_path):
   place = tmp_path / "t"
   shutil.copytree(stored, place)
   forget(place, 5, 70_000)
-  for models in ((TinyEncoder(seed=3), TinyKeyer()),
+  for others in ((TinyEncoder(seed=3), TinyKeyer()),
                  (TinyEncoder(), TinyKeyer(seed=3))):
     with pytest.raises(McjaxError, match="tiny-3|tools/rekey"):
-      compact(place, *models)
+      compact(place, lambda others=others: others)
   tree = reopen(place)
   with pytest.raises(McjaxError, match="open for writing"):
     compact(place)
@@ -158,7 +162,7 @@ def test_any_write_may_fail_and_nothing_is_lost(stored, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
       FailingWrites(patch, allowed)
       try:
-        done = compact(place, TinyEncoder(), TinyKeyer())
+        done = compact(place, models)
         break
       except McjaxError as error:
         assert "No space left" in str(error)

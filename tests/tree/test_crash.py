@@ -77,62 +77,6 @@ def generations(tmp_path_factory):
   return out, ids, keyer
 
 
-def damages(folder, old, rng, count):
-  """(what is done, how to do it) to files of a tree, at random."""
-  files = sorted(p.relative_to(folder) for p in folder.rglob("*")
-                 if p.is_file() and not p.name.startswith("mcjax_tree.l"))
-  arrays = [p for p in files if p.parts[0] != RECORD_KEY]
-  for number in range(count):
-    path = files[rng.integers(len(files))]
-    other = arrays[rng.integers(len(arrays))]
-    kind = ("flip", "cut", "delete", "swap", "older")[number % 5]
-    yield kind, path, other, old / path
-
-
-def do(kind, folder, path, other, older, rng):
-  """Damages a file; whether anything is different now."""
-  target = folder / path
-  raw = target.read_bytes()
-  if kind == "flip":
-    at = int(rng.integers(len(raw)))
-    flipped = raw[at] ^ (1 << int(rng.integers(8)))
-    target.write_bytes(raw[:at] + bytes([flipped]) + raw[at + 1 :])
-  elif kind == "cut":
-    target.write_bytes(raw[: int(rng.integers(len(raw)))])
-  elif kind == "delete":
-    target.unlink()
-  elif kind == "swap":
-    target.write_bytes((folder / other).read_bytes())
-    (folder / other).write_bytes(raw)
-  elif older.exists():
-    shutil.copy(older, target)
-  else:
-    target.unlink()
-
-
-@pytest.mark.parametrize("count", [
-  150, pytest.param(1500, marks=pytest.mark.slow)])
-def test_no_damage_is_silent(generations, tmp_path, count):
-  folders, ids, keyer = generations
-  rng, told = np.random.default_rng(count), 0
-  for old in folders[:2]:
-    work = damages(folders[2], old, rng, count // 2)
-    for number, (kind, path, other, older) in enumerate(work):
-      place = tmp_path / f"{old.name}-{number}"
-      shutil.copytree(folders[2], place)
-      do(kind, place, path, other, older, rng)
-      try:
-        tree = peek(place, keyer=keyer)
-        texts = [e["text"] for e in tree.journal.events]
-        check(tree, ids, keyer=keyer)
-        assert texts == ["x" * n for n in (9_000, 40_000, 45_000)]
-      except McjaxError as error:
-        told += 1
-        assert "\n" not in str(error)
-      shutil.rmtree(place)
-  assert told > count // 2
-
-
 def test_a_stale_and_an_exchanged_shard_are_told_where_they_are(
   generations, tmp_path
 ):

@@ -1,0 +1,88 @@
+"""Tells what a stored tree holds: header, documents, levels, bytes, accesses.
+
+  mcjax-inspect-tree URL [--span=A:B] [--json]
+
+Opens it for reading only, also beside a writer. --span prints the text of
+tokens A to B, which loads the base's tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from typing import Any
+
+from absl import flags
+
+import mcjax
+from mcjax.cli import commands
+from mcjax.tree import inspection
+from mcjax.tree.tree import MegaContextTree
+from mcjax.types import McjaxError
+
+_SPAN = flags.DEFINE_string("span", "", "Tokens A:B whose text is wanted.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+_BASE = flags.DEFINE_string(
+  "base", "", "Base LM whose tokenizer reads --span; the tree's, by its name.")
+
+
+def main(argv) -> None:
+  if len(argv) != 2:
+    raise McjaxError("name one tree: its path or url")
+  with inspection.open_any(argv[1]) as tree:
+    facts = inspection.inspect(tree)
+    if _SPAN.value:
+      facts["span"] = _span(tree, facts["base"]["name"])
+  print(json.dumps(facts, indent=1) if _JSON.value else _text(facts))
+
+
+def _span(tree: MegaContextTree, base: str) -> dict[str, Any]:
+  found = re.fullmatch(r"(\d+):(\d+)", _SPAN.value)
+  start, stop = map(int, found.groups()) if found else (1, 0)
+  if not start <= stop <= tree.cursor:
+    raise McjaxError(f"--span={_SPAN.value} is not A:B with A <= B <="
+                     f" {tree.cursor}")
+  ids = tree.tokens(start, stop).tolist()
+  tokenizer = mcjax.load_base_lm(_BASE.value or base).tokenizer
+  return {"start": start, "stop": stop, "token_ids": ids,
+          "text": tokenizer.decode(ids)}
+
+
+def _text(facts: dict[str, Any]) -> str:
+  if "span" in facts:
+    return facts["span"]["text"]
+  lines = [
+    f"{facts['url']}: {facts['tokens']:,} tokens, commit {facts['commit']},"
+    f" format version {facts['version']}",
+    f"base {facts['base']['name']} ({facts['base']['fingerprint']})",
+    f"GistNet {facts['gistnet']['fingerprint']}, gists"
+    f" {facts['gist_dtype']} [{facts['gistnet']['d_model']}]",
+    f"lens keys {facts['lens'] or 'none'}",
+    "",
+    f"{'level':8}{'nodes':>14}{'accesses':>12}{'nodes used':>12}"
+    f"{'most used':>14}",
+  ]
+  for level in facts["levels"]:
+    most = level["most_used"]
+    lines.append(
+      f"L{level['level']:<7}{level['nodes']:>14,}{level['accesses']:>12,}"
+      f"{level['nodes_used']:>12,}{'' if most is None else most:>14}")
+  lines += ["", f"{'part':8}{'bytes':>14}{'a token':>12}{'files':>12}"]
+  for part, size in facts["parts"].items():
+    lines.append(f"{part:8}{size['bytes']:>14,}"
+                 f"{size['bytes_a_token']:>12.2f}{size['files']:>12,}")
+  lines += ["", f"{len(facts['documents'])} documents,"
+            f" {facts['forgotten_tokens']:,} tokens forgotten"]
+  for d in facts["documents"]:
+    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(d["time"]))
+    lines.append(f"{day}  {d['start']:>12,}:{d['stop']:<12,}  {d['name']}")
+  return "\n".join(lines)
+
+
+def cli() -> None:
+  commands.run(main, rest=True, status=2)
+
+
+if __name__ == "__main__":
+  cli()
