@@ -1,6 +1,6 @@
 """Checks a stored tree; repairs or compacts it if asked to.
 
-  mcjax-check-tree URL [--repair] [--compact] [--json=FILE]
+  mcjax-check-tree URL [--repair] [--compact] [--json[=FILE]]
 
 Every row of every array is held against its checksums, and all that follows
 from something else is computed again. Exit status: 0 clean, 1 damaged, 2 a
@@ -9,15 +9,13 @@ mistake on the command line, or no such tree.
 
 from __future__ import annotations
 
-import json
-import pathlib
 import sys
 from typing import Any
 
 from absl import flags
 
 import mcjax
-from mcjax.cli import commands
+from mcjax.cli import commands, tree_flags
 from mcjax.lens.policy import load_keyer
 from mcjax.tree import check as checking
 from mcjax.tree import compaction, repair
@@ -28,10 +26,6 @@ _REPAIR = flags.DEFINE_bool(
 _COMPACT = flags.DEFINE_bool(
   "compact", False, "Merge small files, and erase the text of forgotten "
   "documents.")
-_JSON = flags.DEFINE_string(
-  "json", "", "File for the report; - is standard output.")
-_BASE = flags.DEFINE_string(
-  "base", "", "Base LM, where gists are made; the tree's, by its name.")
 _GISTNET = flags.DEFINE_string(
   "gistnet", "", "GistNet weights; the shipped ones.")
 _LENSNET = flags.DEFINE_string(
@@ -39,9 +33,7 @@ _LENSNET = flags.DEFINE_string(
 
 
 def main(argv) -> None:
-  if len(argv) != 2:
-    raise McjaxError("name one tree: its path or url")
-  url = argv[1]
+  url = tree_flags.one_tree(argv)
   report = checking.check(url)
   done: dict[str, Any] = {"repaired": [], "compacted": None}
   if _REPAIR.value and report.findings:
@@ -50,17 +42,14 @@ def main(argv) -> None:
     done["compacted"] = vars(
       compaction.compact(url, lambda: _models(report)))
     report = checking.check(url)
-  if _JSON.value:
-    _write_json(report.as_json() | done)
-  if _JSON.value != "-":
-    print(_summary(report, done))
+  tree_flags.tell(_summary(report, done), report.as_json() | done)
   sys.exit(1 if report.damage else 0)
 
 
 def _models(report: checking.Report):
   """The tree's GistNet, and what makes its lens keys."""
   base = report.record["base"]
-  lm = mcjax.load_base_lm(_BASE.value or base["name"])
+  lm = mcjax.load_base_lm(tree_flags.BASE.value or base["name"])
   if lm.fingerprint != base["fingerprint"]:
     raise McjaxError(
       f"{report.url} was made with the base LM {base['name']}"
@@ -69,17 +58,6 @@ def _models(report: checking.Report):
   if not report.record.get("lens"):
     return encoder, None
   return encoder, load_keyer(lm, _LENSNET.value or None)
-
-
-def _write_json(fields: dict[str, Any]) -> None:
-  text = json.dumps(fields, indent=1)
-  if _JSON.value == "-":
-    print(text)
-    return
-  try:
-    pathlib.Path(_JSON.value).write_text(text + "\n", encoding="utf-8")
-  except OSError as error:
-    raise McjaxError(f"could not write {_JSON.value}: {error}") from error
 
 
 def _summary(report: checking.Report, done: dict[str, Any]) -> str:
@@ -101,7 +79,7 @@ def _summary(report: checking.Report, done: dict[str, Any]) -> str:
 
 
 def cli() -> None:
-  commands.run(main, rest=True, status=2)
+  commands.run(main, rest=True, status=2, flags_of=(tree_flags.__name__,))
 
 
 if __name__ == "__main__":

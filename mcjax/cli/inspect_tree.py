@@ -1,6 +1,6 @@
 """Tells what a stored tree holds: header, documents, levels, bytes, accesses.
 
-  mcjax-inspect-tree URL [--span=A:B] [--json]
+  mcjax-inspect-tree URL [--span=A:B] [--json[=FILE]]
 
 Opens it for reading only, also beside a writer. --span prints the text of
 tokens A to B, which loads the base's tokenizer.
@@ -8,7 +8,6 @@ tokens A to B, which loads the base's tokenizer.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from typing import Any
@@ -16,25 +15,20 @@ from typing import Any
 from absl import flags
 
 import mcjax
-from mcjax.cli import commands
+from mcjax.cli import commands, tree_flags
 from mcjax.tree import inspection
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import McjaxError
 
 _SPAN = flags.DEFINE_string("span", "", "Tokens A:B whose text is wanted.")
-_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
-_BASE = flags.DEFINE_string(
-  "base", "", "Base LM whose tokenizer reads --span; the tree's, by its name.")
 
 
 def main(argv) -> None:
-  if len(argv) != 2:
-    raise McjaxError("name one tree: its path or url")
-  with inspection.open_any(argv[1]) as tree:
+  with inspection.open_any(tree_flags.one_tree(argv)) as tree:
     facts = inspection.inspect(tree)
     if _SPAN.value:
       facts["span"] = _span(tree, facts["base"]["name"])
-  print(json.dumps(facts, indent=1) if _JSON.value else _text(facts))
+  tree_flags.tell(_text(facts), facts)
 
 
 def _span(tree: MegaContextTree, base: str) -> dict[str, Any]:
@@ -44,7 +38,7 @@ def _span(tree: MegaContextTree, base: str) -> dict[str, Any]:
     raise McjaxError(f"--span={_SPAN.value} is not A:B with A <= B <="
                      f" {tree.cursor}")
   ids = tree.tokens(start, stop).tolist()
-  tokenizer = mcjax.load_base_lm(_BASE.value or base).tokenizer
+  tokenizer = mcjax.load_base_lm(tree_flags.BASE.value or base).tokenizer
   return {"start": start, "stop": stop, "token_ids": ids,
           "text": tokenizer.decode(ids)}
 
@@ -81,7 +75,7 @@ def _text(facts: dict[str, Any]) -> str:
 
 
 def cli() -> None:
-  commands.run(main, rest=True, status=2)
+  commands.run(main, rest=True, status=2, flags_of=(tree_flags.__name__,))
 
 
 if __name__ == "__main__":
