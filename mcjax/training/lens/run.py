@@ -36,6 +36,7 @@ class LensWindows:
     questions: files of natural questions with the text that answers them, a
       kind of window each, named by the file.
     passes: how often every question is put, among other documents each time.
+    most: histories of each file of questions at most; 0 takes all.
     facts, cloze, text: histories of each kind, see `histories`.
     validation: histories of each kind, and of the questions, at most.
     length: tokens of a history.
@@ -43,6 +44,7 @@ class LensWindows:
 
   questions: tuple[str, ...] = ()
   passes: int = 2
+  most: int = 0
   facts: int = 48
   cloze: int = 40
   text: int = 48
@@ -87,6 +89,25 @@ def read_config(values: Mapping[str, Any]) -> LensRunConfig:
     tuple(sorted(values["lens"].items())))
 
 
+class NoGists:
+  """In place of a GistNet, for a LensNet that reads no gists: zeros."""
+
+  fingerprint = "none"
+  slots_per_gist = 1
+
+  def __init__(self, d_model: int):
+    self.d_model = d_model
+
+  def encode_tokens(self, token_ids: np.ndarray) -> np.ndarray:
+    """Zeros [n, D] for ids [n, 32]."""
+    return np.zeros((len(token_ids), self.d_model), np.float32)
+
+  def encode_gists(self, gists: np.ndarray, level: int) -> np.ndarray:
+    """Zeros [n, D] for gists [n, 32, D]."""
+    del level
+    return np.zeros((len(gists), self.d_model), np.float32)
+
+
 class LensRun:
   """Makes windows, trains, exports; every part is resumed from the workdir.
 
@@ -108,7 +129,9 @@ class LensRun:
   def __init__(self, lm, encoder, config: LensRunConfig,
                stores: Mapping[str, Mapping[str, TokenStore]], workdir,
                initial: Mapping[str, Any] | None = None, mesh=None):
-    self._lm, self._encoder, self._config = lm, encoder, config
+    self._lm, self._config = lm, config
+    self._encoder = encoder if dict(config.lens).get("gists", True) else (
+      NoGists(lm.config.d_model))
     self._stores, self._mesh = stores, mesh
     self.workdir = pathlib.Path(workdir)
     fields = {"d_model": lm.config.d_model, **dict(config.lens)}
@@ -170,13 +193,14 @@ class LensRun:
     """(kind, number, a function that makes the history)."""
     c, tokenizer = self._config.windows, self._lm.tokenizer
     most = c.validation if split == "validation" else None
+    asked = most or c.most or None
     for path in c.questions:
       documents = histories.read_questions(path, split, tokenizer)
       every = itertools.chain.from_iterable(
         histories.question_histories(documents, tokenizer, seed)
         for seed in range(1 if most else c.passes))
       kind = pathlib.Path(path).name.split("-")[0].split(".")[0]
-      for i, history in enumerate(itertools.islice(every, most)):
+      for i, history in enumerate(itertools.islice(every, asked)):
         yield kind, i, _given(history)
     source = TextHistories(self._stores[split], tokenizer,
                            self._config.train.seed, c.length)
