@@ -74,6 +74,24 @@ def test_smollm2_matches_stored_logits(smollm2, goldens):
   assert _relative(nll, goldens["smollm2/nll"]) < _BOUND
 
 
+@pytest.mark.slow
+@pytest.mark.network
+def test_gemma_matches_stored_logits(goldens):
+  """The real model, its own file; ids too are those of transformers."""
+  gemma = load_base_lm("gemma-3-270m")
+  ids, rows = goldens["gemma/ids"], goldens["gemma/rows"]
+  encoded = gemma.tokenizer.encode(_TEXT.read_text(encoding="utf-8"))
+  assert ids[0] == gemma.tokenizer.bos_id
+  np.testing.assert_array_equal(encoded[: len(ids) - 1], ids[1:])
+  got = _logits(gemma, ids)[rows]
+  assert _relative(
+    got[:, goldens["gemma/columns"]], goldens["gemma/logits"]) < _BOUND
+  top = np.take_along_axis(got, goldens["gemma/top_ids"], axis=1)
+  assert _relative(top, goldens["gemma/top"]) < _BOUND
+  np.testing.assert_array_equal(
+    got.argmax(1), goldens["gemma/top_ids"][:, 0])
+
+
 def test_bfloat16_is_close(tmp_path, goldens):
   config = tiny_models.CONFIGS["qwen3"]
   folder = tiny_models.write_folder(

@@ -36,20 +36,20 @@ class LensWindows:
     questions: files of natural questions with the text that answers them, a
       kind of window each, named by the file.
     passes: how often every question is put, among other documents each time.
-    most: histories of each file of questions at most; 0 takes all.
     facts, cloze, text: histories of each kind, see `histories`.
     validation: histories of each kind, and of the questions, at most.
     length: tokens of a history.
+    most: histories of each file of questions at most; 0 takes all.
   """
 
   questions: tuple[str, ...] = ()
   passes: int = 2
-  most: int = 0
   facts: int = 48
   cloze: int = 40
   text: int = 48
   validation: int = 8
   length: int = histories.LENGTH
+  most: int = 0
 
   def __post_init__(self):
     for name in ("passes", "validation"):
