@@ -5,7 +5,8 @@
 The teacher's vectors (`mcjax.evaluation.systems.rag`) stay in the workdir, so
 the same command resumes. All else of the LensNet stays; see `tools/rekey`.
 With --config.carry_from=BASE nothing is taught: the keys of that base's
-LensNet are carried over to another vocabulary, and the teacher only judges.
+LensNet are carried over to another vocabulary, and its scores as far as they
+need no gists; the teacher only judges.
 """
 
 import dataclasses
@@ -64,7 +65,11 @@ def _started(c, lm) -> tuple[dict, dict, dict]:
     return pretrained.read_weights(source, "lensnet")
   lens = lensnet.LensNetConfig(
     d_model=lm.config.d_model, gists=False, key_dim=c.distil.key_dim)
-  return lensnet.init_params(lens), dataclasses.asdict(lens), {}
+  params = lensnet.init_params(lens)
+  if c.carry_from:
+    params = key_transfer.carried_scores(
+      key_transfer.shipped_params(c.carry_from), params)
+  return params, dataclasses.asdict(lens), {}
 
 
 def cli() -> None:

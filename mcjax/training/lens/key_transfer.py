@@ -16,6 +16,7 @@ import tqdm
 from mcjax import pretrained
 from mcjax.base.load import BaseLM, load_tokenizer
 from mcjax.base.tokenizer import Tokenizer
+from mcjax.lens.features import FEATURES
 from mcjax.lens.keyer import TABLE
 from mcjax.training.lens import key_distil
 from mcjax.training.lens.key_distil import Tables, Texts
@@ -53,6 +54,35 @@ def carried(table: Mapping[str, np.ndarray], source: Tokenizer,
   return key_distil.table(Tables(jnp.asarray(out), jnp.asarray(weights)))
 
 
+def shipped_params(base: str) -> dict:
+  """Parameters of a base's shipped LensNet that has a table of keys.
+
+  Raises:
+    McjaxError: none is shipped, or it is of an older version.
+  """
+  path = pretrained.shipped(base, "lensnet")
+  if path is None:
+    raise McjaxError(f"config.carry_from: no LensNet is shipped for {base}")
+  params, fields, _ = pretrained.read_weights(path, "lensnet")
+  if TABLE not in params or fields.get("features") != FEATURES:
+    raise McjaxError(f"{path} has no table of keys, or is an older LensNet")
+  return params
+
+
+def carried_scores(params: Mapping, fresh: Mapping) -> dict:
+  """A LensNet that goes on from what another one makes of the features.
+
+  Features mean the same in every vocabulary; what reads gists is left out.
+
+  Args:
+    params: of the other one.
+    fresh: of the one that is to be.
+  """
+  parts = {part: {name: params[part][name] for name in fresh[part]}
+           for part in ("score", "text")}
+  return {**fresh, **parts, "apart": params["apart"]}
+
+
 def carried_from(base: str, lm: BaseLM, held: Texts
                  ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
   """The table of another base's shipped LensNet for the vocabulary of `lm`.
@@ -68,12 +98,7 @@ def carried_from(base: str, lm: BaseLM, held: Texts
   Raises:
     McjaxError: no such LensNet is shipped.
   """
-  path = pretrained.shipped(base, "lensnet")
-  if path is None:
-    raise McjaxError(f"config.carry_from: no LensNet is shipped for {base}")
-  params, _, _ = pretrained.read_weights(path, "lensnet")
-  if TABLE not in params:
-    raise McjaxError(f"{path} has no table of keys")
+  params = shipped_params(base)
   table = carried(params[TABLE], load_tokenizer(base), lm.tokenizer,
                   len(lm.params["embed"]))
   known = Tables(*(jnp.asarray(table[k], jnp.float32)
