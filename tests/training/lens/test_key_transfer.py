@@ -5,6 +5,8 @@ import tokenizers
 from tokenizers import models
 
 from mcjax.base.tokenizer import Tokenizer
+from mcjax.lens import network as lensnet
+from mcjax.lens.features import empty_inputs
 from mcjax.testing import tiny_models
 from mcjax.training.lens import key_transfer
 
@@ -65,3 +67,15 @@ def test_what_is_no_text_counts_nothing():
   assert np.linalg.norm(got["vectors"][silent].astype(float), axis=1).min() > 1
   part = int(target.encode("\u6f22")[0])  # the first byte of three
   assert not got["salience"][part].any()
+
+
+def test_scores_go_on_without_what_reads_gists():
+  sizes = dict(d_model=8, width=8, heads=2, feature_width=8, key_dim=4)
+  whole = lensnet.init_params(lensnet.LensNetConfig(**sizes), seed=2)
+  config = lensnet.LensNetConfig(**sizes, gists=False)
+  got = key_transfer.carried_scores(whole, lensnet.init_params(config))
+  assert "match_block" in whole["score"] and "match_block" not in got["score"]
+  np.testing.assert_array_equal(
+    got["text"]["feature_in"]["kernel"], whole["text"]["feature_in"]["kernel"])
+  out = lensnet.evaluate(got, config, empty_inputs(4, 3))  # of any width
+  assert out.rank.shape == (4,)
