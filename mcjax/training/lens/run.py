@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 import dataclasses
 import itertools
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 import tqdm
 
+from mcjax.gist.encoder import GistEncoder
 from mcjax.lens import network as lensnet
 from mcjax.lens.keyer import LensKeyer
 from mcjax.lens.policy import LensNetPolicy
@@ -130,8 +131,9 @@ class LensRun:
                stores: Mapping[str, Mapping[str, TokenStore]], workdir,
                initial: Mapping[str, Any] | None = None, mesh=None):
     self._lm, self._config = lm, config
-    self._encoder = encoder if dict(config.lens).get("gists", True) else (
-      NoGists(lm.config.d_model))
+    if not dict(config.lens).get("gists", True):
+      encoder = cast(GistEncoder, NoGists(lm.config.d_model))
+    self._encoder = encoder
     self._stores, self._mesh = stores, mesh
     self.workdir = pathlib.Path(workdir)
     fields = {"d_model": lm.config.d_model, **dict(config.lens)}
