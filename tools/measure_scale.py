@@ -5,9 +5,9 @@
 The text is drawn in passages of 512 tokens from the training store of the
 default base (experiments/prepare_data.py), so that words are as frequent as in
 real text; one made-up fact lies in the middle. Gists are plain means of
-embeddings: what is measured is the storage and the loop, not GistNet. At 1M,
-10M, ... tokens the history is closed, opened in a process of its own, and asked
-for the fact.
+embeddings and the tree is filled directly: what is measured is the storage and
+the loop, not GistNet. At 1M, 10M, ... tokens the history is closed, opened in a
+process of its own, and asked for the fact.
 """
 
 import dataclasses
@@ -87,7 +87,8 @@ def _ingest(url: str, first: int, last: int, pipe) -> None:
       ids = next(batches)
       if mc.cursor == first and not first:
         ids[_STEP // 2 : _STEP // 2 + len(fact)] = fact
-      mc.ingest_tokens(ids)
+      mc.tree.append(ids)
+      mc.tree.commit()
     seconds += time.perf_counter()
   pipe.send((seconds, time.process_time(), peak_memory_mib()))
 

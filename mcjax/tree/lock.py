@@ -79,9 +79,13 @@ class FileLock:
     return None
 
   def check(self) -> None:
-    with contextlib.suppress(OSError):
+    try:
       if self._path.stat().st_ino == self._inode:
         return
+    except FileNotFoundError:
+      pass
+    except OSError as error:
+      raise McjaxError(f"cannot reach {self._folder}: {error}") from error
     raise McjaxError(
       f"{self._folder} was deleted or replaced while it was open for writing"
     )

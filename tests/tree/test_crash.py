@@ -122,19 +122,3 @@ def test_the_record_counts_whatever_its_copy_says(generations, tmp_path, copy):
   tree.commit()
   tree.close()
   assert (place / COPY_KEY).read_bytes() == (place / RECORD_KEY).read_bytes()
-
-
-def test_positions_beyond_two_to_the_31(tmp_path):
-  """A tree that says it is long reads and grows at its far end."""
-  from mcjax.tree.columns import Column, flush_columns
-  from mcjax.tree.store import ArraySpec, Store
-
-  far = 2**31 + 5 * 2**15
-  spec = ArraySpec("uint16", 0, 1024, 2**15)
-  store, ids = Store(tmp_path / "t"), random_ids(40_000)
-  column = Column(store, "tokens", spec, 0)
-  column.length = column.flushed = far
-  column.append(ids)
-  flush_columns([column], "t", everything=True)
-  again = Column(store, "tokens", spec, far + 40_000)
-  np.testing.assert_array_equal(again.read(far, far + 40_000), ids)
