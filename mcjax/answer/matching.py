@@ -159,6 +159,7 @@ class Matcher:
     self._tree, self.table = tree, table
     self._words: dict[int, np.ndarray] = {}
     self._marks: dict[int, np.ndarray] = {}
+    self._keys: dict[int, np.ndarray] = {}
 
   def query(self, token_ids: np.ndarray, prior: np.ndarray) -> QueryWords:
     """The words of query tokens [T] with prior weights [T]."""
@@ -243,17 +244,27 @@ class Matcher:
       missing = np.unique(blocks)
     chat = turns.has_turns(self._tree, self.table.tokenizer)
     special = list(self.table.tokenizer.special_ids)
-    for run in np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1):
-      if len(run):
-        start = int(run[0]) * BRANCHING
-        stop = (int(run[-1]) + 1) * BRANCHING
-        ids = self._tree.tokens(start, stop)
-        who = np.zeros(len(ids), np.int8)
-        if chat:
-          who = turns.speakers(self._tree, self.table.tokenizer, start, stop)
-        self._mark(run, ids, who, np.isin(ids, special))
+    for run in _runs(missing):
+      start = int(run[0]) * BRANCHING
+      stop = (int(run[-1]) + 1) * BRANCHING
+      ids = self._tree.tokens(start, stop)
+      who = np.zeros(len(ids), np.int8)
+      if chat:
+        who = turns.speakers(self._tree, self.table.tokenizer, start, stop)
+      self._mark(run, ids, who, np.isin(ids, special))
     return np.array([self._marks[b] for b in blocks.tolist()],
                     np.float32).reshape(-1, len(MARKS))
+
+  def keys(self, blocks: np.ndarray) -> np.ndarray:
+    """Learned keys of blocks [n]: int8 [n, K]."""
+    if len(self._keys) > _MOST_BLOCKS:
+      self._keys.clear()
+    missing = np.unique([b for b in blocks.tolist() if b not in self._keys])
+    for run in _runs(missing):
+      first = int(run[0])
+      rows = self._tree.lens_keys(1, first, first + len(run))
+      self._keys.update(zip(run.tolist(), rows))
+    return np.stack([self._keys[b] for b in blocks.tolist()])
 
   def _mark(self, run: np.ndarray, ids: np.ndarray, who: np.ndarray,
             special: np.ndarray) -> None:
@@ -269,10 +280,8 @@ class Matcher:
     if len(self._words) > _MOST_BLOCKS:
       self._words.clear()
     missing = [b for b in blocks.tolist() if b not in self._words]
-    runs = np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1)
-    for run in runs:
-      if len(run):
-        self._read_run(int(run[0]), int(run[-1]) + 1)
+    for run in _runs(np.array(missing, np.int64)):
+      self._read_run(int(run[0]), int(run[-1]) + 1)
     return [self._words[b] for b in blocks.tolist()]
 
   def _read_run(self, first: int, last: int) -> None:
@@ -285,6 +294,13 @@ class Matcher:
     cuts = np.searchsorted(block, np.arange(first, last + 1))
     for b, x, y in zip(range(first, last), cuts[:-1], cuts[1:]):
       self._words[b] = numbers[x:y]
+
+
+def _runs(values: np.ndarray) -> list[np.ndarray]:
+  """Sorted whole numbers, cut where they do not count up by one."""
+  if not len(values):
+    return []
+  return np.split(values, np.flatnonzero(np.diff(values) != 1) + 1)
 
 
 def _forms(word: str) -> tuple[str, ...]:

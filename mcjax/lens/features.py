@@ -198,7 +198,7 @@ def row_features(
     for block in rows.block.tolist()])
   matches = matcher.match(around, query.words)
   out = _match_features(matches, query.words, at)
-  out |= _key_features(tree, around, query.key, at)
+  out |= _key_features(matcher.keys(around), query.key, at)
   out["parent"] = _parent_share(tree, rows.block, query.words)
   out |= _novelty(matches, query.words, at, rows.state)
   out["repeats"] = np.zeros(len(rows), np.float32)
@@ -264,14 +264,9 @@ def _match_features(m: Matches, words: QueryWords, at: np.ndarray) -> dict:
   return out
 
 
-def _key_features(tree: MegaContextTree, around: np.ndarray, key: np.ndarray,
-                  at: np.ndarray) -> dict:
+def _key_features(keys: np.ndarray, key: np.ndarray, at: np.ndarray) -> dict:
   """Cosines of the query's learned key and those of spans of blocks."""
-  keys = np.zeros((len(around), len(key)), np.float32)
-  for run in runs_of(around):
-    first = int(around[run[0]])
-    keys[run] = tree.lens_keys(1, first, first + len(run))
-  q = key.astype(np.float32)
+  keys, q = keys.astype(np.float32), key.astype(np.float32)
   out = {}
   for span, total in zip(_SPANS, _spread(keys, at, np.add)):
     length = np.linalg.norm(total, axis=1) * np.linalg.norm(q) + 1e-6
