@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mcjax.answer.matching import MARKS, Matcher, QueryWords, WordTable
-from mcjax.answer.reading import LEAST, Reader
+from mcjax.answer.reading import Reader
 from mcjax.focus.policy import WISH, HostPolicy, age_scores, with_payment
 from mcjax.tree import lexical_keys
 from mcjax.tree.journal import overlaps
@@ -29,7 +29,7 @@ class Similarity(HostPolicy):
   """Asks for the blocks that hold most of the query's words."""
 
   def __init__(self, max_nodes: int, spans: int = 8, read_tokens: int = 256,
-               read_share: float = LEAST):
+               read_share: float = 1.0):
     self._max_nodes, self._spans = max_nodes, spans
     self._read_tokens, self._read_share = read_tokens, read_share
     self._tree: MegaContextTree | None = None
@@ -87,8 +87,7 @@ class Similarity(HostPolicy):
     if not self._asked or not self._targets:
       return ()
     return self._reader.spans(
-      self._targets, self._query, self._read_tokens, self._stop,
-      self._read_share)
+      self._targets, self._read_tokens, self._stop, self._read_share)
 
   def _ranked(self, view: FocusView, search: TreeSearch
               ) -> list[tuple[int, float]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from mcjax import pretrained
@@ -118,6 +119,7 @@ class LensNetPolicy:
     self._tree: MegaContextTree | None = None
     self._query_ids: np.ndarray | None = None
     self._evidence: list[tuple[int, float]] = []
+    self._sources: tuple[tuple[int, int], ...] = ()
     self._whole: dict[int, float] = {}
     self._table = WordTable(
       lm.tokenizer, self.keyer.vectors, self.keyer.salience)
@@ -142,27 +144,32 @@ class LensNetPolicy:
     self._counted = self._finder.touched, self._finder.bytes_read
     rows = lens_features.window_rows(
       view.context_lm.window, [*self._finder.blocks(), *self._whole])
-    scores = self.score_rows(view, rows)
-    self._evidence = _evidence(view, rows, scores)
-    self._whole = self._sentences(view)
+    scores, likely = self.score_rows(view, rows)
+    self._evidence = _evidence(view, rows, scores, likely)
+    self._sources = self._read() if view.asked else ()
+    whole = self._sentences(view, float(scores.max(initial=-1.0)))
+    self._whole = whole
     wished = np.array(
-      [self._whole.get(b, -1.0) for b in rows.block.tolist()], np.float32)
+      [whole.get(b, -1.0) for b in rows.block.tolist()], np.float32)
     return entry_scores(view, rows, np.maximum(scores, wished))
 
-  def _sentences(self, view: FocusView) -> dict[int, float]:
-    """{block: strength} of all blocks of the sentences that would be read.
+  def _sentences(self, view: FocusView, score: float) -> dict[int, float]:
+    """{block: score} of all blocks of the sentences that would be read.
 
     A sentence goes on where its block ends, and is read as a whole.
     """
-    if not self.sources:
-      return {}
     last = view.query_start // BRANCHING
-    return {block: self._evidence[0][1] for a, b in self.sources
+    return {block: score for a, b in self._sources
             for block in range(a // BRANCHING, -(-b // BRANCHING))
             if block < last}
 
-  def score_rows(self, view: FocusView, rows: Rows) -> np.ndarray:
-    """Scores [R] float32 of the blocks of `rows`; sets `answerable`."""
+  def score_rows(self, view: FocusView, rows: Rows
+                 ) -> tuple[np.ndarray, np.ndarray]:
+    """Of the blocks of `rows`; sets `answerable`.
+
+    Returns:
+      scores [R] float32, and how likely each is the one that answers [R].
+    """
     context: ContextLM = view.context_lm
     size = next(s for s in _sizes(context.window.window) if s >= len(rows))
     tail = lens_features.read_tail(
@@ -170,18 +177,21 @@ class LensNetPolicy:
     inputs = lens_features.gather(
       view.tree, rows, size, self._query, self._matcher, tail)
     weights = self._prompts if view.asked else self._reading
-    scores, answerable = lensnet.apply(*weights, self.config, inputs)
+    scores, likely, answerable = jax.device_get(
+      lensnet.apply(*weights, self.config, inputs))
     self.answerable = float(answerable) if view.asked and len(rows) else 0.0
-    return np.asarray(scores)[: len(rows)]
+    return scores[: len(rows)], likely[: len(rows)]
 
   @property
   def sources(self) -> tuple[tuple[int, int], ...]:
     """Token spans of the sentences that answer the last call's prompt."""
-    if not self._asked or self.answerable < 0.5 or not self._evidence:
+    return self._sources
+
+  def _read(self) -> tuple[tuple[int, int], ...]:
+    if self.answerable < 0.5 or not self._evidence:
       return ()
     return self._reader.spans(
-      self._evidence, self._query.words, self._read_tokens, self._stop,
-      self._read_share)
+      self._evidence, self._read_tokens, self._stop, self._read_share)
 
   def _prepare(self, view: FocusView) -> None:
     """Begins anew for another history, query or blocks."""
@@ -191,7 +201,7 @@ class LensNetPolicy:
       self._reader = Reader(view.tree, self._table.tokenizer, self._matcher)
       self._query_ids = None
     last = view.query_start // BRANCHING
-    self._asked, self._stop = view.asked, view.query_start
+    self._stop = view.query_start
     if view.query_ids is not self._query_ids:
       self._query_ids = view.query_ids
       self._query = lens_features.read_query(
@@ -218,11 +228,11 @@ def _before_query(view: FocusView, rows: Rows) -> np.ndarray:
   return (rows.block + 1) * BRANCHING <= view.query_start
 
 
-def _evidence(view: FocusView, rows: Rows, scores: np.ndarray
-              ) -> list[tuple[int, float]]:
-  """(block, strength) of the blocks that are wished for, best first."""
-  likely = _before_query(view, rows) & (scores > WISH)
-  found = zip(rows.block[likely].tolist(), scores[likely].tolist())
+def _evidence(view: FocusView, rows: Rows, scores: np.ndarray,
+              likely: np.ndarray) -> list[tuple[int, float]]:
+  """(block, likelihood) of the blocks that are wished for, likeliest first."""
+  wished = _before_query(view, rows) & (scores > WISH)
+  found = zip(rows.block[wished].tolist(), likely[wished].tolist())
   return sorted(found, key=lambda item: -item[1])
 
 

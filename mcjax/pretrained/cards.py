@@ -28,7 +28,7 @@ class Card:
 
   Attributes:
     read_tokens: tokens of sentences that are read for an answer at most.
-    read_share: share of the best sentence's match that another must have.
+    read_share: of the probability, see `Config.read_share`.
     contrast: see `Config.contrast`.
     nets: folder beside this one that holds the weights shipped for the base,
       shared by the bases of one tokenizer; its own folder if empty.
@@ -36,14 +36,14 @@ class Card:
   """
 
   read_tokens: int = 256
-  read_share: float = 0.6
+  read_share: float = 0.9
   contrast: float = 0.5
   nets: str = ""
   chosen: str = ""
 
   def __post_init__(self):
     for name, ok in (("read_tokens", self.read_tokens > 0),
-                     ("read_share", 0 <= self.read_share <= 1),
+                     ("read_share", 0 < self.read_share <= 1),
                      ("contrast", self.contrast >= 0),
                      ("nets", "/" not in self.nets and ".." not in self.nets)):
       if not ok:

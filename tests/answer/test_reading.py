@@ -23,27 +23,24 @@ def reader_of(text, chat=False):
   tree.append(np.asarray(ids, np.int32))
   zeros = np.zeros((300, 1), np.float32)
   matcher = Matcher(tree, WordTable(tokenizer, zeros, zeros[:, 0]))
-  return Reader(tree, tokenizer, matcher), tokenizer, matcher
+  return Reader(tree, tokenizer, matcher), tokenizer
 
 
-def read(reader, tokenizer, matcher, question, evidence, most=200, stop=None):
-  ids = np.asarray(tokenizer.encode(question), np.int32)
-  query = matcher.query(ids, np.ones(len(ids), np.float32))
+def read(reader, tokenizer, evidence, most=200, stop=None, share=1.0):
   tree = reader._tree
-  spans = reader.spans(evidence, query, most, stop or tree.cursor)
+  spans = reader.spans(evidence, most, stop or tree.cursor, share)
   return [tokenizer.decode(tree.tokens(a, b)).strip() for a, b in spans]
 
 
-def test_the_sentence_that_holds_most_of_the_question_comes_first():
+def test_the_sentence_with_most_of_the_likeliest_block_comes_first():
   parts = reader_of(TEXT)
-  told = read(*parts, "what is the miller's cat named?",
-              [(2, 0.9), (3, 0.8)], most=50)
+  told = read(*parts, [(3, 0.9), (2, 0.8)], most=50)
   assert told == ["The miller kept a three-legged cat named Ada."]
 
 
 def test_sentences_are_whole_in_order_and_never_twice():
   parts = reader_of(TEXT)
-  told = read(*parts, "what is the miller's cat named?", [(3, 0.8), (2, 0.9)])
+  told = read(*parts, [(3, 0.8), (2, 0.9)])
   joined = " ".join(" ".join(told).split())
   assert joined.count("three-legged") == 1
   assert joined in " ".join(TEXT.split()) and joined.endswith(".")
@@ -51,15 +48,23 @@ def test_sentences_are_whole_in_order_and_never_twice():
 
 def test_nothing_from_the_prompt_on_is_read():
   parts = reader_of(TEXT)
-  told = read(*parts, "miller", [(2, 0.9)], stop=TEXT.index("The miller"))
+  told = read(*parts, [(2, 0.9)], stop=TEXT.index("The miller"))
   assert all("miller" not in sentence for sentence in told)
 
 
 def test_a_wide_reader_gets_more():
   parts = reader_of(TEXT)
-  few = read(*parts, "slept, cat", [(2, 0.9), (3, 0.9)], most=20)
-  many = read(*parts, "slept, cat", [(2, 0.9), (3, 0.9)], most=500)
+  few = read(*parts, [(2, 0.9), (3, 0.9)], most=20)
+  many = read(*parts, [(2, 0.9), (3, 0.9)], most=500)
   assert len(" ".join(few)) < len(" ".join(many))
+
+
+def test_reading_stops_once_enough_of_the_probability_is_read():
+  parts = reader_of(TEXT)
+  sure = read(*parts, [(2, 0.9), (5, 0.1)], share=0.9)
+  unsure = read(*parts, [(2, 0.5), (5, 0.5)], share=0.9)
+  assert not any("Nobody" in sentence for sentence in sure)
+  assert any("Nobody" in sentence for sentence in unsure)
 
 
 def test_the_models_words_and_earlier_questions_are_no_evidence():
@@ -69,9 +74,9 @@ def test_the_models_words_and_earlier_questions_are_no_evidence():
     {"role": "assistant", "content": "Your cat is called Tom."},
     {"role": "user", "content": "What is my cat called?"}], first=False,
     add_generation_prompt=False)
-  reader, tokenizer, matcher = reader_of(turn.ids, chat=True)
+  reader, tokenizer = reader_of(turn.ids, chat=True)
   blocks = [(b, 0.9) for b in range(len(turn.ids) // 32 + 1)]
-  told = read(reader, tokenizer, matcher, "cat called", blocks)
+  told = read(reader, tokenizer, blocks)
   assert told == ["My cat is called Ada."]
   who = turns.speakers(reader._tree, tokenizer, 0, len(turn.ids))
   assert (who[turn.owner == 0] == turns.USER).all()

@@ -86,7 +86,7 @@ def test_the_questions_own_blocks_count_for_nothing(tiny_lm, tiny_gistnet):
   for at in own:
     np.testing.assert_array_equal(
       out[at : at + 32], age_scores(view)[at : at + 32])
-  evidence = lensnet_policy._evidence(view, rows, scores)
+  evidence = lensnet_policy._evidence(view, rows, scores, scores)
   assert all(block < newest - 1 for block, _ in evidence)
 
 
@@ -135,11 +135,11 @@ def test_sources_are_read_only_where_the_history_answers(
   policy.score(asked_view(mc, mc.text(600, 640)))
   policy._evidence = [(20, 0.9)]
   policy.answerable = 0.9
-  assert policy.sources
+  assert policy._read()
   policy.answerable = 0.1
-  assert policy.sources == ()
+  assert policy._read() == ()
   policy.answerable, policy._evidence = 0.9, []
-  assert policy.sources == ()
+  assert policy._read() == ()
 
 
 def test_weights_come_back_and_older_ones_are_named(
