@@ -56,7 +56,7 @@ class Reader:
           kept.append((a, b))
           most -= b - a
       left -= weight
-    return _joined(sorted(kept))
+    return joined(kept)
 
   def sentences(self, block: int, stop: int) -> list[tuple[int, int]]:
     """Token spans of the sentences that touch a block and may be evidence."""
@@ -104,10 +104,10 @@ def _outside(block: int, span: tuple[int, int]) -> int:
   return max(span[0], start) - min(span[1], start + BRANCHING)
 
 
-def _joined(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+def joined(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
   """Spans in order, those that touch as one."""
   out: list[tuple[int, int]] = []
-  for a, b in spans:
+  for a, b in sorted(spans):
     if out and a <= out[-1][1]:
       out[-1] = (out[-1][0], max(b, out[-1][1]))
     else:

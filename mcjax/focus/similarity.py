@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mcjax.answer.matching import MARKS, Matcher, QueryWords, WordTable
-from mcjax.answer.reading import Reader
+from mcjax.answer.reading import Reader, joined
 from mcjax.focus.policy import WISH, HostPolicy, age_scores, with_payment
 from mcjax.tree import lexical_keys
 from mcjax.tree.journal import overlaps
@@ -28,10 +28,9 @@ _RIVAL = 0.6  # share of the best block's that another must hold
 class Similarity(HostPolicy):
   """Asks for the blocks that hold most of the query's words."""
 
-  def __init__(self, max_nodes: int, spans: int = 8, read_tokens: int = 256,
-               read_share: float = 1.0):
+  def __init__(self, max_nodes: int, spans: int = 8, read_tokens: int = 256):
     self._max_nodes, self._spans = max_nodes, spans
-    self._read_tokens, self._read_share = read_tokens, read_share
+    self._read_tokens = read_tokens
     self._tree: MegaContextTree | None = None
     self._query_ids: np.ndarray | None = None  # by identity: a new one searches
     self._blocks = 0
@@ -86,8 +85,16 @@ class Similarity(HostPolicy):
     """Token spans of the sentences that hold the prompt's words."""
     if not self._asked or not self._targets:
       return ()
-    return self._reader.spans(
-      self._targets, self._read_tokens, self._stop, self._read_share)
+    held = {span: self._reader.share(span, self._query)
+            for block, _ in self._targets
+            for span in self._reader.sentences(block, self._stop)}
+    least = _RIVAL * max(held.values(), default=0.0)
+    kept, left = [], self._read_tokens
+    for a, b in sorted(held, key=lambda span: -held[span]):
+      if not kept or b - a <= left and held[a, b] >= least:
+        kept.append((a, b))
+        left -= b - a
+    return joined(kept)
 
   def _ranked(self, view: FocusView, search: TreeSearch
               ) -> list[tuple[int, float]]:

@@ -98,8 +98,7 @@ def for_tree(choice: Choice, config: Config, tree: MegaContextTree) -> Choice:
 
 def _hand_written(name: str, config: Config) -> Policy:
   if name == "similarity":
-    return Similarity(config.search_nodes, read_tokens=config.read_tokens,
-                      read_share=config.read_share)
+    return Similarity(config.search_nodes, read_tokens=config.read_tokens)
   if name == "recency":
     return Recency()
   if name == "random":
