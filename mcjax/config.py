@@ -81,7 +81,7 @@ class Config:
   max_edits: int = 4
   cooldown: int = 2
   threshold: float = 0.2
-  settle_steps: int = 8
+  settle_steps: int = 24
   search_nodes: int = 256
   gist_attention: str = "auto"
   gists_seen: int = 0

@@ -12,7 +12,7 @@ def test_defaults_are_those_of_the_design():
   config = Config()
   assert dataclasses.asdict(config) | dict(
     window=2048, policy="auto", kv="splice", refocus_every=32,
-    max_edits=4, cooldown=2, threshold=0.2, settle_steps=8, recent_tokens=0,
+    max_edits=4, cooldown=2, threshold=0.2, settle_steps=24, recent_tokens=0,
     gists_per_level=64, gist_stride=1,
   ) == dataclasses.asdict(config)
   assert config.gists_per_level * 32 == 2048  # cold start: 2,048 at L1

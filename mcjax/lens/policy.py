@@ -121,6 +121,8 @@ class LensNetPolicy:
     self._evidence: list[tuple[int, float]] = []
     self._sources: tuple[tuple[int, int], ...] = ()
     self._whole: dict[int, float] = {}
+    self._scored: dict[int, tuple[float, float]] = {}
+    self._scored_at = -1  # the cursor then
     self._table = WordTable(
       lm.tokenizer, self.keyer.vectors, self.keyer.salience)
     self.touched = 0
@@ -136,15 +138,28 @@ class LensNetPolicy:
     return made_for == encoder.fingerprint
 
   def score(self, view: FocusView) -> np.ndarray:
-    """Signed score per entry, [E] float32."""
+    """Signed score per entry, [E] float32.
+
+    A prompt's blocks keep their scores while the window settles, and are
+    scored again once more are found.
+    """
     self._prepare(view)
     self._finder.run(self._max_nodes)
     self.touched = self._finder.touched - self._counted[0]
     self.bytes_read = self._finder.bytes_read - self._counted[1]
     self._counted = self._finder.touched, self._finder.bytes_read
+    found = self._finder.blocks()
     rows = lens_features.window_rows(
-      view.context_lm.window, [*self._finder.blocks(), *self._whole])
-    scores, likely = self.score_rows(view, rows)
+      view.context_lm.window, [*found, *self._whole])
+    if not view.asked or view.tree.cursor != self._scored_at or any(
+        block not in self._scored for block in found):
+      self._scored = dict(zip(rows.block.tolist(), zip(
+        *self.score_rows(view, rows))))
+      self._scored_at = view.tree.cursor
+    nothing = np.float32(-1.0), np.float32(0.0)  # seen since, not found
+    scores, likely = np.array(
+      [self._scored.get(b, nothing) for b in rows.block.tolist()],
+      np.float32).reshape(-1, 2).T
     self._evidence = _evidence(view, rows, scores, likely)
     self._sources = self._read() if view.asked else ()
     whole = self._sentences(view, float(scores.max(initial=-1.0)))
@@ -207,7 +222,7 @@ class LensNetPolicy:
       self._query = lens_features.read_query(
         self._matcher, self.keyer, self._encoder, self._table.tokenizer, view)
       self._finder = Finder(view.tree, self._query, last)
-      self._counted, self._whole = (0, 0), {}
+      self._counted, self._whole, self._scored_at = (0, 0), {}, -1
 
   def warm_up(self, context: ContextLM) -> None:
     """Compiles LensNet for this window."""
