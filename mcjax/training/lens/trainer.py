@@ -136,8 +136,9 @@ class LensTrainer:
       raise McjaxError(f"config.train.batch={config.batch} does not divide "
                        f"among {RULES.batch_devices(self.mesh)} devices")
     self._embed = np.asarray(lm.params["embed"], np.float32)
+    taught = {part_of(kind) for kind in self._windows}  # decay harms others
     params = {part: normalised(self._start[part], self._windows, part)
-              for part in PARTS}
+              for part in PARTS if part in taught}
     state = {"params": params, "optimizer": optimizer(config).init(params),
              "step": jnp.zeros((), jnp.int32)}
     laid_out = RULES.shardings("lensnet", state, self.mesh)
@@ -195,7 +196,8 @@ class LensTrainer:
 
     def validate(step: int) -> tuple[dict[str, float], str]:
       del step
-      params = self.score_params | {"apart": np.zeros(len(lensnet.APART))}
+      params = self._start | self.score_params
+      params |= {"apart": np.zeros(len(lensnet.APART))}
       found = evaluate(params, self.lens, self._embed, validation or {})
       return ({f"validation/{k}": v for k, v in found.items()},
               ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
@@ -207,7 +209,7 @@ class LensTrainer:
 
   @property
   def score_params(self) -> dict:
-    """Current parameters of both parts on the host; all processes ask."""
+    """Current parameters that are taught, on the host; all processes ask."""
     return sharding.fetch(self.state["params"])
 
   def export(self, path, card: Mapping[str, Any]) -> dict:
