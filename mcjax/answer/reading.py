@@ -36,11 +36,11 @@ class Reader:
             share: float = 1.0) -> tuple[tuple[int, int], ...]:
     """Token spans (start, stop) to read, in order, none twice.
 
-    The sentences of the likeliest blocks, until these hold `share` of the
+    The sentences of the best blocks, until these hold `share` of the
     probability or `most` tokens are read.
 
     Args:
-      evidence: (L1 block, how likely it answers, relative), likeliest first.
+      evidence: (L1 block, how likely it answers, relative), best first.
       most: tokens in all, except that the first sentence is read in any case.
       stop: token at which the prompt begins.
       share: of the sum of these likelihoods.

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mcjax.focus.policy import WISH
 from mcjax.lens.features import CONSTANT, FEATURES, TAIL, LensInputs
 from mcjax.types import BRANCHING, Array
 
@@ -257,9 +258,17 @@ def apply(score, apart, config: LensNetConfig, inputs: LensInputs
   """
   out = evaluate({"score": score}, config, inputs)
   shadow = overshadowed(out.rank, inputs.block, inputs.mask)
-  worth = out.worth - shadow.astype(jnp.float32) @ apart
+  slope = nn.softplus(jnp.asarray(score["slope"]))  # apart is in logits of rank
+  worth = _after(out.worth, slope * (shadow.astype(jnp.float32) @ apart))
   scores = jnp.where(inputs.mask, jnp.tanh(worth), 0.0)
   return scores, jax.nn.softmax(out.rank), jax.nn.sigmoid(out.answerable)
+
+
+def _after(worth: jax.Array, less: jax.Array) -> jax.Array:
+  """Logits of blocks that give way by `less`, but are wished for as before."""
+  least = np.arctanh(np.float32(WISH))
+  return jnp.where(
+    worth > least, least + nn.softplus(worth - least - less), worth)
 
 
 def flops(config: LensNetConfig, rows: int) -> int:

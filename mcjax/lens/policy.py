@@ -245,10 +245,10 @@ def _before_query(view: FocusView, rows: Rows) -> np.ndarray:
 
 def _evidence(view: FocusView, rows: Rows, scores: np.ndarray,
               likely: np.ndarray) -> list[tuple[int, float]]:
-  """(block, likelihood) of the blocks that are wished for, likeliest first."""
-  wished = _before_query(view, rows) & (scores > WISH)
-  found = zip(rows.block[wished].tolist(), likely[wished].tolist())
-  return sorted(found, key=lambda item: -item[1])
+  """(block, likelihood) of the blocks that are wished for, best score first."""
+  wished = np.flatnonzero(_before_query(view, rows) & (scores > WISH))
+  order = wished[np.argsort(-scores[wished], kind="stable")]
+  return list(zip(rows.block[order].tolist(), likely[order].tolist()))
 
 
 def entry_scores(view: FocusView, rows: Rows, scores: np.ndarray

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mcjax.focus.policy import WISH
 from mcjax.lens import network as lensnet
 from mcjax.lens.features import FEATURES, TAIL, LensInputs
 
@@ -140,6 +141,10 @@ def test_neighbours_of_a_better_block_lose(params):
   np.testing.assert_array_equal(shadow, [
     [0, 0, 0], [1, 0, 0], [0, 1, 1], [0, 0, 0]])
   given = inputs()._replace(block=jnp.arange(ROWS, dtype=jnp.int32))
-  apart = {**params, "apart": jnp.array([1.0, 0.0, 0.0])}
-  alike = {**params, "apart": jnp.zeros(3)}
-  assert np.any(apply(apart, given) < apply(alike, given))
+  level = dict(params["score"]["level"])
+  level["bias"] = level["bias"] + jnp.array([8.0, 0.0])  # all are wished for
+  params = {**params, "score": {**params["score"], "level": level}}
+  apart = apply({**params, "apart": jnp.array([9.0, 0.0, 0.0])}, given)[:18]
+  alike = apply({**params, "apart": jnp.zeros(3)}, given)[:18]
+  assert np.any(apart < alike), "they come later"
+  assert (alike > WISH).all() and (apart > WISH).all(), "but they come"
