@@ -93,8 +93,10 @@ class Head:
     record: of the commit.
   """
 
-  def __init__(self, store: Store, record: dict, generation: bytes):
+  def __init__(self, store: Store, record: dict, generation: bytes,
+               lock: writer_lock.WriterLock):
     self.store, self.record, self._generation = store, record, generation
+    self._lock = lock
 
   def write(self, record: dict) -> None:
     """Commits: the one moment at which the new state takes over.
@@ -104,6 +106,7 @@ class Head:
     new = tree_format.without_past(record)
     new["commit"] = self.record.get("commit", 0) + 1
     new["version"] = tree_format.FORMAT_VERSION
+    self._lock.check()
     self._generation = self.store.write_record(
       encode_record(new), self._generation)
     old, self.record = self.record, new
@@ -126,6 +129,6 @@ def maintaining(store: Store) -> Iterator[Head]:
     record, generation = read_commit(store)
     tree_format.check_readable(record, store.url)
     recover(store, lock, record)
-    yield Head(store, record, generation)
+    yield Head(store, record, generation, lock)
   finally:
     lock.release()

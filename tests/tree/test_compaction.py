@@ -1,11 +1,15 @@
 """Compaction: fewer files, forgotten text gone, safe under kills."""
 
+import ast
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+import mcjax
 from mcjax.testing.tiny_base import memory_url
 from mcjax.testing.tree_reference import (
   FailingWrites,
@@ -175,6 +179,19 @@ def test_any_write_may_fail_and_nothing_is_lost(stored, tmp_path, monkeypatch):
     allowed += 4
   assert done.files_after < done.files_before
   check(peek(place, keyer=TinyKeyer()), ids, keyer=TinyKeyer())
+
+
+@pytest.mark.parametrize("count", [
+  8, pytest.param(100, marks=pytest.mark.slow)])
+def test_kills_leave_the_old_or_the_new_state(tmp_path, count):
+  root = pathlib.Path(mcjax.__file__).parents[1]
+  done = subprocess.run(
+    [sys.executable, "-m", "mcjax.testing.compaction_kills", str(tmp_path),
+     str(count), "1"],
+    cwd=root, capture_output=True, text=True, check=True)
+  outcomes = ast.literal_eval(done.stdout)
+  assert outcomes.keys() <= {"old", "new"}
+  assert sum(outcomes.values()) >= min(count, 20)
 
 
 def test_a_tree_in_memory_and_an_old_one(tmp_path):
