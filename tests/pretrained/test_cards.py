@@ -35,6 +35,18 @@ def test_every_shipped_card_is_whole_and_says_how_it_was_chosen():
     assert not card.nets or (cards._ROOT / card.nets).is_dir(), path
 
 
+def test_nets_that_bases_share_read_nothing_of_one_base():
+  shared = {cards.find(path.parent.name).nets
+            for path in cards._ROOT.glob("*/card.json")} - {""}
+  assert shared
+  for folder in shared:
+    params, fields, card = pretrained.read_weights(
+      cards._ROOT / folder / "lensnet.safetensors", "lensnet")
+    assert not fields["gists"] and card["steps"] > 0
+    assert params["table"]["vectors"].shape[1] == fields["key_dim"]
+    assert not (cards._ROOT / folder / "gistnet.safetensors").exists()
+
+
 def test_a_configuration_takes_what_it_leaves_open_from_the_card(root):
   _ship(root, "known", read_tokens=40, read_share=0.25, contrast=0.0)
   settled = cards.settled(Config(window=512), "known")
