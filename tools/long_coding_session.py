@@ -18,8 +18,6 @@ from absl import flags
 from tqdm import tqdm
 
 import mcjax
-from mcjax.base import hub
-from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.cli import commands
 from mcjax.cli.focus_map import Section, focus_map, source_lines
 from mcjax.runtime import telemetry
@@ -113,7 +111,6 @@ def _open(lm) -> tuple[mcjax.MegaContext, list[Section]]:
 
 def main(argv) -> None:
   del argv
-  use_compilation_cache(hub.cache_dir() / "xla")
   lm = mcjax.load_base_lm(_BASE.value)
   mc, sections = _open(lm)
   window = mc.config.window

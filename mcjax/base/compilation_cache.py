@@ -2,12 +2,67 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import pathlib
+import platform
+import sys
 
 import jax
+
+from mcjax.base import hub
+
+_MOST = 1 << 31  # bytes; what was used longest ago makes room
+_LONG = 1.0  # seconds for a program, from which the user is told
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_told = False
+
+
+def keep_programs() -> None:
+  """Keeps compiled programs in the user cache, unless told otherwise.
+
+  Whoever has set JAX's own `jax_compilation_cache_dir` keeps that, and
+  MCJAX_CACHE=off keeps none. A cache that cannot be written is left alone.
+  """
+  known = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009
+  if known is not None or os.environ.get("MCJAX_CACHE") == "off":
+    return
+  folder = hub.cache_dir() / f"xla-{_machine()}"
+  try:
+    folder.mkdir(exist_ok=True)
+  except OSError:
+    return
+  if os.access(folder, os.W_OK):
+    use_compilation_cache(folder)
+    # Where its size is limited, JAX locks the cache: processes may share it.
+    jax.config.update("jax_compilation_cache_max_size", _MOST)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.monitoring.register_event_duration_secs_listener(_tell)
+
+
+def _tell(event: str, duration_secs: float, **_: str | int) -> None:
+  """Says once that programs are being compiled, when one has taken long."""
+  global _told
+  if event == _COMPILED and duration_secs > _LONG and not _told:
+    _told = True
+    print("mcjax: compiling for this machine; the next start will find the "
+          f"programs in {hub.cache_dir()}", file=sys.stderr)
 
 
 def use_compilation_cache(folder: pathlib.Path) -> None:
   """Keeps compiled programs in `folder` from now on."""
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _machine() -> str:
+  """Names this kind of processor: programs hold its instructions."""
+  facts = platform.machine()
+  try:
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+      if line.startswith(("flags", "Features")):
+        facts += line
+        break
+  except OSError:
+    facts += platform.processor()
+  return hashlib.sha256(facts.encode()).hexdigest()[:8]

@@ -84,11 +84,14 @@ NAMED_MODELS = {
 def cache_dir() -> pathlib.Path:
   """The user cache: MCJAX_CACHE, else XDG_CACHE_HOME/mcjax, else ~/.cache.
 
+  It holds base models, and compiled programs unless MCJAX_CACHE is "off".
+
   Raises:
     McjaxError: the folder cannot be made.
   """
-  if os.environ.get("MCJAX_CACHE"):
-    path = pathlib.Path(os.environ["MCJAX_CACHE"]).expanduser()
+  named = os.environ.get("MCJAX_CACHE")
+  if named and named != "off":
+    path = pathlib.Path(named).expanduser()
   else:
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     path = pathlib.Path(base).expanduser() / "mcjax"

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax.base import files, hub
+from mcjax.base.compilation_cache import keep_programs
 from mcjax.base.config import Folds, decoder_config_from_hf, folds_from_hf
 from mcjax.base.decoder_config import DecoderConfig
 from mcjax.base.gguf_config import decoder_config_from_gguf, folds_from_gguf
@@ -65,7 +66,9 @@ class BaseLM:
 def load_base_lm(
   source: str | os.PathLike, *, dtype: str = "float32", mesh=None, rules=RULES
 ) -> BaseLM:
-  """Loads a frozen base LM.
+  """Loads a frozen base LM, and keeps compiled programs from now on.
+
+  The programs lie in the user cache, see `compilation_cache.keep_programs`.
 
   Args:
     source: a name of `hub.NAMED_MODELS` ("smollm2-135m"), a Hugging Face
@@ -85,6 +88,7 @@ def load_base_lm(
       decoder does not implement.
   """
   check_dtype(dtype)
+  keep_programs()
   path = _resolve(os.fspath(source))
   name = os.path.basename(os.fspath(source).rstrip("/\\")) or str(source)
   try:

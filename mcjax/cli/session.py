@@ -9,8 +9,6 @@ import time
 
 from tqdm import tqdm
 
-from mcjax.base import hub
-from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import BaseLM, load_base_lm
 from mcjax.cli import focus_page
 from mcjax.cli.focus_map import Section, focus_map, source_lines
@@ -49,7 +47,6 @@ def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
   Raises:
     McjaxError: a user's mistake.
   """
-  use_compilation_cache(hub.cache_dir() / "xla")
   values = config.loop.to_dict()
   if workdir:
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)

@@ -61,11 +61,13 @@ def age_scores(view: FocusView) -> np.ndarray:
 
 
 def with_payment(view: FocusView, scores: np.ndarray) -> np.ndarray:
-  """Scores [E] in which the lowest groups give their slots to the wishes.
+  """Lowers the scores of the sibling groups that should collapse, [E].
 
-  An expand takes 31 slots. Where they are not free, as many groups of siblings
-  are offered for a collapse as the step can trade, those of the lowest mean
-  score first, and none that is worth as much as the wish it pays for.
+  An expand takes 31 slots, and a collapse of 32 siblings frees 31. Where the
+  slots of an expand are not free, a group of siblings is scored below the
+  threshold, so that the allocator collapses it: the group of the lowest mean
+  score first, at most as many as one step can trade, and never a group that
+  scores as high as the entry whose expand it would pay for.
   """
   wishes = np.sort(scores[view.can_expand & (scores > WISH)])[::-1]
   trades = max(1, view.max_edits // 2)

@@ -28,7 +28,7 @@ from mcjax.settings import check_names
 from mcjax.types import BRANCHING, Array, McjaxError
 
 # Padded batches, so that nothing recompiles; 64 blocks fit a CPU core's cache.
-BATCH_SIZES = (1, 16, 64)
+BATCH_SIZES = (1, 64)
 # XLA's CPU backend runs these small products on one core, a batch each.
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -270,14 +270,10 @@ def start(lm: BaseLM, values: Mapping[str, Any], path: str = "", seed: int = 0
     **kept, "initial_run": card}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "base_config"))
-def _encode_ids(params, base_params, token_ids, config, base_config):
-  features = token_features(
-    base_params, base_config, token_ids, config.input_layer)
-  return apply(params, config, features, 1)
-
-
-_encode_children = jax.jit(apply, static_argnames="config")
+# Two programs, so that tokens and gists share the large one.
+_read_tokens = jax.jit(
+  token_features, static_argnames=("base_config", "input_layer"))
+_encode = jax.jit(apply, static_argnames="config")
 
 
 class GistEncoder:
@@ -370,11 +366,13 @@ class GistEncoder:
     if ids.size and not (0 <= ids.min() and ids.max() < self._vocab_size):
       raise McjaxError("token ids must lie in the base's vocabulary of "
                        f"{self._vocab_size}")
-    return self._in_batches(
-      ids.astype(np.int32),
-      lambda batch: _encode_ids(
-        self.params, self._base, batch, config=self.config,
-        base_config=self._base_config))
+
+    def run(batch: np.ndarray) -> jax.Array:
+      features = _read_tokens(
+        self._base, self._base_config, batch, self.config.input_layer)
+      return _encode(self.params, self.config, features, np.int32(1))
+
+    return self._in_batches(ids.astype(np.int32), run)
 
   def encode_tokens(self, token_ids) -> Float[np.ndarray, "n D"]:
     """L1 gists [n, D] float32 of ids [n, 32]; one vector per gist."""
@@ -394,8 +392,8 @@ class GistEncoder:
       raise McjaxError(f"a gist of gists has level ≥ 2, got {level}")
     return self._single(self._in_batches(
       children,
-      lambda batch: _encode_children(
-        self.params, self.config, batch, jnp.int32(level))))
+      lambda batch: _encode(
+        self.params, self.config, batch, np.int32(level))))
 
   def _single(self, gists: np.ndarray) -> np.ndarray:
     if self.slots_per_gist != 1:

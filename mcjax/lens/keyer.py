@@ -26,7 +26,7 @@ _TABLES: dict[str, tuple] = {}  # by fingerprint, the oldest first
 
 
 class LensKeyer:
-  """Writes a block's key; `lens_keys.Keyer` of a LensNet on a base.
+  """A `learned_keys.Keyer`: tokens of a block in, its learned key out.
 
   Attributes:
     fingerprint: of weights, configuration and base.

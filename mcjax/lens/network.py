@@ -13,8 +13,6 @@ The key and query heads give every block a small vector, whose match with the
 query's is a feature. Unless the weights hold a better table of keys
 (`lens.keyer`), these vectors are also stored in the tree, and blocks anywhere
 in the history are found by them. Flax Linen modules, used as pure functions.
-
-Source: MegaContext, "LensNet"; design brief, sections 2.9 and 2.12.
 """
 
 from __future__ import annotations

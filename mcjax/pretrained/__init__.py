@@ -12,7 +12,6 @@ import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -154,7 +153,7 @@ def _nested(path, flat: dict[str, np.ndarray]) -> dict:
         raise McjaxError(f"{path}: {name!r} is within another tensor")
     if leaf in node:
       raise McjaxError(f"{path}: {name!r} is within another tensor")
-    node[leaf] = jnp.asarray(value)
+    node[leaf] = jax.device_put(value)  # as it is, with nothing to compile
   return params
 
 

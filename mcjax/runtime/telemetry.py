@@ -30,7 +30,7 @@ jax.monitoring.register_event_duration_secs_listener(_on_event)
 
 
 def compile_count() -> int:
-  """XLA compilations in this process so far."""
+  """Programs compiled in this process so far, or read from the cache."""
   return _compiles
 
 
@@ -108,12 +108,17 @@ class Telemetry:
     return self.counters["edits"] / steps if steps else 0.0
 
   def summary(self) -> dict:
-    """Counters, seconds per phase, swap rate and peak memory in MiB."""
+    """Counters, seconds per phase, swap rate, peak memory in MiB, programs.
+
+    "compiles" are the programs that the process has compiled or read from its
+    cache so far.
+    """
     return {
       "counters": dict(self.counters),
       "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
       "swap_rate": self.swap_rate,
       "peak_memory_mib": peak_memory_mib(),
+      "compiles": compile_count(),
     }
 
   def close(self) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 
-from mcjax.base import hub
-from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
 from mcjax.config import Config
 from mcjax.runtime.engine import Engine
@@ -37,7 +35,6 @@ def run(config) -> None:
   if config.host not in ("127.0.0.1", "localhost", "::1") and not key:
     raise McjaxError(
       f"config.host {config.host} is open to others: set MCJAX_API_KEY")
-  use_compilation_cache(hub.cache_dir() / "xla")
   lm = load_base_lm(config.base, dtype=config.dtype)
   with Engine(lm, loop, slots=config.slots) as engine:
     histories = Histories(engine, config.root)

@@ -94,16 +94,18 @@ def rope_of(config, positions):
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
 def gather(config, view, state, slots, tables, row):
   """The view with slots [C] of a window's state in one row."""
-  keys, values, kinds = [], [], rotation.layer_kinds(config)
-  for i in range(config.n_layers):
-    k = jnp.take(state.keys[i], slots, axis=1, mode="clip")
-    v = jnp.take(state.values[i], slots, axis=1, mode="clip")
-    if i not in config.nope_layers:
-      k = rotation.turn(k, tables, kinds.at(i)._replace(rope=None))
-    at = (row, 0, 0, 0)
-    keys.append(jax.lax.dynamic_update_slice(view.keys[i], k[None], at))
-    values.append(jax.lax.dynamic_update_slice(view.values[i], v[None], at))
-  return View(tuple(keys), tuple(values))
+  keys = jnp.take(state.keys, slots, axis=2, mode="clip")
+  values = jnp.take(state.values, slots, axis=2, mode="clip")
+  # All layers at once: one by one they are much more to compile.
+  keys = jax.vmap(rotation.turn, in_axes=(0, None, 0))(
+    keys, tables, rotation.layer_kinds(config))
+
+  def put(old, new):
+    return tuple(
+      jax.lax.dynamic_update_slice(a, b[None], (row, 0, 0, 0))
+      for a, b in zip(old, new))
+
+  return View(put(view.keys, keys), put(view.values, values))
 
 
 @functools.partial(jax.jit, static_argnames="stream", donate_argnums=0)
@@ -124,6 +126,12 @@ def store(state, block, row, slots, stream):
 @jax.jit
 def stacked(rows):
   return jnp.stack(rows)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def with_row(rows, row, at):
+  """Rows [B, V] with `row` [V] in place of number `at`."""
+  return jax.lax.dynamic_update_slice(rows, row[None], (at, 0))
 
 
 def _layers(params, config):

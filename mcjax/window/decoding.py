@@ -49,6 +49,9 @@ class Draw:
 class Seen:
   """One window as a stream reads it.
 
+  A stream is one reading of the window: as it is, or, where answers are held
+  against it, without the text (see `contrast.py`).
+
   Attributes:
     state: its cache.
     positions, visible: [S], by slot.
@@ -164,7 +167,8 @@ class Decoder:
       keys[j.row], weight[j.row] = j.draw.key, j.weight
       on[j.row] = j.prior is not None
       if j.draw.seen is not None:
-        self._seen = self._seen.at[j.row].set(j.draw.seen)
+        self._seen = decode_loop.with_row(
+          self._seen, j.draw.seen, np.int32(j.row))
         j.draw.seen = None
     rows = sampling.Rows(
       numbers, decode_loop.stacked(keys), drawn, np.zeros((), bool))
@@ -280,4 +284,6 @@ class Decoder:
           copy = jax.tree.map(jnp.copy, state)
           decode_loop.store(copy, block, np.int32(0), slots, m)
           jax.block_until_ready(block.logits[m][0])
+    self._seen = decode_loop.with_row(
+      self._seen, np.zeros(self._seen.shape[1], bool), np.int32(0))
     self._held.clear()
