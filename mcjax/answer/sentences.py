@@ -7,24 +7,32 @@ from collections.abc import Sequence
 import numpy as np
 
 _STOPS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
+_WRAPPED = 60  # characters of a line that is broken only because it is full
 _CLOSING = "\"')]*_\u201d\u2019\u300d"  # may stand between a stop and a blank
 
 
 def sentence_ends(pieces: Sequence[str], special: np.ndarray) -> np.ndarray:
   """Whether a sentence, a line or a turn ends with a token, [T] bool.
 
+  A long line that goes on with a word is wrapped, and ends no sentence.
+
   Args:
     pieces: [T] what each token adds to the text.
     special: [T] bool, control tokens, each an end of its own.
   """
-  out = np.zeros(len(pieces), bool)
+  out, line = np.zeros(len(pieces), bool), ""
   for i, piece in enumerate(pieces):
     follows = pieces[i + 1][:1] if i + 1 < len(pieces) else " "
     tail = "".join(pieces[max(0, i - 2) : i + 1])  # ." may be two tokens
     closed = tail.rstrip().rstrip(_CLOSING).endswith(_STOPS)
     closed = closed and bool(piece.strip())
     wide = closed and not piece.isascii()  # East Asian: no blank follows
-    out[i] = closed and (wide or follows.isspace()) or "\n" in piece
+    line = piece if special[i] else line + piece
+    broken = "\n" in piece and not (
+      len(line) >= _WRAPPED and follows[:1].isalnum())
+    out[i] = closed and (wide or follows.isspace()) or broken
+    if "\n" in piece:
+      line = piece.rpartition("\n")[2]
   return out | special
 
 

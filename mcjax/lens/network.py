@@ -262,7 +262,7 @@ def apply(score, apart, config: LensNetConfig, inputs: LensInputs
   return scores, jax.nn.softmax(out.rank), jax.nn.sigmoid(out.answerable)
 
 
-def _after(worth: jax.Array, less: jax.Array) -> jax.Array:
+def _after(worth: Array, less: jax.Array) -> jax.Array:
   """Logits of blocks that give way by `less`, but are wished for as before."""
   least = np.arctanh(np.float32(WISH))
   return jnp.where(

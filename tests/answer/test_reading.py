@@ -92,3 +92,12 @@ def test_sentences_end_where_they_do(text, expected):
   spans = [s for s in sentences.sentence_spans(ends)
            if "".join(pieces[s[0] : s[1]]).strip()]
   assert len(spans) == expected
+
+
+def test_a_wrapped_line_goes_on_and_a_heading_does_not():
+  wrapped = ("The project moves our booking system to new servers, and it is "
+             "led by\nRavi Chandran until May. Next")
+  for text, expected in ((wrapped, 2), ("A heading\nThe text. Next", 3)):
+    pieces = list(text)
+    ends = sentences.sentence_ends(pieces, np.zeros(len(pieces), bool))
+    assert len(sentences.sentence_spans(ends)) == expected
