@@ -17,7 +17,7 @@ _ACTIVATIONS = {
   "silu": jax.nn.silu,
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-_NEGATIVE = -1e30  # masked score: finite, so an all-masked row stays finite
+NEGATIVE = -1e30  # masked score: finite, so an all-masked row stays finite
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -89,7 +89,7 @@ def attend(config, query, segments, tables, q_positions, kind):
     if kind.local is not None:
       allowed &= (ahead < config.local_window) | ~kind.local
     s = s.reshape(k_heads, t, groups, keys.shape[1]) / math.sqrt(h)
-    scores.append(jnp.where(allowed[None, :, None], s, _NEGATIVE))
+    scores.append(jnp.where(allowed[None, :, None], s, NEGATIVE))
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
   weights = weights.reshape(k_heads, t * groups, weights.shape[-1])
   parts, offset = [], 0

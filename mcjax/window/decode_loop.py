@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,17 @@ from mcjax.types import BRANCHING, Array
 from mcjax.window import sampling
 from mcjax.window.kv_slots import KVSlots
 
+LIKELY = 20  # tokens listed beside the one drawn, at most
 _PLAUSIBLE = 0.1  # of the likeliest token's probability, to be picked at all
 
 
 class View(NamedTuple):
-  """What rows attend to: a tuple over layers of [B, K, C, H].
+  """What rows attend to, layer by layer.
 
   Attributes:
-    keys: rotated to their positions.
-    values: as in the state.
+    keys: [B, K, H, C] each, rotated to their positions; channels first, which
+      halves the time of a row's scores on a CPU.
+    values: [B, K, C, H] each.
   """
 
   keys: tuple[jax.Array, ...]
@@ -56,6 +58,8 @@ class Block(NamedTuple):
   Attributes:
     tokens: [B, 32] int32.
     logprobs: [B, 32] float32, of each token before temperature and cuts.
+    likely: [B, 32, 20] int32, the likeliest tokens instead, where asked for.
+    likely_logprobs: [B, 32, 20] float32.
     count: [B] int32.
     stopped: [B] bool, the last token is a stop token.
     inputs: [B, 32, D] embeddings.
@@ -67,6 +71,8 @@ class Block(NamedTuple):
 
   tokens: jax.Array
   logprobs: jax.Array
+  likely: jax.Array
+  likely_logprobs: jax.Array
   count: jax.Array
   stopped: jax.Array
   inputs: jax.Array
@@ -79,10 +85,11 @@ class Block(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config", "rows", "capacity",
                                              "dtype"))
 def empty_view(config, rows, capacity, dtype):
-  shape = (rows, config.n_kv_heads, capacity, config.head_dim)
-  layers = range(config.n_layers)
-  return View(tuple(jnp.zeros(shape, dtype) for _ in layers),
-              tuple(jnp.zeros(shape, dtype) for _ in layers))
+  heads, layers = (rows, config.n_kv_heads), range(config.n_layers)
+  keys, values = ((*heads, config.head_dim, capacity),
+                  (*heads, capacity, config.head_dim))
+  return View(tuple(jnp.zeros(keys, dtype) for _ in layers),
+              tuple(jnp.zeros(values, dtype) for _ in layers))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -105,7 +112,7 @@ def gather(config, view, state, slots, tables, row):
       jax.lax.dynamic_update_slice(a, b[None], (row, 0, 0, 0))
       for a, b in zip(old, new))
 
-  return View(put(view.keys, keys), put(view.values, values))
+  return View(put(view.keys, keys.swapaxes(2, 3)), put(view.values, values))
 
 
 @functools.partial(jax.jit, static_argnames="stream", donate_argnums=0)
@@ -148,17 +155,19 @@ def _forward(params, config, x, streams, own, i):
   Args:
     x: [M * B, D], the streams' rows below each other.
     streams: (view, sight) of each of M streams.
-    own: for each stream the block's turned keys and values so far.
+    own: for each stream and layer the block's keys [B, K, 32, H], turned keys
+      [B, K, H, 32] and values [B, K, 32, H] so far.
     i: the token's number in the block.
 
   Returns:
-    hidden [M * B, D], and for each layer new keys, turned keys and values, each
-    [K, M * B, H].
+    hidden [M * B, D], and `own` with the token in it.
   """
   rows = streams[0][1].first.shape[0]
   at = jnp.concatenate([sight.first for _, sight in streams]) + i
   table = rotation.rope_tables(config, at)
-  made, kinds = [], rotation.layer_kinds(config)
+  kinds, sees = rotation.layer_kinds(config), [
+    _allowed(config, sight, i) for _, sight in streams]
+  out = [[] for _ in streams]
   for n, layer in enumerate(_layers(params, config)):
     q, k, v = decoder_layer.project(config, layer, x)
     turned, kind = k, kinds.at(n)._replace(rope=None)
@@ -166,35 +175,61 @@ def _forward(params, config, x, streams, own, i):
       q = decoder_layer.turn_queries(q, table, kind)
       turned = rotation.turn(k, table, kind)
     parts = []
-    for m, ((view, sight), (keys, values)) in enumerate(zip(streams, own)):
+    for m, (view, _) in enumerate(streams):
       mine = slice(m * rows, (m + 1) * rows)
-      parts.append(_mix(
-        config, kind, q[mine], turned[:, mine], v[:, mine], view.keys[n],
-        view.values[n], sight, keys[n], values[n], i))
+      held = _put(own[m][n], k[:, mine], turned[:, mine], v[:, mine], i)
+      out[m].append(held)
+      parts.append(_mix(config, kind, q[mine], view.keys[n], view.values[n],
+                        held, sees[m]))
     x = decoder_layer.finish(config, layer, x, jnp.concatenate(parts))
-    made.append((k, turned, v))
   hidden = decoder_layer.rms_norm(x, params["final_norm"], config.rms_norm_eps)
-  return hidden, made
+  return hidden, tuple(tuple(layers) for layers in out)
 
 
-def _mix(config, kind, q, k, v, keys, values, sight, new_keys, new_values, i):
-  """Attention [B, N, H] of each row to its view, its block and itself."""
-  size, capacity = new_keys.shape[2], keys.shape[2]
-  offsets = jnp.arange(size, dtype=jnp.int32)
+def _put(held, k, turned, v, i):
+  """Keys, turned keys and values of a block with those [K, B, H] of token i."""
+  keys, turned_keys, values = held
+  put = jax.lax.dynamic_update_slice
+  k, turned, v = (a.transpose(1, 0, 2) for a in (k, turned, v))
+  return (put(keys, k[:, :, None], (0, 0, i, 0)),
+          put(turned_keys, turned[..., None], (0, 0, 0, i)),
+          put(values, v[:, :, None], (0, 0, i, 0)))
 
-  def row(q, k, v, keys, values, positions, used, first, new_keys, new_values):
-    seen = jnp.arange(capacity, dtype=jnp.int32) < used
-    place = (first + i)[None]
-    segments = [
-      (keys, values, positions, seen, True),
-      (new_keys, new_values, first + offsets, offsets < i, True),
-      (k[:, None], v[:, None], place, jnp.ones(1, bool), True)]
-    return decoder_layer.attend(
-      config, q[None], segments, [None] * 3, place, kind)[0]
 
-  return jax.vmap(row, in_axes=(0, 1, 1) + (0,) * 7)(
-    q, k, v, keys, values, sight.positions, sight.used, sight.first, new_keys,
-    new_values)
+def _allowed(config, sight, i):
+  """What token i of a block may read, [B, C] and [B, 32] bool; far and near."""
+  place = (sight.first + i)[:, None]
+  capacity = sight.positions.shape[1]
+  offsets = jnp.arange(BRANCHING, dtype=jnp.int32)[None]
+  kept = jnp.arange(capacity, dtype=jnp.int32)[None] < sight.used[:, None]
+  view, block = kept & (sight.positions <= place), offsets <= i
+  block = jnp.broadcast_to(block, (place.shape[0], BRANCHING))
+  if not config.local_layers:
+    return (view, block), None
+  near = view & (place - sight.positions < config.local_window)
+  return (view, block), (near, block & (i - offsets < config.local_window))
+
+
+def _mix(config, kind, q, keys, values, held, sees):
+  """Attention [B, N, H] of each row's query to its view and its block."""
+  rows, heads, size = q.shape
+  _, turned, new_values = held
+  q = q.reshape(rows, config.n_kv_heads, -1, size)
+  scores = []
+  for part, (k, far) in enumerate(zip((keys, turned), sees[0])):
+    allowed = far
+    if sees[1] is not None:
+      allowed = jnp.where(kind.local, sees[1][part], far)
+    s = jnp.einsum("bkmh,bkhs->bkms", q, k, preferred_element_type=jnp.float32)
+    scores.append(jnp.where(
+      allowed[:, None, None], s / math.sqrt(size), decoder_layer.NEGATIVE))
+  weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+  split = keys.shape[-1]
+  far, near = (
+    jnp.einsum("bkms,bksh->bkmh", w.astype(v.dtype), v)
+    for w, v in ((weights[..., :split], values),
+                 (weights[..., split:], new_values)))
+  return (far + near).reshape(rows, heads, size)
 
 
 def _against(logits, prior, weight, on):
@@ -212,7 +247,7 @@ def _against(logits, prior, weight, on):
 def decode_rows(params, config: model.DecoderConfig, views: tuple[View, ...],
                 sights: tuple[Sight, ...], limit: jax.Array,
                 stop_ids: jax.Array, rows: sampling.Rows, seen: jax.Array,
-                weight: jax.Array, on: jax.Array
+                weight: jax.Array, on: jax.Array, listed: jax.Array
                 ) -> tuple[tuple[View, ...], Block]:
   """Decodes up to `limit` [B] <= 32 tokens a row, without a host sync.
 
@@ -228,6 +263,7 @@ def decode_rows(params, config: model.DecoderConfig, views: tuple[View, ...],
     seen: donated, see `sampling.Rows`.
     weight: [B] float32, how much what the text adds counts beyond itself.
     on: [B] bool, rows that are held against anything.
+    listed: [] bool, whether the likeliest tokens are asked for.
 
   Returns:
     The views with the new tokens in them, and a `Block`.
@@ -235,22 +271,19 @@ def decode_rows(params, config: model.DecoderConfig, views: tuple[View, ...],
   count = limit.shape[0]
   size = BRANCHING
   view = views[0]
-  shape = (count, config.n_kv_heads, size, config.head_dim)
-
-  def buffers():
-    return tuple(jnp.zeros(shape, view.keys[0].dtype)
-                 for _ in range(config.n_layers))
-
+  heads, dtype = (count, config.n_kv_heads), view.keys[0].dtype
+  tall = jnp.zeros((*heads, size, config.head_dim), dtype)
+  wide = jnp.zeros((*heads, config.head_dim, size), dtype)
   first = {
     "i": jnp.int32(0), "stopped": limit <= 0,
     "count": jnp.zeros(count, jnp.int32),
     "tokens": jnp.zeros((count, size), jnp.int32),
     "logprobs": jnp.zeros((count, size), jnp.float32),
-    "inputs": jnp.zeros((count, size, config.d_model), view.keys[0].dtype),
+    "likely": jnp.zeros((count, size, LIKELY), jnp.int32),
+    "likely_logprobs": jnp.zeros((count, size, LIKELY), jnp.float32),
+    "inputs": jnp.zeros((count, size, config.d_model), dtype),
     "logits": tuple(s.logits for s in sights), "seen": seen,
-    "keys": tuple(buffers() for _ in views),
-    "turned": tuple(buffers() for _ in views),
-    "values": tuple(buffers() for _ in views),
+    "own": (((tall, wide, tall),) * config.n_layers,) * len(views),
   }
 
   def step(c):
@@ -261,26 +294,14 @@ def decode_rows(params, config: model.DecoderConfig, views: tuple[View, ...],
     token = sampling.draw(rows._replace(seen=c["seen"]), found, i)
     spread = jax.nn.log_softmax(found)
     logprob = jnp.take_along_axis(spread, token[:, None], axis=-1)[:, 0]
+    best = jax.lax.cond(listed, _likeliest, _unlisted, spread)
     x = model.embed(params, token)
-    hidden, made = _forward(
+    hidden, own = _forward(
       params, config, jnp.concatenate([x] * len(views)),
-      list(zip(views, sights)), list(zip(c["turned"], c["values"])), i)
-    logits = model.unembed(params, hidden)
-    keys, turned, values, fresh = [], [], [], []
-    for m, old in enumerate(c["logits"]):
-      mine = slice(m * count, (m + 1) * count)
-
-      def put(name, part, m=m, mine=mine):
-        return tuple(
-          jax.lax.dynamic_update_slice(
-            buffer, layer[part][:, mine].transpose(1, 0, 2)[:, :, None],
-            (0, 0, i, 0))
-          for buffer, layer in zip(c[name][m], made))
-
-      keys.append(put("keys", 0))
-      turned.append(put("turned", 1))
-      values.append(put("values", 2))
-      fresh.append(jnp.where(going[:, None], logits[mine], old))
+      list(zip(views, sights)), c["own"], i)
+    logits = model.unembed(params, hidden).reshape(len(views), count, -1)
+    fresh = tuple(jnp.where(going[:, None], new, old)
+                  for new, old in zip(logits, c["logits"]))
     at = jnp.arange(count)
     return {
       "i": i + 1,
@@ -289,32 +310,54 @@ def decode_rows(params, config: model.DecoderConfig, views: tuple[View, ...],
       "count": c["count"] + going.astype(jnp.int32),
       "tokens": c["tokens"].at[:, i].set(token),
       "logprobs": c["logprobs"].at[:, i].set(logprob),
+      "likely": c["likely"].at[:, i].set(best[1]),
+      "likely_logprobs": c["likely_logprobs"].at[:, i].set(best[0]),
       "inputs": jax.lax.dynamic_update_slice(
         c["inputs"], x[:, None], (0, i, 0)),
-      "logits": tuple(fresh),
+      "logits": fresh,
       "seen": c["seen"].at[at, token].max(going),
-      "keys": tuple(keys), "turned": tuple(turned), "values": tuple(values),
+      "own": own,
     }
 
   def unfinished(c):
     return jnp.any(~c["stopped"] & (c["i"] < limit))
 
   # A row that has ended idles: what it makes then is beyond its count.
-  c = jax.lax.while_loop(unfinished, step, first)
+  c: dict[str, Any] = jax.lax.while_loop(unfinished, step, first)
   stopped = jnp.any(
     (c["tokens"][:, :, None] == stop_ids[None, None])
     & (jnp.arange(size)[None, :] < c["count"][:, None])[:, :, None],
     axis=(1, 2))
 
-  def joined(old, new, used):
-    def row(old, new, used):
-      return jax.lax.dynamic_update_slice(old, new, (0, used, 0))
-    return jax.vmap(row)(old, new, used)
-
   views = tuple(
-    View(tuple(joined(a, b, s.used) for a, b in zip(v.keys, turned)),
-         tuple(joined(a, b, s.used) for a, b in zip(v.values, values)))
-    for v, s, turned, values in zip(views, sights, c["turned"], c["values"]))
+    View(tuple(_behind(old, new[1], s.used, 2)
+               for old, new in zip(v.keys, own)),
+         tuple(_behind(old, new[2], s.used, 1)
+               for old, new in zip(v.values, own)))
+    for v, s, own in zip(views, sights, c["own"]))
+  keys, values = (tuple(tuple(layer[part] for layer in own)
+                        for own in c["own"]) for part in (0, 2))
   return views, Block(
-    c["tokens"], c["logprobs"], c["count"], stopped, c["inputs"], c["keys"],
-    c["values"], c["logits"], c["seen"])
+    c["tokens"], c["logprobs"], c["likely"], c["likely_logprobs"], c["count"],
+    stopped, c["inputs"], keys, values, c["logits"], c["seen"])
+
+
+def _likeliest(spread):
+  """The highest of log probabilities [B, V] and their ids, each [B, 20]."""
+  values, ids = jax.lax.top_k(spread, min(LIKELY, spread.shape[-1]))
+  spare = ((0, 0), (0, LIKELY - ids.shape[-1]))
+  return (jnp.pad(values, spare, constant_values=-jnp.inf),
+          jnp.pad(ids.astype(jnp.int32), spare))
+
+
+def _unlisted(spread):
+  shape = spread.shape[0], LIKELY
+  return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
+
+
+def _behind(old, new, used, axis):
+  """Each row's old entries with the new ones behind those that it uses."""
+  def row(old, new, used):
+    return jax.lax.dynamic_update_slice_in_dim(old, new, used, axis)
+
+  return jax.vmap(row)(old, new, used)

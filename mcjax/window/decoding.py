@@ -37,12 +37,14 @@ class Draw:
     key: PRNG key.
     drawn: tokens drawn so far.
     seen: [V] bool of the prompt, or None where no penalty asks for it.
+    likely: how many of the likeliest tokens are listed beside each, <= 20.
   """
 
   sampling: Sampling
   key: jax.Array
   drawn: int = 0
   seen: np.ndarray | None = None
+  likely: int = 0
 
 
 @dataclasses.dataclass
@@ -96,6 +98,8 @@ class Said(NamedTuple):
 
   tokens: np.ndarray
   logprobs: np.ndarray
+  likely: np.ndarray
+  likely_logprobs: np.ndarray
   stopped: bool
   states: tuple[KVSlots, ...]
   logits: tuple[jax.Array, ...]
@@ -174,7 +178,8 @@ class Decoder:
       numbers, decode_loop.stacked(keys), drawn, np.zeros((), bool))
     views, block = decode_loop.decode_rows(
       self._params, self._config, tuple(views), tuple(sights), limit,
-      self._stop_ids, rows, self._seen, weight, on)
+      self._stop_ids, rows, self._seen, weight, on,
+      np.array(any(job.draw.likely for job in jobs)))
     self._seen = block.seen
     for m, view in enumerate(views):
       self._views[m, capacity] = view
@@ -225,8 +230,9 @@ class Decoder:
 
   def _shared_out(self, jobs: list[Job], block: Block, capacity: int
                   ) -> list[Said]:
-    tokens, logprobs, count, stopped = jax.device_get(
-      (block.tokens, block.logprobs, block.count, block.stopped))
+    tokens, logprobs, likely, values, count, stopped = jax.device_get(
+      (block.tokens, block.logprobs, block.likely, block.likely_logprobs,
+       block.count, block.stopped))
     out = []
     for j in jobs:
       n = int(count[j.row])
@@ -247,8 +253,11 @@ class Decoder:
           if other != capacity:
             self._held.pop((m, other, j.row), None)
       j.draw.drawn += n
-      out.append(Said(tokens[j.row, :n], logprobs[j.row, :n],
-                      bool(stopped[j.row]), tuple(states), tuple(logits)))
+      k = j.draw.likely
+      out.append(Said(
+        tokens[j.row, :n], logprobs[j.row, :n], likely[j.row, :n, :k],
+        values[j.row, :n, :k], bool(stopped[j.row]), tuple(states),
+        tuple(logits)))
     return out
 
   def warm_up(self, state: KVSlots, contrast: bool) -> None:
@@ -278,7 +287,8 @@ class Decoder:
         _, block = decode_loop.decode_rows(
           self._params, self._config, views, sights,
           np.zeros(self.rows, np.int32), self._stop_ids, rows, self._seen,
-          np.zeros(self.rows, np.float32), np.zeros(self.rows, bool))
+          np.zeros(self.rows, np.float32), np.zeros(self.rows, bool),
+          np.array(False))
         self._seen = block.seen
         for m in range(streams):
           copy = jax.tree.map(jnp.copy, state)

@@ -1,0 +1,85 @@
+"""Decoding throughput by the number of histories that are decoded together.
+
+  python tools/measure_batch.py --rows=1,4,16,64 --entries=224,992
+
+Runs the engine's device loop for so many rows, each attending to `entries`
+cached ones, and prints wall clock and CPU time a step and tokens per second,
+beside those of the first number of rows. CPU time is the figure to take on a
+machine that others use too.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mcjax.base import hub, model
+from mcjax.base.compilation_cache import use_compilation_cache
+from mcjax.base.load import load_base_lm
+from mcjax.types import BRANCHING
+from mcjax.window import decode_loop, kv_slots, sampling
+from mcjax.window.decode_loop import Sight
+from mcjax.window.sampling import Sampling
+
+
+class _Loop:
+  """The device loop over made-up windows of equal length."""
+
+  def __init__(self, lm, rows: int, entries: int):
+    config, dtype = lm.config, lm.params["embed"].dtype
+    capacity = entries + BRANCHING
+    self._lm, self._params = lm, model.unstacked(lm.params)
+    self._views = (decode_loop.empty_view(config, rows, capacity, dtype),)
+    used = np.full(rows, entries, np.int32)
+    self._sights = (Sight(
+      np.tile(np.arange(capacity, dtype=np.int32), (rows, 1)), used, used,
+      jnp.zeros((rows, config.vocab_size))),)
+    self._seen = jnp.zeros((rows, config.vocab_size), bool)
+    self._sampling = sampling.Rows(
+      np.tile(sampling.numbers_of(Sampling()), (rows, 1)),
+      jnp.stack([jax.random.key(0)] * rows), np.zeros(rows, np.int32),
+      np.zeros((), bool))
+    self.rows = rows
+
+  def run(self, steps: int) -> tuple[float, float]:
+    """Seconds of wall clock and of CPU that so many steps took."""
+    begin, cpu = time.perf_counter(), time.process_time()
+    self._views, block = decode_loop.decode_rows(
+      self._params, self._lm.config, self._views, self._sights,
+      np.full(self.rows, steps, np.int32),
+      np.full(kv_slots.STOP_IDS, -1, np.int32), self._sampling, self._seen,
+      np.zeros(self.rows, np.float32), np.zeros(self.rows, bool),
+      np.array(False))
+    jax.block_until_ready(block.tokens)
+    self._seen = block.seen
+    return time.perf_counter() - begin, time.process_time() - cpu
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--base", default="smollm2-135m")
+  parser.add_argument("--rows", default="1,4,16")
+  parser.add_argument("--entries", default="224,992")
+  parser.add_argument("--steps", type=int, default=8)
+  parser.add_argument("--repeats", type=int, default=3)
+  args = parser.parse_args()
+  use_compilation_cache(hub.cache_dir() / "xla")
+  lm = load_base_lm(args.base)
+  print("entries  rows  wall ms/step  CPU ms/step  tokens/s  x wall  x CPU")
+  for entries in map(int, args.entries.split(",")):
+    first = None
+    for rows in map(int, args.rows.split(",")):
+      loop = _Loop(lm, rows, entries)
+      loop.run(1)  # compiles
+      times = [loop.run(args.steps) for _ in range(args.repeats)]
+      wall, cpu = (min(part) / args.steps for part in zip(*times))
+      first = first or (rows / wall, rows / cpu)
+      print(f"{entries:7} {rows:5} {wall * 1e3:13.1f} {cpu * 1e3:12.1f} "
+            f"{rows / wall:9.1f} {rows / wall / first[0]:7.2f} "
+            f"{rows / cpu / first[1]:6.2f}", flush=True)
+
+
+if __name__ == "__main__":
+  main()
