@@ -8,11 +8,13 @@ import time
 
 import numpy as np
 
+from mcjax.base.tokenizer import Tokenizer
 from mcjax.runtime.answer_text import AnswerText
 from mcjax.runtime.documents import Source
 from mcjax.runtime.focus_loop import FocusLoop
 from mcjax.runtime.results import Generation
 from mcjax.types import BRANCHING, McjaxError
+from mcjax.window.decode_loop import LIKELY
 from mcjax.window.decoding import Job, Said
 from mcjax.window.sampling import Sampling
 
@@ -30,6 +32,7 @@ class Request:
     stop: strings that end the answer.
     seed: of the drawing; None draws unlike any answer before.
     logprobs: whether they are wanted.
+    top_logprobs: how many of the likeliest tokens are listed beside each.
     on_piece: gets the new text every few tokens.
     on_text: gets the whole text so far after every block.
   """
@@ -39,6 +42,7 @@ class Request:
   stop: tuple[str, ...] = ()
   seed: int | None = None
   logprobs: bool = False
+  top_logprobs: int = 0
   on_piece: Callable[[str], None] | None = None
   on_text: Callable[[str], None] | None = None
 
@@ -47,6 +51,11 @@ class Request:
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
       raise McjaxError(
         f"max_new_tokens must be a whole number >= 0, got {count}")
+    likely = self.top_logprobs
+    if not isinstance(likely, int) or isinstance(likely, bool) or not (
+        0 <= likely <= LIKELY):
+      raise McjaxError(
+        f"top_logprobs must be a whole number in [0, {LIKELY}], got {likely!r}")
     if self.seed is not None and (
         not isinstance(self.seed, int) or not 0 <= self.seed < 2**63):
       raise McjaxError(f"seed must be a whole number >= 0, got {self.seed}")
@@ -91,18 +100,24 @@ def steps(loop: FocusLoop, ids: np.ndarray, closing: np.ndarray,
   focus, sources = loop.context.window.focus(), sources_of()
   loop.sync()
   first = time.perf_counter() - begin
-  answer = AnswerText(loop.context.lm.tokenizer, request.stop)
+  tokenizer = loop.context.lm.tokenizer
+  answer = AnswerText(tokenizer, request.stop)
   out: list[int] = []
   logprobs: list[float] = []
+  likely: list[tuple[np.ndarray, np.ndarray]] = []
   draw = loop.draw(request.sampling, request.seed, ids)
+  draw.likely = request.top_logprobs
   most = BRANCHING if request.on_piece is None else _STREAMED
   stopped, failure = False, None
 
   def cut(said: Said) -> Said:
     count = answer.add(said.tokens, said.stopped)
+    if said.stopped and count == len(said.tokens):
+      count -= _opens_a_turn(tokenizer, said.tokens[-1])
     return said._replace(
       tokens=said.tokens[:count], logprobs=said.logprobs[:count],
-      stopped=answer.ended)
+      likely=said.likely[:count],
+      likely_logprobs=said.likely_logprobs[:count], stopped=answer.ended)
 
   while len(out) < request.max_new_tokens and not answer.ended:
     said = yield from loop.block(
@@ -110,6 +125,7 @@ def steps(loop: FocusLoop, ids: np.ndarray, closing: np.ndarray,
     stopped = answer.ended
     out += said.tokens.tolist()
     logprobs += said.logprobs.tolist()
+    likely.append((said.likely, said.likely_logprobs))
     more = not stopped and len(out) < request.max_new_tokens
     if request.on_text is not None:
       request.on_text(answer.text())
@@ -133,7 +149,24 @@ def steps(loop: FocusLoop, ids: np.ndarray, closing: np.ndarray,
   return Generation(
     answer.text(), np.array(out, np.int32), len(ids), seconds, first, focus,
     sources, loop.answerable, "stop" if stopped else "length",
-    np.array(logprobs, np.float32) if request.logprobs else None)
+    np.array(logprobs, np.float32)
+    if request.logprobs or request.top_logprobs else None,
+    _listed(likely) if request.top_logprobs and likely else None)
+
+
+def _listed(parts: list[tuple[np.ndarray, np.ndarray]]
+            ) -> tuple[np.ndarray, np.ndarray]:
+  ids, logprobs = zip(*parts)
+  return np.concatenate(ids), np.concatenate(logprobs)
+
+
+def _opens_a_turn(tokenizer: Tokenizer, token_id: int) -> bool:
+  """Whether the model went on to the next turn's marker.
+
+  So it ends an answer where its template closes none; the next prompt brings
+  the marker itself.
+  """
+  return token_id in tokenizer.question_ids[:1]
 
 
 def _unsaid(closing: np.ndarray, said: list[int]) -> np.ndarray:

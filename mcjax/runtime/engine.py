@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 import threading
+import time
+import uuid
 
 from mcjax.base import model
 from mcjax.base.load import BaseLM
@@ -22,7 +24,8 @@ from mcjax.types import McjaxError
 from mcjax.window.context_lm import ContextLM
 from mcjax.window.decoding import Decoder, Job, Said
 
-_PATIENCE = 0.02  # seconds that a ready row waits for others
+_PATIENCE = 0.25  # of the last block's time, that a ready row waits for others
+_LEAST = 0.02  # seconds that it waits in any case
 
 
 class _Asked:
@@ -44,6 +47,8 @@ class Engine:
     slots: histories open at one time, at most.
     blocks: device loops run so far.
     rows: answers decoded in them, summed: rows / blocks is the mean batch.
+    tokens: decoded so far.
+    seconds: spent in device loops.
   """
 
   def __init__(self, lm: BaseLM, config: Config | None = None, *,
@@ -53,7 +58,8 @@ class Engine:
       raise McjaxError(f"slots must be a whole number >= 1, got {slots}")
     self.lm, self.slots = lm, slots
     self.config = config or Config()
-    self.blocks = self.rows = 0
+    self.blocks = self.rows = self.tokens = 0
+    self.seconds = self._last = 0.0
     self._gistnet = gistnet or load_gistnet(lm)
     self._decoder: Decoder | None = None
     self._open: dict[int, MegaContext | None] = {}
@@ -66,25 +72,30 @@ class Engine:
       target=self._work, name="mcjax-engine", daemon=True)
     self._worker.start()
 
-  def create(self, url: str, lensnet: LensNetPolicy | None = None
-             ) -> MegaContext:
+  def create(self, url: str, lensnet: LensNetPolicy | None = None, *,
+             system: str = "") -> MegaContext:
     """As `MegaContext.create`, in a slot that is free.
 
     Raises:
       McjaxError: no slot is free, or as there.
     """
     return self._joined(lambda: MegaContext.create(
-      url, self.lm, self.config, self._gistnet, lensnet))
+      url, self.lm, self.config, self._gistnet, lensnet, system=system))
 
-  def open(self, url: str, lensnet: LensNetPolicy | None = None
-           ) -> MegaContext:
+  def open(self, url: str, lensnet: LensNetPolicy | None = None, *,
+           system: str | None = None) -> MegaContext:
     """As `MegaContext.open`, in a slot that is free.
 
     Raises:
       McjaxError: no slot is free, or as there.
     """
     return self._joined(lambda: MegaContext.open(
-      url, self.lm, self.config, self._gistnet, lensnet))
+      url, self.lm, self.config, self._gistnet, lensnet, system=system))
+
+  def warm_up(self) -> None:
+    """Compiles what answers need, in a history that is thrown away."""
+    with self.create(f"memory://warm-up-{uuid.uuid4().hex}/") as mc:
+      mc.generate("Ready?", 1)
 
   @property
   def histories(self) -> list[MegaContext]:
@@ -161,18 +172,23 @@ class Engine:
         if self._closed and not self._asked:
           return
         self._ready.wait_for(  # a short while, for those about to ask
-          lambda: len(self._asked) >= self._answering, _PATIENCE)
+          lambda: len(self._asked) >= self._answering,
+          max(_LEAST, _PATIENCE * self._last))
         batch, self._asked = self._asked, []
       self._decode(batch)
 
   def _decode(self, batch: list[_Asked]) -> None:
     assert self._decoder is not None
+    begin = time.perf_counter()
     try:
       said = self._decoder.run([asked.job for asked in batch])
       for asked, one in zip(batch, said):
         asked.said = one
       self.blocks += 1
       self.rows += len(batch)
+      self.tokens += sum(len(one.tokens) for one in said)
+      self._last = time.perf_counter() - begin
+      self.seconds += self._last
     except BaseException as error:
       for asked in batch:
         asked.error = error

@@ -15,7 +15,7 @@ from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.gist.encoder import GistEncoder
 from mcjax.pretrained import cards
-from mcjax.runtime.documents import Documents, Finder
+from mcjax.runtime.documents import Document, Documents, Finder, Source
 from mcjax.runtime.focus_loop import FocusLoop, run_alone
 from mcjax.runtime.policy_choice import Choice
 from mcjax.runtime.prompts import checked_text
@@ -67,6 +67,7 @@ class Handle:
     self._documents = Documents(tree)
     self._finder = Finder(
       tree, lm.tokenizer, choice.keyer, _SEARCH_NODES)
+    self.system: str = tree.extra.get("system", "")
     self._closed = False
     self._lock = threading.RLock()  # a busy handle waits
     self._run = run_alone  # or by an engine, with other histories
@@ -178,11 +179,45 @@ class Handle:
     self._loop.sync()
     return self._loop.context.logits()
 
+  @locked
+  def documents(self) -> list[Document]:
+    """The documents that are not forgotten, in the order they came in."""
+    self._check_open()
+    return self._documents.all()
+
+  @locked
+  def search(self, query: str, k: int = 5) -> list[Source]:
+    """Up to k passages that fit a query, best first, without generating.
+
+    Raises:
+      McjaxError: the query is empty or not a string, or k < 1.
+    """
+    self._check_text(query, "query")
+    if not isinstance(k, int) or k < 1:
+      raise McjaxError(f"k must be a whole number >= 1, got {k}")
+    ids = self.lm.tokenizer.encode(query)
+    return [self._source(span, score)
+            for span, score in self._finder.find(ids, k)]
+
+  def _source(self, span: tuple[int, int], score: float) -> Source:
+    document, (start, stop) = self._documents.at(span[0]), span
+    if document is None:
+      return Source(None, start, stop, self.text(start, stop), score)
+    stop = min(stop, document.stop)
+    return Source(document.name, start, stop, self.text(start, stop), score)
+
+  def _sources(self) -> list[Source]:
+    """What answers the loop's question, best first."""
+    spans = self._loop.sources or self._loop.found
+    scores = self._finder.scores(self._loop.query.ids, spans)
+    return sorted(map(self._source, spans, scores), key=lambda s: -s.score)
+
   def _commit(self) -> None:
     self._loop.rest()
     self.tree.commit({
       "config": dataclasses.asdict(self.config),
       "focus": self._loop.saved_focus(),
+      "system": self.system,
     })
 
   def _check_open(self) -> None:

@@ -21,7 +21,7 @@ from mcjax.lens.policy import LensNetPolicy
 from mcjax.pretrained import cards
 from mcjax.runtime import answering, policy_choice, prompts
 from mcjax.runtime.answering import Request, Stopped
-from mcjax.runtime.documents import Document, Source, digest_of, json_of
+from mcjax.runtime.documents import Document, digest_of, json_of
 from mcjax.runtime.handle import Handle, check_window, locked
 from mcjax.runtime.prompts import Prompt
 from mcjax.runtime.results import Generation, IngestStats
@@ -46,6 +46,7 @@ class MegaContext(Handle):
       stays open, so that a history follows the card of the day.
     policy: name of the policy at work, also where the configuration says auto.
     tree: the history.
+    system: what the model is told before every prompt; "" is nothing.
     telemetry: counters, seconds per phase and the newest records.
   """
 
@@ -54,7 +55,8 @@ class MegaContext(Handle):
   @classmethod
   def create(cls, url: str, lm: BaseLM, config: Config | None = None,
              gistnet: GistEncoder | None = None,
-             lensnet: LensNetPolicy | None = None) -> MegaContext:
+             lensnet: LensNetPolicy | None = None, *,
+             system: str = "") -> MegaContext:
     """Starts an empty history at `url`.
 
     Args:
@@ -63,6 +65,8 @@ class MegaContext(Handle):
       config: of the loop; defaults.
       gistnet: the compressor; the shipped one by default.
       lensnet: for policy lensnet or auto; the shipped one by default.
+      system: what the model is told before every prompt, kept with the
+        history; it stands in the history once a turn.
 
     Raises:
       McjaxError: a tree is there already, or the place cannot be written.
@@ -76,7 +80,8 @@ class MegaContext(Handle):
       tree = MegaContextTree.create(
         url, base_fingerprint=lm.fingerprint, base_name=lm.name,
         encoder=encoder, vocab_size=lm.config.vocab_size,
-        extra={"config": dataclasses.asdict(config)}, keyer=choice.keyer,
+        extra={"config": dataclasses.asdict(config),
+               "system": prompts.checked_system(system)}, keyer=choice.keyer,
       )
     except BaseException:
       telemetry.close()
@@ -87,7 +92,7 @@ class MegaContext(Handle):
   def open(cls, url: str, lm: BaseLM, config: Config | None = None,
            gistnet: GistEncoder | None = None,
            lensnet: LensNetPolicy | None = None, *,
-           mode: str = "a") -> MegaContext:
+           mode: str = "a", system: str | None = None) -> MegaContext:
     """Resumes a history with the focus and configuration it was closed with.
 
     Args:
@@ -99,6 +104,7 @@ class MegaContext(Handle):
       mode: "a" holds the history exclusively until `close`; "r" only answers
         (`generate(remember=False)`, `score`), beside a writer and where
         nothing can be written, and goes on to newer commits by `refresh`.
+      system: as for `create`; the one that is kept by default.
 
     Raises:
       McjaxError: no tree is there, another base LM or GistNet wrote it, or it
@@ -110,7 +116,10 @@ class MegaContext(Handle):
       mode=mode,
     )
     try:
-      return cls._resume(tree, lm, config, encoder, lensnet)
+      mc = cls._resume(tree, lm, config, encoder, lensnet)
+      if system is not None:
+        mc.system = prompts.checked_system(system)
+      return mc
     except BaseException:
       tree.close()
       raise
@@ -230,26 +239,6 @@ class MegaContext(Handle):
     return IngestStats(tokens, seconds, self.tree.cursor, document)
 
   @locked
-  def documents(self) -> list[Document]:
-    """The documents that are not forgotten, in the order they came in."""
-    self._check_open()
-    return self._documents.all()
-
-  @locked
-  def search(self, query: str, k: int = 5) -> list[Source]:
-    """Up to k passages that fit a query, best first, without generating.
-
-    Raises:
-      McjaxError: the query is empty or not a string, or k < 1.
-    """
-    self._check_text(query, "query")
-    if not isinstance(k, int) or k < 1:
-      raise McjaxError(f"k must be a whole number >= 1, got {k}")
-    ids = self.lm.tokenizer.encode(query)
-    return [self._source(span, score)
-            for span, score in self._finder.find(ids, k)]
-
-  @locked
   def forget(self, name: str) -> list[Document]:
     """Hides a document from focus, search and answers, at once and for good.
 
@@ -268,25 +257,13 @@ class MegaContext(Handle):
       self._commit()
     return gone
 
-  def _source(self, span: tuple[int, int], score: float) -> Source:
-    document, (start, stop) = self._documents.at(span[0]), span
-    if document is None:
-      return Source(None, start, stop, self.text(start, stop), score)
-    stop = min(stop, document.stop)
-    return Source(document.name, start, stop, self.text(start, stop), score)
-
-  def _sources(self) -> list[Source]:
-    """What answers the loop's question, best first."""
-    spans = self._loop.sources or self._loop.found
-    scores = self._finder.scores(self._loop.query.ids, spans)
-    return sorted(map(self._source, spans, scores), key=lambda s: -s.score)
-
   def generate(self, prompt: Prompt, max_new_tokens: int = 64, *,
                temperature: float | None = None, top_p: float = 1.0,
                top_k: int = 0, min_p: float = 0.0,
                repetition_penalty: float = 1.0,
                stop: str | Sequence[str] = (), seed: int | None = None,
-               logprobs: bool = False, remember: bool = True,
+               logprobs: bool = False, top_logprobs: int = 0,
+               remember: bool = True, system: str | None = None,
                template: bool = True,
                on_text: Callable[[str], None] | None = None,
                on_piece: Callable[[str], None] | None = None) -> Generation:
@@ -303,6 +280,10 @@ class MegaContext(Handle):
       stop: strings that end the answer and are left out of it.
       seed: the same one draws the same tokens; each answer differs without.
       logprobs: whether the tokens' log probabilities are wanted.
+      top_logprobs: list so many of the likeliest tokens beside each, <= 20.
+      system: what the model is told before this prompt, instead of what the
+        history was opened with; "" is nothing. A message with the role system
+        goes before both.
       remember: False leaves tree, focus and cache as they were.
       template: False takes the prompt as it stands.
       on_text: called with the whole answer so far after every block. If it
@@ -320,20 +301,20 @@ class MegaContext(Handle):
       max_new_tokens,
       Sampling(repetition_penalty, temperature, top_k, top_p, min_p),
       (stop,) if isinstance(stop, str) else tuple(stop), seed, logprobs,
-      on_piece, on_text)
+      top_logprobs, on_piece, on_text)
     with self._lock:
       self._check_prompt(prompt)
       self._loop.warm_up()
       if not remember:
         try:
           with self._loop.undone():
-            return self._answered(prompt, request, template)
+            return self._answered(prompt, request, template, system)
         except Stopped as stopped:
           raise stopped.cause from None
       out, stopped_by = None, None
       with self._all_or_nothing(cache=True):
         try:
-          out = self._answered(prompt, request, template)
+          out = self._answered(prompt, request, template, system)
         except Stopped as stopped:  # by the consumer: the turn is closed
           stopped_by = stopped.cause
         self._commit()
@@ -368,18 +349,23 @@ class MegaContext(Handle):
     return self._answered(
       prompt, Request(max_new_tokens, sampling, on_text=on_text), True)
 
-  def _answered(self, prompt: Prompt, request: Request, template: bool
-                ) -> Generation:
-    turn = self._turn(prompt, template)
+  def _answered(self, prompt: Prompt, request: Request, template: bool,
+                system: str | None = None) -> Generation:
+    turn = self._turn(prompt, template, system)
     return self._run(answering.steps(
       self._loop, turn.ids, turn.closing, request, self._sources),
       self._loop.context)
 
-  def _turn(self, prompt: Prompt, template: bool = True) -> prompts.Turn:
+  def _turn(self, prompt: Prompt, template: bool = True,
+            system: str | None = None) -> prompts.Turn:
     """The prompt as the history takes it; it leads the focus from now on."""
     tokenizer = self.lm.tokenizer
+    messages = prompts.messages_of(prompt)
+    if template:
+      messages = prompts.with_system(
+        messages, self.system if system is None else system)
     turn = prompts.turn(
-      prompt, self.tree, tokenizer, template and self.config.chat == "auto"
+      messages, self.tree, tokenizer, template and self.config.chat == "auto"
       and tokenizer.has_chat_template)
     self._loop.query = turn.query
     return turn

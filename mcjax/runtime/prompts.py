@@ -55,6 +55,24 @@ def messages_of(prompt: Any) -> Sequence[Mapping[str, str]]:
   return prompt
 
 
+def checked_system(system: Any) -> str:
+  """A system prompt, which may be empty. Raises: McjaxError."""
+  return checked_text(system, "system") if system != "" else ""
+
+
+def with_system(messages: Sequence[Mapping[str, str]], system: str
+                ) -> Sequence[Mapping[str, str]]:
+  """Messages behind a system prompt, unless they bring their own.
+
+  Raises:
+    McjaxError: the system prompt is no text.
+  """
+  told = [m for m in messages if m["role"] == "system"]
+  if not checked_system(system) or told:
+    return messages
+  return [{"role": "system", "content": system}, *messages]
+
+
 def turn(prompt: Prompt, tree: MegaContextTree, tokenizer: Tokenizer,
          template: bool) -> Turn:
   """A prompt behind the history of `tree`.

@@ -50,6 +50,8 @@ class Generation:
     stop_reason: "stop" at a stop token or string, else "length".
     logprobs: [n] float32 of the tokens, before temperature and cuts, where
       they were asked for.
+    likely: the likeliest tokens beside each of them and their logprobs, [n, k]
+      int32 and float32, where they were asked for.
   """
 
   text: str
@@ -62,6 +64,7 @@ class Generation:
   answerable: float
   stop_reason: str = "length"
   logprobs: np.ndarray | None = None
+  likely: tuple[np.ndarray, np.ndarray] | None = None
 
   def __repr__(self) -> str:
     text = self.text if len(self.text) <= 60 else self.text[:57] + "..."

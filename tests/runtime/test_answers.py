@@ -1,5 +1,6 @@
 """Answers: how they are drawn, stopped, streamed and cut off; many at once."""
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -49,12 +50,15 @@ def test_no_setting_compiles_anything(mc):
 
 
 def test_samples_follow_the_softmax(mc):
-  """A chi-square test of the first token, over the likeliest ones."""
+  """A chi-square test of the first token, through the device loop.
+
+  tests/window/test_sampling.py draws more, under every setting.
+  """
   mc.generate("hm", 0)
   logits = np.asarray(mc.next_logits(), np.float64)
   chance = np.exp(logits - logits.max())
   chance /= chance.sum()
-  context, count = mc._loop.context, 300
+  context, count = mc._loop.context, 100
   snapshot = context.snapshot()
   drawn = []
   for i in range(count):
@@ -86,6 +90,42 @@ def test_a_stop_string_ends_the_answer_wherever_tokens_end(mc):
   assert cut.stop_reason == "stop" and full.stop_reason == "length"
   pieces = list(mc.stream("hm", 40, stop=stop, remember=False))
   assert "".join(pieces) == cut.text and len(repr(cut)) < 160
+
+
+def test_the_likeliest_tokens_are_listed(mc):
+  out = mc.generate("hm", 5, top_logprobs=4, remember=False)
+  ids, values = out.likely
+  assert ids.shape == values.shape == (5, 4)
+  np.testing.assert_array_equal(ids[:, 0], out.token_ids)  # greedy
+  np.testing.assert_array_equal(values[:, 0], out.logprobs)
+  assert np.all(np.diff(values, axis=1) <= 0) and np.all(values <= 0)
+  with pytest.raises(McjaxError, match="top_logprobs"):
+    mc.generate("hm", 5, top_logprobs=21)
+
+
+def test_a_system_prompt_is_kept_and_told_every_turn(tiny_lm, tiny_gistnet):
+  lm = dataclasses.replace(
+    tiny_lm, tokenizer=tiny_base.byte_tokenizer(chat=True))
+  url = tiny_base.memory_url()
+  with MegaContext.create(url, lm, Config(**SMALL), gistnet=tiny_gistnet,
+                          system="BE BRIEF") as mc:
+    mc.generate("a", 1)
+    mc.generate("b", 1, system="BE LOUD")
+    mc.generate("c", 1, system="")
+    mc.generate([{"role": "system", "content": "BE SLOW"},
+                 {"role": "user", "content": "d"}], 1)
+    text = mc.text(0, mc.cursor)
+    assert text.index("BE BRIEF") < text.index("BE LOUD") < text.index(
+      "BE SLOW")
+    assert text.count("BE ") == 3
+  with MegaContext.open(url, lm, gistnet=tiny_gistnet) as mc:
+    assert mc.system == "BE BRIEF"
+    mc.generate("e", 1)
+    assert mc.text(0, mc.cursor).count("BE BRIEF") == 2
+  with MegaContext.open(url, lm, gistnet=tiny_gistnet, system="NO") as mc:
+    assert mc.system == "NO"
+    with pytest.raises(McjaxError, match="system"):
+      mc.generate("f", 1, system=3)
 
 
 def test_half_characters_are_kept_back(tiny_lm):
