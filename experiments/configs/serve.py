@@ -25,6 +25,8 @@ def get_config(base: str = "smollm2-135m") -> config_dict.ConfigDict:
     "body_bytes": 32 << 20,  # of a request
     "max_new_tokens": 1024,  # of an answer
     "at_once": 128,  # requests at work or waiting
+    "requests_per_minute": 0,  # of one client; 0 is any number
+    "wait_seconds": 600.0,  # for a free slot
   })
   c.loop = configs.defaults(Config)
   return c

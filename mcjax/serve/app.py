@@ -1,20 +1,19 @@
 """The server's routes.
 
-Answers run in threads; the engine decodes them together.
+Answers run in threads of their own; the engine decodes them together.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from concurrent import futures
+import contextlib
 import dataclasses
-import hmac
 import importlib.resources
-import json
-from typing import Any
 
+from absl import logging
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import (
   HTMLResponse,
@@ -27,42 +26,48 @@ from starlette.routing import Route
 
 from mcjax.runtime.results import Generation
 from mcjax.serve import openai
-from mcjax.serve.histories import Histories, UnknownHistory
+from mcjax.serve.guard import Guard, Limits, Refused
+from mcjax.serve.histories import Histories, HistoriesBusy, UnknownHistory
 from mcjax.serve.metrics import Metrics
 from mcjax.types import McjaxError
 
-_OPEN = ("/", "/health")  # need no key
 _DEFAULT = "default"  # the history of requests that name none
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  """What one server takes.
-
-  Attributes:
-    body_bytes: of a request.
-    max_new_tokens: of an answer.
-    at_once: answers and ingests at work or waiting; more are told to come
-      back.
-  """
-
-  body_bytes: int = 32 << 20
-  max_new_tokens: int = 1024
-  at_once: int = 128
+_GLANCE = 0.5  # seconds between looks whether a client is still there
+_STOPPING = "the server is stopping; nothing of this request was kept"
 
 
 class _Left(Exception):
-  """The client has left."""
+  """The client has left, or the server is stopping."""
+
+
+class _Call:
+  """One request at work, which its client may give up.
+
+  Attributes:
+    left: nobody waits for it any more.
+  """
+
+  def __init__(self, guard: Guard):
+    self.left = False
+    self._guard = guard
+
+  def check(self, *_) -> None:
+    """Called between steps of the work. Raises: _Left."""
+    if self.left or self._guard.stopping:
+      raise _Left(_STOPPING)
 
 
 class Server:
   """The routes over some histories."""
 
   def __init__(self, histories: Histories, key: str = "",
-               limits: Limits = Limits()):
+               limits: Limits | None = None):
     """Args: key: that requests must bear; "" asks for none."""
-    self._histories, self._key, self._limits = histories, key, limits
-    self._metrics, self._busy = Metrics(), 0
+    self._histories, self._limits = histories, limits or Limits()
+    self._metrics, self._guard = Metrics(), Guard(key, self._limits)
+    # As many threads as requests can be at work, and some that only look.
+    self._threads = futures.ThreadPoolExecutor(
+      self._limits.at_once + 16, "mcjax-serve")
 
   def app(self) -> Starlette:
     """The ASGI application; it commits and closes when it stops."""
@@ -83,12 +88,26 @@ class Server:
       ("GET", "/health", self._health),
       ("GET", "/", self._page),
     ]
-    return Starlette(routes=[
+    return Starlette(lifespan=self._lifespan, routes=[
       Route(path, self._guarded(path, call), methods=[method])
       for method, path, call in table])
 
+  @contextlib.asynccontextmanager
+  async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+    del app
+    yield
+    self.stop()
+    await asyncio.get_running_loop().run_in_executor(None, self.close)
+
+  def stop(self) -> None:
+    """Lets nothing new in, and ends what is at work: a streamed answer with
+    its turn closed, all else as if it had not been asked for."""
+    self._guard.stopping = True
+
   def close(self) -> None:
     """Commits and closes every history, answers at work included."""
+    self.stop()
+    self._threads.shutdown(wait=True)
     self._histories.close()
 
   def _guarded(self, path: str, call: Callable) -> Callable:
@@ -103,39 +122,39 @@ class Server:
 
   async def _answered(self, path: str, call: Callable, request: Request
                       ) -> Response:
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if self._key and path not in _OPEN and not hmac.compare_digest(
-        given.encode(), self._key.encode()):
-      return _failed(401, "the API key is missing or wrong",
-                     "authentication_error")
-    if int(request.headers.get("content-length") or 0) > (
-        self._limits.body_bytes):
-      return _failed(413, f"more than {self._limits.body_bytes} bytes")
-    if self._busy >= self._limits.at_once and request.method == "POST":
-      return _failed(429, "too many requests at once: try again",
-                     "rate_limit_error")
     try:
+      self._guard.check(request, path)
       return await call(request)
+    except Refused as refused:
+      return refused.response
+    except _Left as left:
+      return Refused(503, str(left), "server_error").response
     except UnknownHistory as error:
-      return _failed(404, str(error))
+      return Refused(404, str(error)).response
+    except HistoriesBusy as error:
+      return Refused(503, str(error), "server_error", retry_after="1").response
     except McjaxError as error:
-      return _failed(400, str(error))
+      return Refused(400, str(error)).response
+    except Exception:
+      logging.exception("%s %s", request.method, request.url.path)
+      return Refused(500, "the server failed; its log says why",
+                     "server_error").response
 
   # --- answers ------------------------------------------------------------
 
   async def _chat(self, request: Request) -> Response:
-    body = await self._body(request)
-    messages = openai.new_messages(body.get("messages"))
+    body = await self._guard.body(request)
+    messages, system = openai.conversation(body.get("messages"))
 
     def prompt(mc):
-      # What was said once is remembered; a system message begins a history.
-      system = mc.cursor and messages[0]["role"] == "system"
-      return messages[1:] if system and len(messages) > 1 else messages
+      # What was said once is remembered.
+      return openai.unheard(messages) if mc.cursor else messages
 
-    return await self._generated(request, body, "chat.completion", prompt)
+    return await self._generated(
+      request, body, "chat.completion", prompt, system=system)
 
   async def _completion(self, request: Request) -> Response:
-    body = await self._body(request)
+    body = await self._guard.body(request)
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1:
       prompt = prompt[0]
@@ -149,85 +168,107 @@ class Server:
     settings = openai.settings(body, self._limits.max_new_tokens) | more
     name = request.headers.get("x-mcjax-history") or body.get("user") or (
       _DEFAULT)
-    head = openai.envelope(kind, self._model)
+    head, call = openai.envelope(kind, self._model), _Call(self._guard)
 
-    def work(on_piece=None) -> Generation:
+    def work(**listeners) -> Generation:
       with self._histories.use(name, create=True) as mc:
-        out = mc.generate(prompt(mc), on_piece=on_piece, **settings)
+        call.check()
+        out = mc.generate(prompt(mc), **listeners, **settings)
       self._metrics.answer(
         out.prompt_tokens, len(out.token_ids), out.first_token_seconds)
       return out
 
     if body.get("stream"):
-      return StreamingResponse(
-        self._stream(head, work), media_type="text/event-stream")
-    out = await self._threaded(work)
-    choice = openai.chat_choice(out, self._tokenizer)
-    if kind == "text_completion":
-      choice = {"index": 0, "text": out.text, "logprobs": None,
-                "finish_reason": out.stop_reason}
+      told = (body.get("stream_options") or {}).get("include_usage")
+      events = openai.Events(head, bool(told))
+      return await self._streamed(request, events, call, work)
+    done = asyncio.ensure_future(
+      self._threaded(lambda: work(on_text=call.check)))
+    await self._come(done, request, call)
+    out = done.result()
+    choice = openai.choice(out, self._tokenizer, kind == "chat.completion")
     return JSONResponse({**head, "choices": [choice], "usage": openai.usage(
       out), "mcjax": openai.sources_of(out)})
 
-  async def _stream(self, head: dict, work: Callable) -> AsyncIterator[str]:
-    """Server-sent events; a client that leaves ends the answer."""
-    loop, events = asyncio.get_running_loop(), asyncio.Queue()
-    chat, left = head["object"] == "chat.completion", False
-    head = {**head, "object": "chat.completion.chunk"} if chat else head
+  async def _streamed(self, request: Request, events: openai.Events,
+                      call: _Call, work: Callable) -> Response:
+    """Server-sent events, once the answer has begun or has failed."""
+    loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
 
     def on_piece(piece: str) -> None:
-      loop.call_soon_threadsafe(events.put_nowait, piece)
-      if left:
-        raise _Left
+      loop.call_soon_threadsafe(pieces.put_nowait, piece)
+      call.check()
 
-    def event(piece: str, reason: str | None = None, **more) -> str:
-      part: dict[str, Any] = {"text": piece}
-      if chat:
-        part = {"delta": {"content": piece} if reason is None else {}}
-      choice = {"index": 0, "finish_reason": reason, "logprobs": None, **part}
-      return f"data: {json.dumps({**head, 'choices': [choice], **more})}\n\n"
-
-    answer = asyncio.ensure_future(self._threaded(lambda: work(on_piece)))
+    answer = asyncio.ensure_future(
+      self._threaded(lambda: work(on_piece=on_piece)))
 
     def ended(done: asyncio.Future) -> None:
       if not done.cancelled():
         done.exception()  # looked at, also where the client has left
-      events.put_nowait(None)
+      pieces.put_nowait(None)
 
     answer.add_done_callback(ended)
+    first = asyncio.ensure_future(pieces.get())
+    await self._come(first, request, call)
+    if first.result() is None:
+      answer.result()  # what has failed by now is told by the status
+    return StreamingResponse(
+      self._events(events, call, answer, pieces, first.result()),
+      media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+  async def _events(self, events: openai.Events, call: _Call,
+                    answer: asyncio.Future, pieces: asyncio.Queue,
+                    piece: str | None) -> AsyncIterator[str]:
+    """The events from the first piece on; None stands for the end."""
     try:
-      while (piece := await events.get()) is not None:
-        yield event(piece)
-      out = answer.result()
-      yield event("", out.stop_reason, mcjax=openai.sources_of(out))
-      yield "data: [DONE]\n\n"
-    except McjaxError as error:
-      yield f"data: {json.dumps(openai.error(str(error)))}\n\n"
+      for event in events.begin():
+        yield event
+      while piece is not None:
+        yield events.piece(piece)
+        piece = await pieces.get()
+      for event in events.end(answer.result(), self._tokenizer):
+        yield event
+    except _Left:
+      yield openai.failed_event(
+        "the server is stopping; what was said is kept", "server_error")
+    except Exception:
+      logging.exception("a streamed answer")
+      yield openai.failed_event(
+        "the server failed; its log says why", "server_error")
     finally:
-      left = True
+      call.left = True  # a client that leaves ends the answer
+
+  async def _come(self, future: asyncio.Future, request: Request, call: _Call
+                  ) -> None:
+    """Waits for a future; the call is given up when its client leaves."""
+    try:
+      while not future.done():
+        await asyncio.wait([future], timeout=_GLANCE)
+        call.left = await request.is_disconnected()
+    except BaseException:
+      call.left = True
+      raise
 
   async def _threaded(self, work: Callable):
-    self._busy += 1
-    try:
-      return await run_in_threadpool(work)
-    finally:
-      self._busy -= 1
+    with self._guard.place():
+      return await asyncio.get_running_loop().run_in_executor(
+        self._threads, work)
 
   # --- histories ----------------------------------------------------------
 
   async def _list(self, request: Request) -> Response:
     del request
-    names = await run_in_threadpool(self._histories.names)
+    names = await self._looked_up(self._histories.names)
     return JSONResponse({"object": "list", "data": [{"id": n} for n in names]})
 
   async def _create(self, request: Request) -> Response:
-    name = (await self._body(request)).get("name") or ""
+    name = (await self._guard.body(request)).get("name") or ""
     return await self._with(
       name, lambda mc: {"id": name, "tokens": mc.cursor}, create=True)
 
   async def _delete(self, request: Request) -> Response:
     name = request.path_params["name"]
-    await run_in_threadpool(self._histories.delete, name)
+    await self._looked_up(self._histories.delete, name)
     return JSONResponse({"id": name, "deleted": True})
 
   async def _documents(self, request: Request) -> Response:
@@ -235,10 +276,12 @@ class Server:
       "data": [dataclasses.asdict(d) for d in mc.documents()]})
 
   async def _ingest(self, request: Request) -> Response:
-    body = await self._body(request)
+    body = await self._guard.body(request)
+
+    call = _Call(self._guard)
 
     def work(mc) -> dict:
-      stats = mc.ingest(body.get("text"), name=body.get("name"),
+      stats = mc.ingest(body.get("text"), call.check, name=body.get("name"),
                         metadata=body.get("metadata"))
       return dataclasses.asdict(stats)
 
@@ -250,7 +293,7 @@ class Server:
       "forgotten": [dataclasses.asdict(d) for d in mc.forget(document)]})
 
   async def _search(self, request: Request) -> Response:
-    body = await self._body(request)
+    body = await self._guard.body(request)
     return await self._with(request.path_params["name"], lambda mc: {
       "data": [dataclasses.asdict(s) for s in mc.search(
         body.get("query"), body.get("k", 5))]})
@@ -268,6 +311,11 @@ class Server:
 
     return JSONResponse(await self._threaded(run))
 
+  async def _looked_up(self, work: Callable, *args):
+    """As `_threaded`, for what is quick and waits for nobody."""
+    return await asyncio.get_running_loop().run_in_executor(
+      self._threads, work, *args)
+
   # --- the server itself --------------------------------------------------
 
   async def _models(self, request: Request) -> Response:
@@ -284,22 +332,13 @@ class Server:
     del request
     engine = self._histories.engine
     return PlainTextResponse(self._metrics.text(
-      histories_open=len(engine.histories), requests_busy=self._busy,
+      histories_open=len(engine.histories), requests_busy=self._guard.busy,
       blocks_decoded=engine.blocks, rows_decoded=engine.rows))
 
   async def _page(self, request: Request) -> Response:
     del request
     page = importlib.resources.files("mcjax.serve") / "page.html"
     return HTMLResponse(page.read_text(encoding="utf-8"))
-
-  async def _body(self, request: Request) -> dict:
-    try:
-      body = await request.json()
-    except ValueError:
-      raise McjaxError("the request is not JSON") from None
-    if not isinstance(body, dict):
-      raise McjaxError("the request is not a JSON object")
-    return body
 
   @property
   def _model(self) -> str:
@@ -308,8 +347,3 @@ class Server:
   @property
   def _tokenizer(self):
     return self._histories.engine.lm.tokenizer
-
-
-def _failed(status: int, message: str, kind: str = "invalid_request_error"
-            ) -> Response:
-  return JSONResponse(openai.error(message, kind), status)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
 import os
+import signal
 import sys
+from typing import TYPE_CHECKING
 
 from mcjax.base.load import load_base_lm
 from mcjax.config import Config
 from mcjax.runtime.engine import Engine
 from mcjax.settings import read_fields
 from mcjax.types import McjaxError
+
+if TYPE_CHECKING:
+  import uvicorn
+
+  from mcjax.serve.app import Server
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run(config) -> None:
@@ -24,7 +35,8 @@ def run(config) -> None:
   try:
     import uvicorn
 
-    from mcjax.serve.app import Limits, Server
+    from mcjax.serve.app import Server
+    from mcjax.serve.guard import Limits
     from mcjax.serve.histories import Histories
   except ImportError as error:
     raise McjaxError(
@@ -37,12 +49,37 @@ def run(config) -> None:
       f"config.host {config.host} is open to others: set MCJAX_API_KEY")
   lm = load_base_lm(config.base, dtype=config.dtype)
   with Engine(lm, loop, slots=config.slots) as engine:
-    histories = Histories(engine, config.root)
-    server = Server(histories, key, limits)
-    print(f"Serving {lm.name} on http://{config.host}:{config.port}",
-          file=sys.stderr, flush=True)
-    try:
-      uvicorn.run(server.app(), host=config.host, port=config.port,
-                  log_level="warning", timeout_graceful_shutdown=30)
-    finally:
-      server.close()
+    engine.warm_up()
+    server = Server(
+      Histories(engine, config.root, limits.wait_seconds), key, limits)
+    runner = uvicorn.Server(uvicorn.Config(
+      server.app(), host=config.host, port=config.port, log_level="warning",
+      timeout_graceful_shutdown=30))
+    with _told_by_signals(server, runner):
+      print(f"Serving {lm.name} on http://{config.host}:{config.port}",
+            file=sys.stderr, flush=True)
+      runner.run()
+    server.close()
+  print("Stopped; everything is committed.", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _told_by_signals(server: Server, runner: uvicorn.Server) -> Iterator[None]:
+  """SIGTERM and Ctrl-C end what is at work, then the server.
+
+  uvicorn has handlers of its own while it runs and raises the signal again at
+  its end, which must not end the process before everything is committed.
+  """
+  end = runner.handle_exit
+
+  def stop(sig, frame) -> None:
+    server.stop()
+    end(sig, frame)
+
+  runner.handle_exit = stop
+  kept = {number: signal.signal(number, stop) for number in _SIGNALS}
+  try:
+    yield
+  finally:
+    for number, handler in kept.items():
+      signal.signal(number, handler)

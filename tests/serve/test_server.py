@@ -19,12 +19,14 @@ KEY = "secret"
 
 @pytest.fixture(scope="module")
 def served(tiny_lm, tiny_gistnet, tmp_path_factory):
-  from mcjax.serve.app import Limits, Server
+  from mcjax.serve.app import Server
+  from mcjax.serve.guard import Limits
   lm = dataclasses.replace(
     tiny_lm, tokenizer=tiny_base.byte_tokenizer(chat=True))
   config = Config(window=512, recent_tokens=64, gists_per_level=8)
   root = tmp_path_factory.mktemp("histories")
   with Engine(lm, config, slots=2, gistnet=tiny_gistnet) as engine:
+    engine.warm_up()  # clients do not wait for compilers
     server = Server(Histories(engine, str(root)), KEY, Limits(1 << 20, 64, 8))
     runner = uvicorn.Server(uvicorn.Config(
       server.app(), port=0, log_level="error"))
@@ -78,6 +80,42 @@ def test_chat_stream_stop_seed_logprobs(client):
   assert client.models.list().data[0].id == "tiny"
 
 
+def test_the_likeliest_tokens_stand_beside_each(client):
+  kept = dict(user="a", max_tokens=6, extra_body={"remember": False},
+              logprobs=True, top_logprobs=3)
+  told = ask(client, "hi", **kept).choices[0].logprobs.content
+  for token in told:  # greedy: the likeliest is the one that was said
+    assert token.top_logprobs[0].token == token.token
+    assert token.top_logprobs[0].logprob == token.logprob
+    values = [t.logprob for t in token.top_logprobs]
+    assert len(values) == 3 and values == sorted(values, reverse=True)
+  *_, last, counted = ask(client, "hi", stream=True, stream_options={
+    "include_usage": True}, **kept)
+  assert counted.usage.completion_tokens == 6 and not counted.choices
+  streamed = last.choices[0].logprobs.content
+  assert [t.logprob for t in streamed] == [t.logprob for t in told]
+  done = client.completions.create(
+    model="tiny", prompt="abc", max_tokens=4, user="a", logprobs=2)
+  assert len(done.choices[0].logprobs.token_logprobs) == 4
+  assert all(map(len, done.choices[0].logprobs.top_logprobs))
+
+
+def test_a_system_prompt_leads_every_turn(client):
+  """A client that tells it again and again, and one that tells none."""
+  sizes = {}
+  for user, told in (("told", [{"role": "system", "content": "BE BRIEF"}]),
+                     ("untold", [])):
+    talk = [*told, {"role": "user", "content": "one"}]
+    client.chat.completions.create(
+      model="tiny", messages=talk, user=user, max_tokens=2)
+    talk += [{"role": "assistant", "content": "x"},
+             {"role": "user", "content": "two"}]
+    out = client.chat.completions.create(
+      model="tiny", messages=talk, user=user, max_tokens=2)
+    sizes[user] = out.usage.prompt_tokens  # one a byte
+  assert sizes["told"] >= sizes["untold"] + len("BE BRIEF")
+
+
 def test_an_answer_cites_the_document(client, http):
   for name, fact in [("pump.md", "THE PUMP CODE IS 7314."),
                      ("gate.md", "THE GATE OPENS AT NINE."),
@@ -119,6 +157,18 @@ def test_mistakes_are_told(client, http, served):
   big = {"name": "x", "text": "x" * (1 << 20)}
   assert http.post("/v1/histories/a/documents", json=big).status_code == 413
   assert http.post("/v1/histories/a/search", json={}).status_code == 400
+  chunked = http.post("/v1/histories/a/documents",
+                      content=(b" " * (1 << 16) for _ in range(20)))
+  assert chunked.status_code == 413  # told no length
+  for wrong in (dict(max_tokens="a"), dict(stop=5), dict(seed=-4),
+                dict(logprobs=True, top_logprobs=99), dict(presence_penalty=1),
+                dict(logit_bias={"5": 1}), dict(tools=[{"type": "function"}]),
+                dict(response_format={"type": "json_object"})):
+    with pytest.raises(openai.BadRequestError, match=next(reversed(wrong))):
+      ask(client, "hi", **{"user": "a", "max_tokens": 2} | wrong)
+  with pytest.raises(openai.BadRequestError, match="an answer already"):
+    client.chat.completions.create(model="tiny", user="a", messages=[
+      {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
 
 
 def test_page_health_and_metrics(http, served):
@@ -128,3 +178,19 @@ def test_page_health_and_metrics(http, served):
   told = http.get("/metrics").text
   assert 'route="/v1/chat/completions",status="200"' in told
   assert "mcjax_tokens_decoded_total" in told
+
+
+def test_more_clients_than_slots_wait_their_turn(client):
+  """Each has a history of its own; nobody starves, nothing is mixed."""
+  answers = {}
+
+  def work(i):
+    out = ask(client, f"client {i}", user=f"many{i}", max_tokens=2)
+    answers[i] = out.model_extra["mcjax"], out.usage.completion_tokens
+
+  threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert sorted(answers) == list(range(6))
