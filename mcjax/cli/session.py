@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import pathlib
+import signal
 import sys
+import threading
 import time
 
 from tqdm import tqdm
@@ -105,14 +108,22 @@ def _ingest(mc: MegaContext, files: Sequence[TextFile]) -> None:
       if file.replaced:
         tqdm.write(f"{file.name}: {file.replaced} bytes are not UTF-8 "
                    "and were replaced", file=sys.stderr)
-      if file.text:
-        known += mc.ingest(file.text, name=file.name).skipped
-      else:
+      if not file.text:
         tqdm.write(f"{file.name} is empty: passed over", file=sys.stderr)
-      bar.update(len(file.text))
+        continue
+      done = bar.n + len(file.text)
+      known += mc.ingest(
+        file.text, _within(bar, len(file.text)), name=file.name).skipped
+      bar.update(done - bar.n)
   if known:
     print(f"{known} of {len(files)} files are in the history already: passed "
           "over", file=sys.stderr)
+
+
+def _within(bar: tqdm, size: int) -> Callable[[int, int], None]:
+  """Moves a bar through the next `size` of it, as tokens are done."""
+  begin = bar.n
+  return lambda done, tokens: bar.update(begin + size * done // tokens - bar.n)
 
 
 def _listing(documents: Sequence[Document]) -> str:
@@ -138,32 +149,64 @@ def _sections(mc: MegaContext) -> list[Section]:
 
 
 def _answer(mc, prompt, max_new_tokens, show_focus) -> None:
-  said = 0
+  with _interruptible() as check:
 
-  def on_text(text: str) -> None:
-    nonlocal said
-    print(text[said:], end="", flush=True)
-    said = len(text)
+    def on_piece(piece: str) -> None:
+      print(piece, end="", flush=True)
+      check()
 
-  out = mc.generate(prompt, max_new_tokens, on_text=on_text)
+    out = mc.generate(prompt, max_new_tokens, on_piece=on_piece)
   print()
   if show_focus:
     print("Read from:\n" + source_lines(out.sources), file=sys.stderr)
     print(focus_map(mc.focus(), _sections(mc)), file=sys.stderr)
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+  """Lets Ctrl-C end an answer where it can be ended cleanly.
+
+  Yields a function to call there, which raises KeyboardInterrupt once Ctrl-C
+  was pressed. Pressed again it interrupts at once.
+  """
+  pressed = False
+
+  def note(number, frame) -> None:
+    nonlocal pressed
+    if pressed:
+      raise KeyboardInterrupt
+    pressed = True
+
+  def check() -> None:
+    if pressed:
+      raise KeyboardInterrupt
+
+  if threading.current_thread() is not threading.main_thread():
+    yield check
+    return
+  kept = signal.signal(signal.SIGINT, note)
+  try:
+    yield check
+  finally:
+    signal.signal(signal.SIGINT, kept)
+
+
 def _chat(mc, max_new_tokens, show_focus) -> None:
   """Reads prompts until the end of standard input or an empty line."""
   interactive = sys.stdin.isatty()
   if interactive:
-    print("An empty line or Ctrl-D ends the chat.", file=sys.stderr)
+    print("An empty line or Ctrl-D ends the chat, Ctrl-C an answer.",
+          file=sys.stderr)
   while True:
     try:
       prompt = input("> " if interactive else "")
+      if prompt.strip():
+        _answer(mc, prompt, max_new_tokens, show_focus)
+      elif interactive:
+        break
     except EOFError:
       break
-    if not prompt.strip():
-      if interactive:
-        break
-      continue
-    _answer(mc, prompt, max_new_tokens, show_focus)
+    except KeyboardInterrupt:
+      if not interactive:
+        raise
+      print()

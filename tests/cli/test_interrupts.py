@@ -1,0 +1,83 @@
+"""Ctrl-C in a chat, by a real terminal."""
+
+import os
+import pty
+import random
+import re
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mcjax import MegaContext
+from mcjax.base.load import load_base_lm
+from mcjax.testing import tiny_models
+
+_TURNS = re.compile(
+  r"(<\|im_start\|>(system|user|assistant)\n[^<]*<\|im_end\|>\n?)*")
+
+
+class _Terminal:
+  """A command on a terminal of its own."""
+
+  def __init__(self, command):
+    self._ours, theirs = pty.openpty()
+    self._process = subprocess.Popen(
+      command, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True,
+      start_new_session=True, preexec_fn=_take_terminal)
+    os.close(theirs)
+    self.said = ""
+
+  def type(self, text: str) -> None:
+    os.write(self._ours, text.encode())
+
+  def wait_for(self, text: str, seconds: float = 240.0) -> None:
+    """Reads until `text` was shown, behind what was waited for before."""
+    end = time.monotonic() + seconds
+    while text not in self.said:
+      left = end - time.monotonic()
+      assert left > 0, f"{text!r} did not come: {self.said[-2000:]}"
+      if select.select([self._ours], [], [], left)[0]:
+        self.said += os.read(self._ours, 4096).decode("utf-8", "replace")
+    self.said = self.said.split(text, 1)[1]
+
+  def ended(self) -> int:
+    return self._process.wait(timeout=120)
+
+
+def _take_terminal():
+  import fcntl
+  import termios
+  fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_random_moments_leaves_whole_turns(tmp_path):
+  config = tiny_models.CONFIGS["llama"]
+  base = tiny_models.write_folder(
+    tmp_path / "base", config, tiny_models.weights(config))
+  tree = tmp_path / "tree"
+  chat = _Terminal(
+    [sys.executable, "-m", "experiments.run", "--config=run",
+     f"--config.base={base}", f"--tree={tree}", "--config.loop.window=256",
+     "--config.loop.temperature=1.0", "--config.max_new_tokens=300"])
+  moments = random.Random(7)
+  chat.wait_for("> ")
+  chat.type("hello\n")  # compiles
+  chat.wait_for("\r\n> ")
+  for i in range(20):
+    chat.type(f"tell me {i}\n")
+    chat.wait_for(f"tell me {i}")
+    time.sleep(moments.uniform(0, 1.5))
+    chat.type("\x03")
+    chat.wait_for("\r\n> ")
+  chat.type("\n")
+  assert chat.ended() == 0
+  with MegaContext.open(str(tree), load_base_lm(str(base))) as mc:
+    text = mc.lm.tokenizer.decode(
+      mc.tree.tokens(0, mc.cursor), keep_special=True)
+  assert _TURNS.fullmatch(text), text[-500:]
+  asked = [int(n) for n in re.findall(r"tell me (\d+)<", text)]
+  assert asked == sorted(asked) and len(asked) > 5
