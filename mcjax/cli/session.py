@@ -123,7 +123,11 @@ def _ingest(mc: MegaContext, files: Sequence[TextFile]) -> None:
 def _within(bar: tqdm, size: int) -> Callable[[int, int], None]:
   """Moves a bar through the next `size` of it, as tokens are done."""
   begin = bar.n
-  return lambda done, tokens: bar.update(begin + size * done // tokens - bar.n)
+
+  def told(done: int, tokens: int) -> None:
+    bar.update(begin + size * done // tokens - bar.n)
+
+  return told
 
 
 def _listing(documents: Sequence[Document]) -> str:
