@@ -11,7 +11,7 @@ _COUNT, _SIZE = 2000, 12
 
 
 def _logits():
-  return np.random.default_rng(3).normal(0, 1.5, _SIZE).astype(np.float32)
+  return np.random.default_rng(3).normal(0, 0.7, _SIZE).astype(np.float32)
 
 
 def _drawn(settings: Sampling) -> np.ndarray:
