@@ -8,6 +8,7 @@ the key of a text comes out nearly the same whichever tokenizer cut it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ import tqdm
 from mcjax import pretrained
 from mcjax.base.load import BaseLM, load_tokenizer
 from mcjax.base.tokenizer import Tokenizer
+from mcjax.lens import network as lensnet
 from mcjax.lens.features import FEATURES
 from mcjax.lens.keyer import TABLE
 from mcjax.training.lens import key_distil
@@ -116,3 +118,27 @@ def _spelt(token: int, source: Tokenizer, target: Tokenizer) -> np.ndarray:
   except UnicodeDecodeError:
     return np.zeros(0, np.int32)
   return source.encode(text)
+
+
+def started(lm: BaseLM, path: str, key_dim: int, carry_from: str
+            ) -> tuple[dict, dict, dict]:
+  """Parameters, sizes and card of the LensNet that gets the keys.
+
+  One that is there, or a fresh one, which reads no gists, so that it serves
+  every base of the tokenizer.
+
+  Args:
+    lm: the base.
+    path: of a LensNet; empty takes the shipped one, if there is any.
+    key_dim: of a fresh one.
+    carry_from: base whose scores a fresh one starts from; empty for none.
+  """
+  source = path or pretrained.shipped(lm.name, "lensnet")
+  if source is not None:
+    return pretrained.read_weights(source, "lensnet")
+  lens = lensnet.LensNetConfig(
+    d_model=lm.config.d_model, gists=False, key_dim=key_dim)
+  params = lensnet.init_params(lens)
+  if carry_from:
+    params = carried_scores(shipped_params(carry_from), params)
+  return params, dataclasses.asdict(lens), {}
