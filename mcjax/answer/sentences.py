@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 _STOPS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
-_WRAPPED = 60  # characters of a line that is broken only because it is full
+_WRAPPED = range(60, 121)  # characters of a line that is broken as it is full
 _CLOSING = "\"')]*_\u201d\u2019\u300d"  # may stand between a stop and a blank
 
 
 def sentence_ends(pieces: Sequence[str], special: np.ndarray) -> np.ndarray:
   """Whether a sentence, a line or a turn ends with a token, [T] bool.
 
-  A long line that goes on with a word is wrapped, and ends no sentence.
+  A line as long as wrapped ones are that goes on with a word ends no sentence;
+  a longer one is a paragraph.
 
   Args:
     pieces: [T] what each token adds to the text.
@@ -29,7 +30,7 @@ def sentence_ends(pieces: Sequence[str], special: np.ndarray) -> np.ndarray:
     wide = closed and not piece.isascii()  # East Asian: no blank follows
     line = piece if special[i] else line + piece
     broken = "\n" in piece and not (
-      len(line) >= _WRAPPED and follows[:1].isalnum())
+      len(line) in _WRAPPED and follows[:1].isalnum())
     out[i] = closed and (wide or follows.isspace()) or broken
     if "\n" in piece:
       line = piece.rpartition("\n")[2]
