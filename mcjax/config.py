@@ -44,8 +44,8 @@ class Config:
       the blocks of 32 tokens that hold them; all: everything.
     read_tokens: tokens of such sentences that are read at most; 0 is what the
       base's card has (`mcjax.pretrained.cards`).
-    read_share: sentences of the likeliest blocks are read until these hold so
-      much of the probability that the policy gives; 0 is what the card has.
+    read_share: share of the best sentence's match with the question that
+      another must have to be read; 0 is what the card has.
     contrast: how much an answer that is read from such text alone leans on
       what it adds to what the base says without it (context-aware decoding,
       two forward passes a token); 0 leaves it out, None is what the card has.

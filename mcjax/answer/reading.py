@@ -1,15 +1,14 @@
 """Which sentences the LM reads for an answer.
 
-A policy says how likely blocks hold an answer. Blocks end where 32 tokens end,
-so what is read are the whole sentences that touch them: those of the likeliest
-block first, as many tokens as the base reads well, in the order of the text.
-What the model itself said, and what is a question itself, is no evidence.
+A policy says which blocks hold an answer. Blocks end where 32 tokens end, so
+what is read are the whole sentences that touch them: those that match the
+prompt best first, as many tokens as the base reads well, in the order of the
+text. What the model itself said, and what is a question itself, is no evidence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-import functools
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from mcjax.tree.journal import overlaps
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING
 
+LEAST = 0.6  # share of the best sentence's match that others must have
 _QUESTION_MARKS = ("?", "\uff1f", "\u061f", "\u037e")  # also East Asian, Arabic
 _REACH = 64  # tokens on each side in which a sentence's edges are looked for
 
@@ -32,30 +32,31 @@ class Reader:
                matcher: Matcher):
     self._tree, self._tokenizer, self._matcher = tree, tokenizer, matcher
 
-  def spans(self, evidence: Sequence[tuple[int, float]], most: int, stop: int,
-            share: float = 1.0) -> tuple[tuple[int, int], ...]:
+  def spans(self, evidence: Sequence[tuple[int, float]], query: QueryWords,
+            most: int, stop: int, least: float = LEAST
+            ) -> tuple[tuple[int, int], ...]:
     """Token spans (start, stop) to read, in order, none twice.
 
-    The sentences of the best blocks, until these hold `share` of the
-    probability or `most` tokens are read.
-
     Args:
-      evidence: (L1 block, how likely it answers, relative), best first.
+      evidence: (L1 block, strength in [0, 1]), best first.
+      query: the words of the prompt.
       most: tokens in all, except that the first sentence is read in any case.
       stop: token at which the prompt begins.
-      share: of the sum of these likelihoods.
+      least: share of the best sentence's match that another must have.
     """
-    left = share * sum(weight for _, weight in evidence)
-    kept: list[tuple[int, int]] = []
-    for block, weight in evidence:
-      if kept and left <= 0:
-        break
-      for a, b in sorted(self.sentences(block, stop),
-                         key=functools.partial(_outside, block)):
-        if (a, b) not in kept and (not kept or b - a <= most):
-          kept.append((a, b))
-          most -= b - a
-      left -= weight
+    found: dict[tuple[int, int], float] = {}
+    for block, strength in evidence:
+      for span in self.sentences(block, stop):
+        found[span] = max(found.get(span, 0.0), strength)
+    scored = [(self.share(span, query) * strength, span)
+              for span, strength in found.items()]
+    kept, room = [], most
+    top = least * max((score for score, _ in scored), default=0.0)
+    for score, (a, b) in sorted(scored, key=lambda item: (-item[0], item[1])):
+      if kept and (b - a > room or score < top):
+        continue
+      kept.append((a, b))
+      room -= b - a
     return joined(kept)
 
   def sentences(self, block: int, stop: int) -> list[tuple[int, int]]:
@@ -96,12 +97,6 @@ class Reader:
     like = np.maximum(table.spelling(words, query.ids),
                       table.meaning(words, query.ids)).max(axis=0)
     return float(like @ query.weights / (query.weights.sum() + 1e-6))
-
-
-def _outside(block: int, span: tuple[int, int]) -> int:
-  """Negative tokens of a span that lie in a block."""
-  start = block * BRANCHING
-  return max(span[0], start) - min(span[1], start + BRANCHING)
 
 
 def joined(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

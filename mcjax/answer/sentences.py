@@ -21,14 +21,15 @@ def sentence_ends(pieces: Sequence[str], special: np.ndarray) -> np.ndarray:
     pieces: [T] what each token adds to the text.
     special: [T] bool, control tokens, each an end of its own.
   """
-  out, line = np.zeros(len(pieces), bool), ""
+  out = np.zeros(len(pieces), bool)
+  line = " " * _WRAPPED.stop  # where it began is not seen
   for i, piece in enumerate(pieces):
     follows = pieces[i + 1][:1] if i + 1 < len(pieces) else " "
     tail = "".join(pieces[max(0, i - 2) : i + 1])  # ." may be two tokens
     closed = tail.rstrip().rstrip(_CLOSING).endswith(_STOPS)
     closed = closed and bool(piece.strip())
     wide = closed and not piece.isascii()  # East Asian: no blank follows
-    line = piece if special[i] else line + piece
+    line = "" if special[i] else line + piece
     broken = "\n" in piece and not (
       len(line) in _WRAPPED and follows[:1].isalnum())
     out[i] = closed and (wide or follows.isspace()) or broken

@@ -241,7 +241,7 @@ def overshadowed(rank: Array, block: Array, mask: Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="config")
 def apply(score, apart, config: LensNetConfig, inputs: LensInputs
-          ) -> tuple[jax.Array, jax.Array, jax.Array]:
+          ) -> tuple[jax.Array, jax.Array]:
   """Scores of one window.
 
   Args:
@@ -251,15 +251,14 @@ def apply(score, apart, config: LensNetConfig, inputs: LensInputs
     inputs: of the window.
 
   Returns:
-    scores [R] in (-1, 1), 0 for padding; how likely each block is the one
-    that answers [R], 1 in all; how surely one does, in (0, 1).
+    scores [R] in (-1, 1), 0 for padding; how surely it answers, in (0, 1).
   """
   out = evaluate({"score": score}, config, inputs)
   shadow = overshadowed(out.rank, inputs.block, inputs.mask)
   slope = nn.softplus(jnp.asarray(score["slope"]))  # apart is in logits of rank
   worth = _after(out.worth, slope * (shadow.astype(jnp.float32) @ apart))
   scores = jnp.where(inputs.mask, jnp.tanh(worth), 0.0)
-  return scores, jax.nn.softmax(out.rank), jax.nn.sigmoid(out.answerable)
+  return scores, jax.nn.sigmoid(out.answerable)
 
 
 def _after(worth: Array, less: jax.Array) -> jax.Array:

@@ -121,7 +121,7 @@ class LensNetPolicy:
     self._evidence: list[tuple[int, float]] = []
     self._sources: tuple[tuple[int, int], ...] = ()
     self._whole: dict[int, float] = {}
-    self._scored: dict[int, tuple[float, float]] = {}
+    self._scored: dict[int, float] = {}
     self._scored_at = -1  # the cursor then
     self._table = WordTable(
       lm.tokenizer, self.keyer.vectors, self.keyer.salience)
@@ -153,14 +153,12 @@ class LensNetPolicy:
       view.context_lm.window, [*found, *self._whole])
     if not view.asked or view.tree.cursor != self._scored_at or any(
         block not in self._scored for block in found):
-      self._scored = dict(zip(rows.block.tolist(), zip(
-        *self.score_rows(view, rows))))
+      self._scored = dict(zip(
+        rows.block.tolist(), self.score_rows(view, rows).tolist()))
       self._scored_at = view.tree.cursor
-    nothing = np.float32(-1.0), np.float32(0.0)  # seen since, not found
-    scores, likely = np.array(
-      [self._scored.get(b, nothing) for b in rows.block.tolist()],
-      np.float32).reshape(-1, 2).T
-    self._evidence = _evidence(view, rows, scores, likely)
+    scores = np.array(  # what was seen since was not found: no wish
+      [self._scored.get(b, -1.0) for b in rows.block.tolist()], np.float32)
+    self._evidence = _evidence(view, rows, scores)
     self._sources = self._read() if view.asked else ()
     whole = self._sentences(view, float(scores.max(initial=-1.0)))
     self._whole = whole
@@ -178,13 +176,8 @@ class LensNetPolicy:
             for block in range(a // BRANCHING, -(-b // BRANCHING))
             if block < last}
 
-  def score_rows(self, view: FocusView, rows: Rows
-                 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of the blocks of `rows`; sets `answerable`.
-
-    Returns:
-      scores [R] float32, and how likely each is the one that answers [R].
-    """
+  def score_rows(self, view: FocusView, rows: Rows) -> np.ndarray:
+    """Scores [R] float32 of the blocks of `rows`; sets `answerable`."""
     context: ContextLM = view.context_lm
     size = next(s for s in _sizes(context.window.window) if s >= len(rows))
     tail = lens_features.read_tail(
@@ -192,10 +185,10 @@ class LensNetPolicy:
     inputs = lens_features.gather(
       view.tree, rows, size, self._query, self._matcher, tail)
     weights = self._prompts if view.asked else self._reading
-    scores, likely, answerable = jax.device_get(
+    scores, answerable = jax.device_get(
       lensnet.apply(*weights, self.config, inputs))
     self.answerable = float(answerable) if view.asked and len(rows) else 0.0
-    return scores[: len(rows)], likely[: len(rows)]
+    return scores[: len(rows)]
 
   @property
   def sources(self) -> tuple[tuple[int, int], ...]:
@@ -206,7 +199,8 @@ class LensNetPolicy:
     if self.answerable < 0.5 or not self._evidence:
       return ()
     return self._reader.spans(
-      self._evidence, self._read_tokens, self._stop, self._read_share)
+      self._evidence, self._query.words, self._read_tokens, self._stop,
+      self._read_share)
 
   def _prepare(self, view: FocusView) -> None:
     """Begins anew for another history, query or blocks."""
@@ -243,12 +237,12 @@ def _before_query(view: FocusView, rows: Rows) -> np.ndarray:
   return (rows.block + 1) * BRANCHING <= view.query_start
 
 
-def _evidence(view: FocusView, rows: Rows, scores: np.ndarray,
-              likely: np.ndarray) -> list[tuple[int, float]]:
-  """(block, likelihood) of the blocks that are wished for, best score first."""
+def _evidence(view: FocusView, rows: Rows, scores: np.ndarray
+              ) -> list[tuple[int, float]]:
+  """(block, score) of the blocks that are wished for, best first."""
   wished = np.flatnonzero(_before_query(view, rows) & (scores > WISH))
   order = wished[np.argsort(-scores[wished], kind="stable")]
-  return list(zip(rows.block[order].tolist(), likely[order].tolist()))
+  return list(zip(rows.block[order].tolist(), scores[order].tolist()))
 
 
 def entry_scores(view: FocusView, rows: Rows, scores: np.ndarray

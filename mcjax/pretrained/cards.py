@@ -28,7 +28,7 @@ class Card:
 
   Attributes:
     read_tokens: tokens of sentences that are read for an answer at most.
-    read_share: of the probability, see `Config.read_share`.
+    read_share: see `Config.read_share`.
     contrast: see `Config.contrast`.
     nets: folder beside this one that holds the weights shipped for the base,
       shared by the bases of one tokenizer; its own folder if empty.
@@ -36,7 +36,7 @@ class Card:
   """
 
   read_tokens: int = 256
-  read_share: float = 0.9
+  read_share: float = 0.6
   contrast: float = 0.5
   nets: str = ""
   chosen: str = ""

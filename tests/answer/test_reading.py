@@ -23,24 +23,27 @@ def reader_of(text, chat=False):
   tree.append(np.asarray(ids, np.int32))
   zeros = np.zeros((300, 1), np.float32)
   matcher = Matcher(tree, WordTable(tokenizer, zeros, zeros[:, 0]))
-  return Reader(tree, tokenizer, matcher), tokenizer
+  return Reader(tree, tokenizer, matcher), tokenizer, matcher
 
 
-def read(reader, tokenizer, evidence, most=200, stop=None, share=1.0):
+def read(reader, tokenizer, matcher, question, evidence, most=200, stop=None):
+  ids = np.asarray(tokenizer.encode(question), np.int32)
+  query = matcher.query(ids, np.ones(len(ids), np.float32))
   tree = reader._tree
-  spans = reader.spans(evidence, most, stop or tree.cursor, share)
+  spans = reader.spans(evidence, query, most, stop or tree.cursor)
   return [tokenizer.decode(tree.tokens(a, b)).strip() for a, b in spans]
 
 
-def test_the_sentence_with_most_of_the_likeliest_block_comes_first():
+def test_the_sentence_that_holds_most_of_the_question_comes_first():
   parts = reader_of(TEXT)
-  told = read(*parts, [(2, 0.9), (3, 0.8)], most=50)
+  told = read(*parts, "what is the miller's cat named?",
+              [(2, 0.9), (3, 0.8)], most=50)
   assert told == ["The miller kept a three-legged cat named Ada."]
 
 
 def test_sentences_are_whole_in_order_and_never_twice():
   parts = reader_of(TEXT)
-  told = read(*parts, [(3, 0.8), (2, 0.9)])
+  told = read(*parts, "what is the miller's cat named?", [(3, 0.8), (2, 0.9)])
   joined = " ".join(" ".join(told).split())
   assert joined.count("three-legged") == 1
   assert joined in " ".join(TEXT.split()) and joined.endswith(".")
@@ -48,23 +51,15 @@ def test_sentences_are_whole_in_order_and_never_twice():
 
 def test_nothing_from_the_prompt_on_is_read():
   parts = reader_of(TEXT)
-  told = read(*parts, [(2, 0.9)], stop=TEXT.index("The miller"))
+  told = read(*parts, "miller", [(2, 0.9)], stop=TEXT.index("The miller"))
   assert all("miller" not in sentence for sentence in told)
 
 
 def test_a_wide_reader_gets_more():
   parts = reader_of(TEXT)
-  few = read(*parts, [(2, 0.9), (3, 0.9)], most=20)
-  many = read(*parts, [(2, 0.9), (3, 0.9)], most=500)
+  few = read(*parts, "slept, cat", [(2, 0.9), (3, 0.9)], most=20)
+  many = read(*parts, "slept, cat", [(2, 0.9), (3, 0.9)], most=500)
   assert len(" ".join(few)) < len(" ".join(many))
-
-
-def test_reading_stops_once_enough_of_the_probability_is_read():
-  parts = reader_of(TEXT)
-  sure = read(*parts, [(2, 0.9), (5, 0.1)], share=0.9)
-  unsure = read(*parts, [(2, 0.5), (5, 0.5)], share=0.9)
-  assert not any("Nobody" in sentence for sentence in sure)
-  assert any("Nobody" in sentence for sentence in unsure)
 
 
 def test_the_models_words_and_earlier_questions_are_no_evidence():
@@ -74,9 +69,9 @@ def test_the_models_words_and_earlier_questions_are_no_evidence():
     {"role": "assistant", "content": "Your cat is called Tom."},
     {"role": "user", "content": "What is my cat called?"}], first=False,
     add_generation_prompt=False)
-  reader, tokenizer = reader_of(turn.ids, chat=True)
+  reader, tokenizer, matcher = reader_of(turn.ids, chat=True)
   blocks = [(b, 0.9) for b in range(len(turn.ids) // 32 + 1)]
-  told = read(reader, tokenizer, blocks)
+  told = read(reader, tokenizer, matcher, "cat called", blocks)
   assert told == ["My cat is called Ada."]
   who = turns.speakers(reader._tree, tokenizer, 0, len(turn.ids))
   assert (who[turn.owner == 0] == turns.USER).all()
@@ -95,9 +90,9 @@ def test_sentences_end_where_they_do(text, expected):
 
 
 def test_a_wrapped_line_goes_on_and_a_heading_does_not():
-  wrapped = ("The project moves our booking system to new servers, and it is "
+  wrapped = ("\nThe project moves our booking system to new servers, and it is "
              "led by\nRavi Chandran until May. Next")
-  for text, expected in ((wrapped, 2), ("A heading\nThe text. Next", 3)):
+  for text, expected in ((wrapped, 3), ("A heading\nThe text. Next", 3)):
     pieces = list(text)
     ends = sentences.sentence_ends(pieces, np.zeros(len(pieces), bool))
     assert len(sentences.sentence_spans(ends)) == expected

@@ -86,7 +86,7 @@ def test_the_questions_own_blocks_count_for_nothing(tiny_lm, tiny_gistnet):
   for at in own:
     np.testing.assert_array_equal(
       out[at : at + 32], age_scores(view)[at : at + 32])
-  evidence = lensnet_policy._evidence(view, rows, scores, scores)
+  evidence = lensnet_policy._evidence(view, rows, scores)
   assert all(block < newest - 1 for block, _ in evidence)
 
 

@@ -145,13 +145,13 @@ def test_lensnet_names_its_sources_too(make, monkeypatch):
   def score_rows(view, rows):
     policy.answerable = 0.9
     here = rows.block == block
-    return np.where(here, 0.8, -0.1).astype(np.float32), here.astype(float)
+    return np.where(here, 0.8, -0.1).astype(np.float32)
 
   monkeypatch.setattr(policy, "score_rows", score_rows)
   out = mc.generate(QUESTION, max_new_tokens=70)
   assert_read_from_the_fact(mc, out)
-  monkeypatch.setattr(policy, "score_rows", lambda view, rows: (
-    np.full(len(rows), 0.1, np.float32), np.ones(len(rows))))
+  monkeypatch.setattr(policy, "score_rows", lambda view, rows: np.full(
+    len(rows), 0.1, np.float32))
   mc.generate(QUESTION, max_new_tokens=3)
   assert not mc._loop.sources
   assert not mc._loop.context.window.hidden().any()
