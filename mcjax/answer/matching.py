@@ -244,7 +244,7 @@ class Matcher:
       missing = np.unique(blocks)
     chat = turns.has_turns(self._tree, self.table.tokenizer)
     special = list(self.table.tokenizer.special_ids)
-    for run in _runs(missing):
+    for run in (missing[at] for at in runs_of(missing)):
       start = int(run[0]) * BRANCHING
       stop = (int(run[-1]) + 1) * BRANCHING
       ids = self._tree.tokens(start, stop)
@@ -260,7 +260,7 @@ class Matcher:
     if len(self._keys) > _MOST_BLOCKS:
       self._keys.clear()
     missing = np.unique([b for b in blocks.tolist() if b not in self._keys])
-    for run in _runs(missing):
+    for run in (missing[at] for at in runs_of(missing)):
       first = int(run[0])
       rows = self._tree.lens_keys(1, first, first + len(run))
       self._keys.update(zip(run.tolist(), rows))
@@ -280,8 +280,8 @@ class Matcher:
     if len(self._words) > _MOST_BLOCKS:
       self._words.clear()
     missing = [b for b in blocks.tolist() if b not in self._words]
-    for run in _runs(np.array(missing, np.int64)):
-      self._read_run(int(run[0]), int(run[-1]) + 1)
+    for at in runs_of(np.array(missing, np.int64)):
+      self._read_run(missing[at[0]], missing[at[-1]] + 1)
     return [self._words[b] for b in blocks.tolist()]
 
   def _read_run(self, first: int, last: int) -> None:
@@ -296,11 +296,12 @@ class Matcher:
       self._words[b] = numbers[x:y]
 
 
-def _runs(values: np.ndarray) -> list[np.ndarray]:
-  """Sorted whole numbers, cut where they do not count up by one."""
+def runs_of(values: np.ndarray) -> list[np.ndarray]:
+  """Positions of `values`, cut where they do not count up by one."""
   if not len(values):
     return []
-  return np.split(values, np.flatnonzero(np.diff(values) != 1) + 1)
+  cuts = np.flatnonzero(np.diff(values) != 1) + 1
+  return np.split(np.arange(len(values)), cuts)
 
 
 def _forms(word: str) -> tuple[str, ...]:

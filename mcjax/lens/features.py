@@ -13,7 +13,14 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from mcjax.answer.matching import MARKS, REACH, Matcher, Matches, QueryWords
+from mcjax.answer.matching import (
+  MARKS,
+  REACH,
+  Matcher,
+  Matches,
+  QueryWords,
+  runs_of,
+)
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.gist.encoder import GistEncoder
 from mcjax.lens import alignment
@@ -336,14 +343,6 @@ def block_gists(tree: MegaContextTree, blocks: np.ndarray) -> np.ndarray:
     first = int(blocks[run[0]])
     out[run] = tree.gists(1, first, first + len(run))
   return out
-
-
-def runs_of(values: np.ndarray) -> list[np.ndarray]:
-  """Positions of `values`, cut where they do not count up by one."""
-  if not len(values):
-    return []
-  cuts = np.flatnonzero(np.diff(values) != 1) + 1
-  return np.split(np.arange(len(values)), cuts)
 
 
 def rarity(tree: MegaContextTree, ids: np.ndarray) -> np.ndarray:
