@@ -102,12 +102,14 @@ def _window(loop: FocusLoop, config: Config, measured: dict[str, Policy],
   )
   gains = base - losses
   room = (window.free, BRANCHING, config.max_edits)
+  size = len(legal.expand)
   view = loop.view(continuation=ahead)
   wishes, gained = {}, {}
   for name, policy in measured.items():
     scores = np.asarray(policy.score(view), np.float64)
     wishes[name] = [wish(scores, c) for c in candidates]
-    gained[name] = _chosen_gain(scores, candidates, gains, config, room)
+    gained[name] = _chosen_gain(
+      scores, candidates, gains, size, config.threshold, room)
   return {
     "action": [int(c.action) for c in candidates],
     "finest": [int(window.entries.level[c.entry]) - (c.action == EXPAND)
@@ -126,15 +128,24 @@ def wish(scores: np.ndarray, candidate: Candidate) -> float:
   return -float(scores[at : at + BRANCHING].mean())
 
 
-def _chosen_gain(scores, candidates, gains, config: Config, room) -> float:
-  """Gain of what the allocator chooses among the candidates."""
+def _chosen_gain(scores, candidates, gains, size: int, threshold: float, room
+                 ) -> float:
+  """Gain of what the allocator chooses among the candidates.
+
+  Args:
+    scores: [E] of the entries.
+    candidates, gains: edits and what each gains.
+    size: entries that the window can hold, those of the block in flight too.
+    threshold: of a wish.
+    room: free slots, slots that must be free, edits at most.
+  """
   free, need, max_edits = room
-  masks = np.zeros((2, config.window), bool)
+  masks = np.zeros((2, size), bool)
   for c in candidates:
     masks[0 if c.action == EXPAND else 1, c.entry] = True
   plan = focus_allocator.plan_edits(
     scores.astype(np.float32), focus_allocator.Legal(*masks), free=free,
-    need=need, threshold=config.threshold, max_edits=max_edits,
+    need=need, threshold=threshold, max_edits=max_edits,
   )
   gain = {(c.action, c.entry): g for c, g in zip(candidates, gains)}
   return float(sum(

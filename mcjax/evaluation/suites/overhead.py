@@ -139,7 +139,8 @@ def _make_arms(settings: Settings, models: Models, folder):
       window=settings.window, kv=kv, refocus_every=settings.refocus_every,
       policy=settings.policy,
     )
-    tree = make_tree(models, folder, history, settings.text)
+    own = folder / f"{kv}-moving" if moving else folder / kv
+    tree = make_tree(models, own, history, settings.text)
     progress(f"preparing the loop at {history:,} tokens, {kv}")
     return LoopArm(models, tree, config, moving)
 

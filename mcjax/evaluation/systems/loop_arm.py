@@ -42,7 +42,10 @@ def without_stops(lm: BaseLM) -> BaseLM:
 
 def make_tree(models: Models, folder: pathlib.Path, count: int,
               paths=()) -> MegaContextTree:
-  """A tree of `count` tokens of real text, made once and then reopened."""
+  """A tree of `count` tokens of real text, made once and then reopened.
+
+  One that is open stands alone in its folder: a tree has one writer.
+  """
   lm, encoder, _ = models
   name = f"{count}-{lm.fingerprint[:8]}-{encoder.fingerprint[:8]}"
   url = str(folder / "trees" / name)
