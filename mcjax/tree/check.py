@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mcjax.tree import commits
+from mcjax.tree import commits, local_files
 from mcjax.tree import format as tree_format
 from mcjax.tree.columns import Column
 from mcjax.tree.counts import AccessCounts, TokenFrequency, frequency_spec
@@ -290,13 +290,11 @@ class _Check:
     counts, level = AccessCounts(self._store), 0
     while (nodes := self._record["cursor"] // span_width(level)) > 0:
       path, step = f"access/L{level}", 1 << 20
-      if not self._store.has_array(path) or not self._opens(
-          path, AccessCounts.SPEC, harmless=True):
-        level += 1
-        continue
       try:
-        for start in range(0, nodes, step):
-          counts.read(level, start, min(start + step, nodes))
+        if self._store.has_array(path) and self._opens(
+            path, AccessCounts.SPEC, harmless=True):
+          for start in range(0, nodes, step):
+            counts.read(level, start, min(start + step, nodes))
       except McjaxError as error:
         self._find(path, str(error), mend="drop", harmless=True)
       level += 1
@@ -304,7 +302,13 @@ class _Check:
   # Files.
 
   def _check_keys(self) -> None:
-    """Tells of files that belong to no column; they do no harm."""
+    """Tells of what is no plain file, and of files that belong to no column.
+
+    The latter do no harm.
+    """
+    if (folder := self._store.folder) is not None:
+      for key, what in local_files.strange(folder):
+        self._find(key, f"{what}; delete it, then run --repair")
     folders = tree_format.epoch_folders(self._record)
     past = tree_format.past_folders(self._record) - folders
     left, strange = 0, []

@@ -10,7 +10,7 @@ import numpy as np
 import tensorstore as ts
 
 from mcjax.tree import format as tree_format
-from mcjax.tree.store import ArraySpec, Store, decode_record, io_errors
+from mcjax.tree.store import Array, ArraySpec, Store, decode_record, io_errors
 from mcjax.types import McjaxError
 
 SUMS = ArraySpec("uint32", 0, 1024, 2**15)
@@ -65,7 +65,7 @@ class Column:
       self._sums = Column(store, f"{path}/sums", SUMS, chunks, sums)
     self._pages: dict[int, np.ndarray] = {}
     self.packed = 0
-    self._packed_array: ts.TensorStore | None = None
+    self._packed_array: Array | None = None
     if packed and path in packed:
       self.use_packed(*packed[path])
 
@@ -74,7 +74,7 @@ class Column:
     self._packed_array = self.packed_array(shard, create=False)
     self.packed = rows
 
-  def packed_array(self, shard: int, create: bool) -> ts.TensorStore:
+  def packed_array(self, shard: int, create: bool) -> Array:
     """The array of packed rows, so many of them a file. Raises: McjaxError."""
     spec = self.spec._replace(shard=shard)
     return self._store.array(f"{self.path}/packed", spec, create)

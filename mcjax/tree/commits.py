@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import os
 from typing import Any
 
 from absl import logging
@@ -22,8 +23,16 @@ from mcjax.types import McjaxError
 
 def exists(store: Store) -> bool:
   """Whether a tree (whole or damaged) lies there."""
-  keys = COPY_KEY, RECORD_KEY
-  return any(store.read_record(key)[0] is not None for key in keys)
+  return any(_is_there(store, key) for key in (COPY_KEY, RECORD_KEY))
+
+
+def _is_there(store: Store, key: str) -> bool:
+  try:
+    return store.read_record(key)[0] is not None
+  except McjaxError:
+    if store.folder is not None and os.path.lexists(store.folder / key):
+      return True  # a pipe, a folder: damaged
+    raise
 
 
 def read_commit(store: Store) -> tuple[dict[str, Any], bytes]:

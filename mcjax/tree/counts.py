@@ -6,9 +6,8 @@ from collections.abc import Callable
 import zlib
 
 import numpy as np
-import tensorstore as ts
 
-from mcjax.tree.store import ArraySpec, Store, io_errors
+from mcjax.tree.store import Array, ArraySpec, Store, io_errors
 from mcjax.types import McjaxError
 
 
@@ -24,7 +23,7 @@ class AccessCounts:
 
   def __init__(self, store: Store):
     self._store = store
-    self._arrays: dict[int, ts.TensorStore] = {}
+    self._arrays: dict[int, Array] = {}
     self._ids = np.zeros(0, np.int64)  # level << 48 | index, distinct, sorted
     self._times = np.zeros(0, np.int64)
     self._new: list[np.ndarray] = []
@@ -47,7 +46,7 @@ class AccessCounts:
     self._times = np.bincount(where, times, len(self._ids)).astype(np.int64)
     self._new = []
 
-  def _array(self, level: int, create: bool) -> ts.TensorStore | None:
+  def _array(self, level: int, create: bool) -> Array | None:
     path = f"access/L{level}"
     if level not in self._arrays:
       if not create and not self._store.has_array(path):

@@ -5,6 +5,8 @@ that is conditional on what was read (If-Match, If-None-Match; Google's
 generations), which these servers do atomically, so of two that want it one gets
 it. The holder renews it from a thread. A lease that was not renewed for
 `SECONDS`, or whose process is gone from this very machine, is taken over.
+Clocks may be wrong: one that looks old, or from the future, is first watched
+for half of that time, in which its holder would renew it.
 
 A holder that could not renew for half of that time stops writing: no request
 lasts longer than the other half, so nothing of it arrives after another writer
@@ -23,6 +25,7 @@ import time
 import uuid
 import weakref
 
+from absl import logging
 import tensorstore as ts
 
 from mcjax.tree.owner import Owner, refusal
@@ -70,8 +73,9 @@ class Lease:
     return json.dumps({**fields.pop("owner"), **fields}).encode()
 
   @property
-  def is_held(self) -> bool:
-    return not self.free and time.time() < self.renewed + SECONDS + SKEW
+  def is_fresh(self) -> bool:
+    """Whether it was renewed lately, as far as clocks tell."""
+    return -SKEW < time.time() - self.renewed < SECONDS + SKEW
 
 
 def process_identity(pid: int | str = "self") -> str:
@@ -103,6 +107,7 @@ class _Held:
     """Takes it. Raises: McjaxError if somebody else was faster."""
     self._kv, self._url, self._generation = kv, url, generation
     self._me, self._process = Owner.here(), process_identity()
+    self._pid = os.getpid()
     self._mutex = threading.Lock()
     self.done = threading.Event()
     self.lost = False
@@ -138,6 +143,8 @@ class _Held:
 
   def give_back(self) -> None:
     """Never raises."""
+    if os.getpid() != self._pid:  # a fork's lease is still its parent's
+      return
     self.done.set()
     with self._mutex, contextlib.suppress(McjaxError):
       if not self.lost:
@@ -150,6 +157,20 @@ def _keep(held: _Held) -> None:
   while not held.done.wait(SECONDS / 4) and not held.lost:
     with contextlib.suppress(McjaxError):  # `check` tells it in time
       held.renew()
+
+
+def _watch(kv: ts.KvStore, url: str, lease: Lease) -> None:
+  """Raises McjaxError if a lease that looks old is renewed nonetheless."""
+  logging.warning("%s was held by %s: waiting %.0f s lest it still is", url,
+                  lease.owner, SECONDS / 2)
+  end = time.monotonic() + SECONDS / 2
+  while time.monotonic() < end:
+    time.sleep(SECONDS / 16)
+    with io_errors("read the lease of", url):
+      found = kv.read(NAME).result()
+    now = Lease.parse(found.value if found.state == "value" else None)
+    if now is not None and not now.free and now.nonce != lease.nonce:
+      raise refusal(url, now.owner)
 
 
 class LeaseLock:
@@ -166,10 +187,12 @@ class LeaseLock:
     lease = Lease.parse(found.value if found.state == "value" else None)
     self.crashed: Owner | None = None
     if lease is not None and not lease.free:
-      gone = is_gone(lease.process)
-      if lease.is_held and not gone:
+      if is_gone(lease.process):
+        time.sleep(GRACE)
+      elif lease.is_fresh:
         raise refusal(store.url, lease.owner)
-      time.sleep(GRACE if gone else 0)
+      else:
+        _watch(kv, store.url, lease)
       self.crashed = lease.owner
     self._held = _Held(kv, store.url, found.stamp.generation)
     self._finish = weakref.finalize(self, self._held.give_back)

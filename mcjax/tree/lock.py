@@ -13,12 +13,14 @@ mcjax_tree.owner.json  who holds it, for messages; left behind by a process
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 from typing import Protocol
 import weakref
 
 import filelock
 
+from mcjax.tree import local_files
 from mcjax.tree.lease import LeaseLock
 from mcjax.tree.owner import Owner, refusal
 from mcjax.tree.store import Store
@@ -26,6 +28,7 @@ from mcjax.types import McjaxError
 
 LOCK_NAME = "mcjax_tree.lock"
 OWNER_NAME = "mcjax_tree.owner.json"
+_OWNER_BYTES = 4096  # no owner's file is longer
 
 
 class WriterLock(Protocol):
@@ -51,6 +54,9 @@ class FileLock:
     """Raises: McjaxError, at once, if another writer holds it."""
     self._folder = folder
     self._path, self._owner = folder / LOCK_NAME, folder / OWNER_NAME
+    self._process, self._me = os.getpid(), Owner.here()
+    for name in (LOCK_NAME, OWNER_NAME):
+      local_files.check(folder, name)
     # Not bound to a thread: it is released where the tree is closed.
     self._lock = filelock.FileLock(self._path, timeout=0, thread_local=False)
     try:
@@ -66,7 +72,7 @@ class FileLock:
     try:
       self._inode = self._path.stat().st_ino
       self.crashed = self._read_owner()
-      self._owner.write_text(Owner.here().dump(), encoding="utf-8")
+      self._owner.write_text(self._me.dump(), encoding="utf-8")
     except OSError as error:
       self.release()
       with contextlib.suppress(OSError):
@@ -74,23 +80,31 @@ class FileLock:
       raise McjaxError(f"could not write to {folder}: {error}") from error
 
   def _read_owner(self) -> Owner | None:
-    with contextlib.suppress(OSError):
-      return Owner.parse(self._owner.read_bytes())
+    local_files.check(self._folder, OWNER_NAME)
+    with contextlib.suppress(OSError), self._owner.open("rb") as file:
+      return Owner.parse(file.read(_OWNER_BYTES))
     return None
 
   def check(self) -> None:
     try:
-      if self._path.stat().st_ino == self._inode:
-        return
+      there = self._path.lstat().st_ino == self._inode
     except FileNotFoundError:
-      pass
+      there = False
     except OSError as error:
       raise McjaxError(f"cannot reach {self._folder}: {error}") from error
-    raise McjaxError(
-      f"{self._folder} was deleted or replaced while it was open for writing"
-    )
+    if not there:
+      raise McjaxError(
+        f"{self._folder} was deleted or replaced while it was open for writing"
+      )
+    # Where a file system does not keep locks, this tells of another writer.
+    if (owner := self._read_owner()) not in (None, self._me):
+      raise McjaxError(
+        f"{self._folder} is open for writing by {owner} too: open it again"
+        " when that is done")
 
   def release(self) -> None:
+    if os.getpid() != self._process:  # a fork's lock is still its parent's
+      return
     with contextlib.suppress(OSError, McjaxError):
       self.check()  # else the owner there is another one
       self._owner.unlink()

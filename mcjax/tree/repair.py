@@ -24,7 +24,13 @@ from mcjax.tree.counts import AccessCounts, frequency_spec
 from mcjax.tree.format import Place
 from mcjax.tree.journal import overlaps
 from mcjax.tree.rewrite import Rewrite, open_column, recount
-from mcjax.tree.store import ArraySpec, Store, encode_record
+from mcjax.tree.store import (
+  COPY_KEY,
+  RECORD_KEY,
+  ArraySpec,
+  Store,
+  encode_record,
+)
 from mcjax.tree.sums_repair import mend_sums
 from mcjax.types import McjaxError
 
@@ -64,11 +70,12 @@ def _mend_record(store: Store, report: Report, findings: list[Finding],
   del findings, models
   lock = writer_lock.acquire(store)
   try:
-    try:
-      generation = store.read_record()[1]
-    except McjaxError:  # no file, or far too large
-      store.delete("mcjax_tree.json")
-      generation = store.read_record()[1]
+    for key in (RECORD_KEY, COPY_KEY):
+      try:
+        store.read_record(key)
+      except McjaxError:  # no plain file, or far too large
+        store.delete(key)
+    generation = store.read_record()[1]
     store.write_record(encode_record(report.record), generation)
   finally:
     lock.release()

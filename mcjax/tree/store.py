@@ -34,6 +34,7 @@ from absl import logging
 import numpy as np
 import tensorstore as ts
 
+from mcjax.tree import local_files
 from mcjax.tree.places import RETRIES, limit_time, locate
 from mcjax.types import McjaxError
 
@@ -46,15 +47,31 @@ _LITTER = ".__lock"  # what a killed write leaves ends with this
 CACHE_BYTES = 64 << 20  # decoded chunks kept in RAM, per process
 
 
-@functools.cache
 def shared_context() -> ts.Context:
-  """The process's one TensorStore context; `memory://` lives inside it."""
+  """The process's one TensorStore context; `memory://` lives inside it.
+
+  Raises:
+    McjaxError: the process was forked from one that has it. TensorStore's
+      threads are not in it, so it would wait for ever.
+  """
+  context, process = _made_context()
+  if process != os.getpid():
+    raise McjaxError(
+      f"process {os.getpid()} was forked from one that has used stored trees,"
+      ' which cannot work: start it anew (multiprocessing: "spawn")')
+  return context
+
+
+@functools.cache
+def _made_context() -> tuple[ts.Context, int]:
+  """The context, and the process that made it."""
   limit_time()
-  return ts.Context({
+  context = ts.Context({
     **RETRIES,
     "cache_pool": {"total_bytes_limit": CACHE_BYTES},
     "file_io_locking": {"mode": "none"},
   })
+  return context, os.getpid()
 
 
 @contextlib.contextmanager
@@ -98,6 +115,9 @@ class ArraySpec(NamedTuple):
     return (self.width,) if self.width else ()
 
 
+Array = ts.TensorStore | local_files.PlainFiles
+
+
 class Store:
   """A folder of rows arrays and one record.
 
@@ -124,6 +144,7 @@ class Store:
     """
     with io_errors("read", self.url):
       if self.folder is not None:
+        local_files.check(self.folder, key)
         path = self.folder / key
         if path.exists() and not path.is_file():
           raise McjaxError(f"{path} is not a file")
@@ -150,6 +171,7 @@ class Store:
       McjaxError: the record is no longer that generation, or I/O failed.
     """
     with io_errors("write", self.url):
+      self.check_plain(RECORD_KEY)
       stamp = self.kv.write(RECORD_KEY, value, if_equal=generation).result()
     if not stamp.generation:
       raise McjaxError(
@@ -165,12 +187,19 @@ class Store:
   def write_copy(self, value: bytes) -> None:
     """Replaces the copy of the record. Raises: McjaxError."""
     with io_errors("write", self.url):
+      self.check_plain(COPY_KEY)
       self.kv.write(COPY_KEY, value).result()
 
   # Arrays and keys.
 
-  def array(self, path: str, spec: ArraySpec, create: bool) -> ts.TensorStore:
+  def check_plain(self, key: str) -> None:
+    """Raises McjaxError where a symlink, a pipe or a device is in the way."""
+    if self.folder is not None:
+      local_files.check(self.folder, key)
+
+  def array(self, path: str, spec: ArraySpec, create: bool) -> Array:
     """Opens one array, creating it if asked to. Raises: McjaxError."""
+    self.check_plain(f"{path}/zarr.json")
     inner: list[dict[str, Any]] = [
       {"name": "bytes", "configuration": {"endian": "little"}}]
     if spec.dtype in ("uint8", "int8"):
@@ -196,7 +225,7 @@ class Store:
       "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
     with io_errors("open an array of", self.url):
-      return ts.open(
+      array = ts.open(
         {
           "driver": "zarr3",
           "kvstore": (self.kv / (path + "/")).spec().to_json(),
@@ -210,9 +239,13 @@ class Store:
         create=create,
         context=shared_context(),
       ).result()
+    if self.folder is None:
+      return array
+    return local_files.PlainFiles(array, self.folder, path, spec.shard)
 
   def has_array(self, path: str) -> bool:
     """Whether an array was ever made there."""
+    self.check_plain(f"{path}/zarr.json")
     with io_errors("read", self.url):
       return self.kv.read(path + "/zarr.json").result().state == "value"
 
@@ -234,6 +267,8 @@ class Store:
   def sizes(self) -> dict[str, int]:
     """Bytes stored under each key; off the local disk this reads them all."""
     if self.folder is not None:
+      for _, what in local_files.strange(self.folder):
+        raise McjaxError(what)
       found = (p for p in self.folder.rglob("*") if p.is_file())
       return {
         p.relative_to(self.folder).as_posix(): p.stat().st_size for p in found
@@ -245,6 +280,7 @@ class Store:
 
   def delete(self, prefix: str) -> None:
     """Deletes every key that starts with `prefix` (a folder path with /)."""
+    self.check_plain(prefix.rpartition("/")[0])
     with io_errors("delete from", self.url):
       (self.kv / prefix).delete_range(ts.KvStore.KeyRange()).result()
     if self.folder is not None and prefix.endswith("/"):
@@ -260,6 +296,7 @@ class Store:
     Returns:
       How many were deleted.
     """
+    self.check_plain(f"{path}/c")
     with io_errors("delete from", self.url):
       chunks = self.kv / f"{path}/c/"
       keys = [key.decode() for key in chunks.list().result()]

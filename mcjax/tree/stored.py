@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 import json
+import os
 
 from jaxtyping import Float32, Int8, Int32, UInt8, UInt32
 import numpy as np
@@ -36,7 +37,7 @@ class StoredTree:
   ):
     """Use `create` or `open`."""
     self._store, self._encoder, self._lock = store, encoder, lock
-    self._closed = False
+    self._closed, self._process = False, os.getpid()
     self._transient = 0
     kinds = ("tokens", "gists", "keys", "lens", "access")
     self._reads = dict.fromkeys(kinds, 0)
@@ -217,6 +218,15 @@ class StoredTree:
   def _check_open(self) -> None:
     if self._closed:
       raise McjaxError(f"the tree at {self.url} is closed")
+    if self._is_forked:
+      raise McjaxError(
+        f"the tree at {self.url} was opened by process {self._process}, not by"
+        " its fork")
+
+  @property
+  def _is_forked(self) -> bool:
+    """Whether this is another process than the one that opened the tree."""
+    return os.getpid() != self._process
 
   def _check_nodes(self, level, start, stop, lowest=1) -> None:
     self._check_open()

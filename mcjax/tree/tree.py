@@ -426,7 +426,7 @@ class MegaContextTree(StoredTree):
     if self._closed:
       return
     self._closed = True
-    if self._lock is None:
+    if self._lock is None or self._is_forked:
       return
     try:
       self._flush_access()
