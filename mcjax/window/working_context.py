@@ -443,4 +443,4 @@ class WorkingContext:
   def become(self, twin: WorkingContext) -> None:
     """Takes over the bookkeeping of a copy, which is of no use afterwards."""
     self.entries, self._free = twin.entries, twin._free
-    self.attention = twin.attention
+    self.attention, self.forgotten = twin.attention, twin.forgotten

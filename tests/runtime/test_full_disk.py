@@ -1,4 +1,8 @@
-"""A disk that is full, at every write of a call."""
+"""A disk that is full or out of reach, at every write of a call."""
+
+import contextlib
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -33,11 +37,12 @@ def calls(mc):
   return {
     "ingest": lambda: mc.ingest(text, name="second"),
     "generate": lambda: mc.generate("and then?", 8),
+    "stream": lambda: list(mc.stream("and then?", 8)),
     "forget": lambda: mc.forget("first"),
   }
 
 
-@pytest.mark.parametrize("name", ["ingest"])
+@pytest.mark.parametrize("name", ["ingest", "generate", "stream", "forget"])
 def test_a_write_that_fails_changes_nothing_and_can_be_tried_again(
   opened, monkeypatch, name
 ):
@@ -59,9 +64,109 @@ def test_a_write_that_fails_changes_nothing_and_can_be_tried_again(
   writes.left = _MANY
   held = mc.text(0, mc.cursor)
   assert held.count(tiny_base.text(3000, 7)) == (name == "ingest")
-  assert held.count("and then?") == (name == "generate")
-  assert len(mc.documents()) == {"ingest": 2, "generate": 1, "forget": 0}[name]
+  assert held.count("and then?") == (name in ("generate", "stream"))
+  assert len(mc.documents()) == {"ingest": 2, "forget": 0}.get(name, 1)
   mc.close()
   mc = opened()
   assert mc.text(0, mc.cursor) == held
+  mc.close()
+
+
+@contextlib.contextmanager
+def file_limit(size):
+  """No file may grow beyond so many bytes, as if the disk were full there."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def no_permission(folder):
+  """Nothing can be written into a folder any more."""
+  if os.geteuid():
+    places = [folder, *(p for p in folder.rglob("*") if p.is_dir())]
+    for place in places:
+      place.chmod(0o500)
+    try:
+      yield
+    finally:
+      for place in places:
+        place.chmod(0o700)
+  else:  # root may do all, until it is somebody else
+    os.seteuid(65_534)
+    try:
+      yield
+    finally:
+      os.seteuid(0)
+
+
+def test_the_kernel_refuses_writes(opened, tmp_path):
+  """Real errors of the file system, where they come from."""
+  mc = opened()
+  before, text, failures = state_of(mc), tiny_base.text(3000, 7), 0
+  faults = [lambda size=size: file_limit(size) for size in
+            (0, 100, 400, 1000, 2000, 4000)]
+  for fault in [*faults, lambda: no_permission(tmp_path / "t")]:
+    with fault(), contextlib.suppress(McjaxError):
+      mc.ingest(text, name="second")
+    if mc.documents()[-1].name == "second":
+      break
+    failures += 1
+    assert state_of(mc) == before
+  with no_permission(tmp_path / "t"), pytest.raises(McjaxError):
+    mc.generate("and then?", 4)
+  mc.ingest(text, name="second")
+  assert failures >= 3 and mc.text(0, mc.cursor).count(text) == 1
+  mc.close()
+  mc = opened()
+  assert mc.text(0, mc.cursor).count(text) == 1
+  mc.close()
+
+
+def test_what_is_not_remembered_needs_no_room(opened, monkeypatch):
+  writes = FailingWrites(monkeypatch, _MANY)
+  mc = opened()
+  before, text = state_of(mc), tiny_base.text(100, 9)
+
+  def use():
+    out = mc.generate("and?", 4, remember=False, temperature=0.0)
+    return mc.score(text), out.text
+
+  (nll, said), writes.left = use(), 0
+  again = use()
+  np.testing.assert_array_equal(again[0], nll)
+  assert again[1] == said and state_of(mc) == before
+  mc.search("and?")
+  writes.left = _MANY
+  mc.close()
+
+
+def test_a_close_that_fails_gives_the_tree_back(opened, monkeypatch):
+  writes = FailingWrites(monkeypatch, _MANY)
+  mc = opened()
+  writes.left = 0
+  with pytest.raises(McjaxError, match="No space left"):
+    mc.close()
+  writes.left = _MANY
+  opened().close()
+
+
+def test_statistics_that_are_damaged_fail_no_call(opened, tmp_path):
+  mc = opened()
+  mc.tree.record_access(np.array([1, 2]), np.array([0, 0]))
+  mc.close()
+  counts = [p for p in (tmp_path / "t/access").rglob("*") if p.is_file()]
+  assert len(counts) >= 4  # metadata and rows
+  for path in counts:
+    path.write_bytes(b"damaged")
+  mc = opened()
+  mc.tree.record_access(np.array([1, 2]), np.array([0, 0]))
+  mc.ingest(tiny_base.text(1500, 5), name="second")
+  mc.generate("again", 8)
+  mc.close()
+  mc = opened()
+  assert [d.name for d in mc.documents()] == ["first", "second"]
   mc.close()
