@@ -23,7 +23,7 @@ import filelock
 from mcjax.tree import local_files
 from mcjax.tree.lease import LeaseLock
 from mcjax.tree.owner import Owner, refusal
-from mcjax.tree.store import Store
+from mcjax.tree.store import RECORD_KEY, Store
 from mcjax.types import McjaxError
 
 LOCK_NAME = "mcjax_tree.lock"
@@ -89,7 +89,7 @@ class FileLock:
     try:
       there = self._path.lstat().st_ino == self._inode
     except FileNotFoundError:
-      there = False
+      there = self._lock_again()
     except OSError as error:
       raise McjaxError(f"cannot reach {self._folder}: {error}") from error
     if not there:
@@ -101,6 +101,23 @@ class FileLock:
       raise McjaxError(
         f"{self._folder} is open for writing by {owner} too: open it again"
         " when that is done")
+
+  def _lock_again(self) -> bool:
+    """Locks a tree whose lock somebody deleted, unless there is another one.
+
+    A commit that another writer made meanwhile shows in the record.
+    """
+    if not (self._folder / RECORD_KEY).exists():
+      return False
+    lock = filelock.FileLock(self._path, timeout=0, thread_local=False)
+    try:
+      lock.acquire()
+      self._inode = self._path.stat().st_ino
+    except (filelock.Timeout, OSError):
+      return False
+    self._lock.release()
+    self._lock = lock
+    return True
 
   def release(self) -> None:
     if os.getpid() != self._process:  # a fork's lock is still its parent's

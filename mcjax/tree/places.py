@@ -22,11 +22,13 @@ import os
 import pathlib
 import re
 from typing import Any, NamedTuple
+import unicodedata
 import urllib.parse
 
 from mcjax.types import McjaxError
 
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
+_UNTOLD = ("Cc", "Cs", "Zl", "Zp")  # control, halves of characters, line ends
 _S3_SETTINGS = {"endpoint", "region", "profile", "anonymous"}
 # A server that is not there or says nothing is given up after half a minute:
 # six attempts of at most four seconds, and what is waited between them.
@@ -56,13 +58,16 @@ class Place(NamedTuple):
 def locate(url: str | os.PathLike[str],
            environment: Mapping[str, str] = os.environ) -> Place:
   """Reads a path or a url. Raises: McjaxError."""
-  text = os.fspath(url)
+  text = _text(url)
   if text.startswith("file://"):
     text = text[len("file://") :]
   elif text.startswith("s3://"):
     return _s3(text, environment)
   elif text.startswith(("memory://", "gs://")):
-    text = text.rstrip("/") + "/"
+    scheme, _, rest = text.partition("://")
+    if scheme == "gs" and not rest.strip("/"):
+      raise McjaxError(f"{text} names no bucket: gs://bucket/folder")
+    text = f"{scheme}://{rest.rstrip('/')}/"
     return Place(text, None, text)
   elif _URL.match(text):
     raise McjaxError(
@@ -74,6 +79,19 @@ def locate(url: str | os.PathLike[str],
   folder = pathlib.Path(os.path.abspath(text))
   spec = {"driver": "file", "path": f"{folder}/"}
   return Place(str(folder), folder, spec)
+
+
+def _text(url: str | os.PathLike[str]) -> str:
+  """The url as text that messages can show. Raises: McjaxError."""
+  try:
+    text = os.fsdecode(url)
+  except TypeError as error:
+    raise McjaxError(
+      f"where a tree lies is a path or a url, not {url!r:.99}") from error
+  if any(unicodedata.category(c) in _UNTOLD for c in text):
+    raise McjaxError(
+      f"cannot store a tree at {text!a}: control characters, or no UTF-8")
+  return text
 
 
 def _s3(text: str, environment: Mapping[str, str]) -> Place:

@@ -42,10 +42,13 @@ def test_record_checksum(cut):
     decode_record(raw.replace(b"5", b"6", 1), "u")
 
 
-@pytest.mark.parametrize("url", ["", "ftp://host/x", "http://host/x"])
+@pytest.mark.parametrize("url", [
+  "", "ftp://host/x", "http://host/x", "gs://", "s3://", "a\nb", "a\0b",
+  "a\udcff", b"\xff", None, 7])
 def test_urls_that_are_refused(url):
-  with pytest.raises(McjaxError):
+  with pytest.raises(McjaxError) as caught:
     Store(url)
+  assert str(caught.value).isprintable()
 
 
 def test_file_urls_and_paths_are_the_same_place(tmp_path):

@@ -1,22 +1,15 @@
-"""MegaContextTree: contents, commits, crashes and rebuilds."""
+"""MegaContextTree: what it holds, and what that costs."""
 
-import json
-import os
-import pathlib
 import resource
-import shutil
-import time
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from marks import further
+from marks import EVERYWHERE
 import numpy as np
 import pytest
 
 from mcjax.testing.tiny_base import memory_url
 from mcjax.testing.tree_reference import (
-  BASE,
-  FailingWrites,
   TinyEncoder,
   TinyKeyer,
   check,
@@ -28,16 +21,8 @@ from mcjax.testing.tree_reference import (
 )
 from mcjax.tree import format as tree_format
 from mcjax.tree import lexical_keys as keys
-from mcjax.tree.store import COPY_KEY, RECORD_KEY
-from mcjax.tree.tree import MegaContextTree
+from mcjax.tree.store import RECORD_KEY
 from mcjax.types import McjaxError
-
-EVERYWHERE = pytest.mark.parametrize(
-  "url", ["memory", "file", "s3"], indirect=True)
-BUCKET_SLOWLY = pytest.mark.parametrize(
-  "url", ["memory", "file", *further("s3")], indirect=True)
-ARTEFACTS = pathlib.Path(__file__).parent / "artefacts"
-ARTEFACT = ARTEFACTS / "tree_v1"
 
 
 @EVERYWHERE
@@ -197,110 +182,6 @@ def test_an_encoder_that_fails_leaves_the_tree_as_it_was():
   check(tree, ids)
 
 
-@BUCKET_SLOWLY
-@pytest.mark.parametrize("allowed", [
-  *range(0, 14, 3), *further(*(n for n in range(14) if n % 3))])
-def test_crash_at_any_write_of_a_commit(url, monkeypatch, allowed):
-  ids = random_ids(36_000)
-  tree = create(url)
-  tree.append(ids[:1500])
-  tree.commit({"n": 1})
-  with monkeypatch.context() as patch:
-    tree = reopen(url)
-    FailingWrites(patch, allowed)
-    tree = reopen(url)
-    tree.record_access(1, np.arange(5))
-    done = False
-    try:
-      tree.append(ids[1500:])
-      tree.commit({"n": 2})
-      done = True
-    except McjaxError as error:
-      assert "No space left" in str(error) and "\n" not in str(error)
-      # The process goes on: what was appended before is still there.
-      check(tree, ids[: tree.cursor])
-  crashed = reopen(url)
-  n = crashed.extra["n"]
-  assert n == 2 or not done
-  check(crashed, ids[: {1: 1500, 2: 36_000}[n]])
-  crashed.append(ids[crashed.cursor : crashed.cursor + 4000])
-  crashed.commit({"n": 3})
-  check(peek(url), ids[: crashed.cursor])
-
-
-def test_commit_can_be_tried_again(tmp_path, monkeypatch):
-  tree, ids = create(tmp_path / "t"), random_ids(1500)
-  tree.append(ids)
-  with monkeypatch.context() as patch:
-    FailingWrites(patch, 1)
-    with pytest.raises(McjaxError, match="No space left"):
-      tree.commit()
-  tree.append(ids[:10])
-  check(tree, np.concatenate([ids, ids[:10]]))
-  assert peek(tmp_path / "t").cursor == 0
-
-
-@EVERYWHERE
-def test_a_second_writer_is_refused_at_once_and_says_whom_it_met(url):
-  first, ids = create(url), random_ids(200)
-  known = dict(BASE, encoder=TinyEncoder())
-  begin, me = time.perf_counter(), os.getpid()
-  with pytest.raises(McjaxError, match=f"process {me} on .* for [0-9] s"):
-    MegaContextTree.open(url, **known)
-  assert time.perf_counter() - begin < 1
-  first.append(ids)
-  first.commit()
-  first.close()
-  second = MegaContextTree.open(url, **known)
-  check(second, ids)
-  second.close()
-
-
-@EVERYWHERE
-def test_a_reader_sees_whole_commits_and_refreshes(url):
-  tree, ids = create(url), random_ids(40_000)
-  reader = peek(url)
-  tree.append(ids)
-  check(reader, ids[:0])
-  assert not reader.refresh()
-  tree.commit()
-  check(reader, ids[:0])
-  assert reader.refresh()
-  check(reader, ids)
-  with reader.transient():  # as an answer that is not remembered
-    reader.append(ids)
-    check(reader, np.concatenate([ids, ids]))
-  for write in (reader.commit, lambda: reader.append(ids[:1])):
-    with pytest.raises(McjaxError, match='mode="r"'):
-      write()
-  reader.close()
-  tree.close()
-  with pytest.raises(McjaxError, match="mode 'w'"):
-    MegaContextTree.open(url, mode="w", encoder=None, **BASE)
-
-
-def test_a_deleted_folder_is_told_and_not_made_again(tmp_path):
-  url, ids = tmp_path / "t", random_ids(100)
-  tree = create(url)
-  tree.append(ids)
-  shutil.rmtree(url)
-  with pytest.raises(McjaxError, match="deleted"):
-    tree.commit()
-  tree.close()
-  assert not url.exists()
-
-
-def test_an_interrupted_creation_is_done_again(tmp_path):
-  url = tmp_path / "t"
-  url.mkdir()
-  for name in (".lock", ".owner.json", ".json_0a1b.__lock"):
-    (url / ("mcjax_tree" + name)).write_text("")
-  tree = create(url)
-  tree.close()
-  names = {RECORD_KEY, COPY_KEY, "mcjax_tree.lock"}
-  assert {p.name for p in url.iterdir()} == names
-
-
 def test_access_counts(url):
   tree = create(url)
   tree.append(random_ids(3000))
@@ -402,65 +283,6 @@ def test_rebuild_gists(url):
   tree.rebuild_gists(TinyEncoder())
   check(peek(url), np.concatenate([ids, ids[:100]]))
   assert not any(k.startswith("gists/1/") for k in tree._store.sizes())
-
-
-@BUCKET_SLOWLY
-@pytest.mark.parametrize("allowed", [1, 2, 3, 4])
-def test_crash_in_a_rebuild_keeps_the_old_gists(url, monkeypatch, allowed):
-  ids, new = random_ids(34_000), TinyEncoder(seed=3)
-  create(url).close()
-  with monkeypatch.context() as patch:
-    tree = reopen(url)
-    tree.append(ids)
-    tree.commit()
-    FailingWrites(patch, allowed)
-    with pytest.raises(McjaxError, match="No space"):
-      tree.rebuild_gists(new)
-  check(tree, ids)
-  tree = reopen(url)
-  check(tree, ids)
-  tree.rebuild_gists(new)
-  check(peek(url, new), ids, new)
-
-
-def artefact_ids():
-  at = np.arange(66_000)
-  return ((at % 97) + 97 * (at // 1000 % 2)).astype(np.int32)
-
-
-def test_a_stored_tree_of_version_1_opens(tmp_path):
-  shutil.copytree(ARTEFACT, tmp_path / "t")
-  encoder, ids = TinyEncoder(d_model=4), artefact_ids()
-  tree = reopen(tmp_path / "t", encoder)
-  assert tree.extra == {"note": "format version 1"}
-  check(tree, ids, encoder)
-  assert tree.access_counts(1, 7, 8) == [2]
-  tree.append(ids[:100])
-  tree.commit()
-  ids = np.concatenate([ids, ids[:100]])
-  check(peek(tmp_path / "t", encoder), ids, encoder)
-  record = json.loads((ARTEFACT / RECORD_KEY).read_text())
-  assert record["version"] == 1 and "lens" not in record
-  tree = reopen(tmp_path / "t", encoder, keyer=TinyKeyer())
-  tree.append(ids[:100])  # a keyer alone makes no keys
-  ids = np.concatenate([ids, ids[:100]])
-  check(tree, ids, encoder)
-  tree.rebuild_lens_keys(TinyKeyer())
-  check(peek(tmp_path / "t", encoder), ids, encoder, keyer=TinyKeyer())
-
-
-def test_a_stored_tree_of_version_2_opens(tmp_path):
-  shutil.copytree(ARTEFACTS / "tree_v2", tmp_path / "t")
-  encoder, ids = TinyEncoder(d_model=4), random_ids(9_000, seed=3)
-  tree = reopen(tmp_path / "t", encoder, keyer=TinyKeyer())
-  assert tree.extra == {"note": "format version 2"}
-  assert [e["name"] for e in tree.journal.of("document")] == ["a.md"]
-  check(tree, ids, encoder, keyer=TinyKeyer())
-  tree.append(ids[:5])
-  tree.commit()
-  tree.close()
-  ids = np.concatenate([ids, ids[:5]])
-  check(peek(tmp_path / "t", encoder), ids, encoder, keyer=TinyKeyer())
 
 
 def test_memory_is_bounded_in_a_long_append(tmp_path):

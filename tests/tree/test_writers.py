@@ -1,9 +1,11 @@
-"""The right to write where something is odd: forks, locks that do not hold."""
+"""One writer and any number of readers, also where something is odd."""
 
 import os
+import shutil
 import threading
 import time
 
+from marks import EVERYWHERE
 import numpy as np
 import pytest
 
@@ -12,18 +14,80 @@ from mcjax.testing.tree_reference import (
   TinyEncoder,
   check,
   create,
+  peek,
   random_ids,
 )
 from mcjax.tree import lease
-from mcjax.tree.lock import OWNER_NAME
+from mcjax.tree.lock import LOCK_NAME, OWNER_NAME
 from mcjax.tree.owner import Owner
-from mcjax.tree.store import Store
+from mcjax.tree.store import COPY_KEY, RECORD_KEY, Store
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import McjaxError
 
 
 def open_tree(url, **more):
   return MegaContextTree.open(url, encoder=TinyEncoder(), **BASE, **more)
+
+
+@EVERYWHERE
+def test_a_second_writer_is_refused_at_once_and_says_whom_it_met(url):
+  first, ids = create(url), random_ids(200)
+  known = dict(BASE, encoder=TinyEncoder())
+  begin, me = time.perf_counter(), os.getpid()
+  with pytest.raises(McjaxError, match=f"process {me} on .* for [0-9] s"):
+    MegaContextTree.open(url, **known)
+  assert time.perf_counter() - begin < 1
+  first.append(ids)
+  first.commit()
+  first.close()
+  second = MegaContextTree.open(url, **known)
+  check(second, ids)
+  second.close()
+
+
+@EVERYWHERE
+def test_a_reader_sees_whole_commits_and_refreshes(url):
+  tree, ids = create(url), random_ids(40_000)
+  reader = peek(url)
+  tree.append(ids)
+  check(reader, ids[:0])
+  assert not reader.refresh()
+  tree.commit()
+  check(reader, ids[:0])
+  assert reader.refresh()
+  check(reader, ids)
+  with reader.transient():  # as an answer that is not remembered
+    reader.append(ids)
+    check(reader, np.concatenate([ids, ids]))
+  for write in (reader.commit, lambda: reader.append(ids[:1])):
+    with pytest.raises(McjaxError, match='mode="r"'):
+      write()
+  reader.close()
+  tree.close()
+  with pytest.raises(McjaxError, match="mode 'w'"):
+    MegaContextTree.open(url, mode="w", encoder=None, **BASE)
+
+
+def test_a_deleted_folder_is_told_and_not_made_again(tmp_path):
+  url, ids = tmp_path / "t", random_ids(100)
+  tree = create(url)
+  tree.append(ids)
+  shutil.rmtree(url)
+  with pytest.raises(McjaxError, match="deleted"):
+    tree.commit()
+  tree.close()
+  assert not url.exists()
+
+
+def test_an_interrupted_creation_is_done_again(tmp_path):
+  url = tmp_path / "t"
+  url.mkdir()
+  for name in (".lock", ".owner.json", ".json_0a1b.__lock"):
+    (url / ("mcjax_tree" + name)).write_text("")
+  tree = create(url)
+  tree.close()
+  names = {RECORD_KEY, COPY_KEY, "mcjax_tree.lock"}
+  assert {p.name for p in url.iterdir()} == names
 
 
 def in_a_fork(call):
@@ -82,6 +146,28 @@ def test_a_second_writer_that_a_lock_let_in_is_told(tmp_path):
   assert (tmp_path / "t" / OWNER_NAME).exists()  # it is the other one's
   with open_tree(tmp_path / "t") as tree:
     check(tree, ids)
+
+
+def test_a_lock_that_somebody_deleted_is_taken_again(tmp_path):
+  tree, ids = create(tmp_path / "t"), random_ids(2000)
+  tree.append(ids)
+  (tmp_path / "t" / LOCK_NAME).unlink()
+  (tmp_path / "t" / OWNER_NAME).unlink()
+  tree.commit()
+  with pytest.raises(McjaxError, match="open for writing"):
+    open_tree(tmp_path / "t")
+  (tmp_path / "t" / LOCK_NAME).unlink()
+  with open_tree(tmp_path / "t") as other:  # which was faster
+    with pytest.raises(McjaxError, match="deleted or replaced"):
+      tree.commit()
+    other.append(ids[:5])
+    other.commit()
+  (tmp_path / "t" / LOCK_NAME).unlink()
+  with pytest.raises(McjaxError, match="another process wrote"):
+    tree.commit()
+  tree.close()
+  with open_tree(tmp_path / "t") as tree:
+    check(tree, np.concatenate([ids, ids[:5]]))
 
 
 @pytest.mark.parametrize("wrong", [-86_400, 86_400])
