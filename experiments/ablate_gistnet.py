@@ -6,12 +6,11 @@ Ctrl-C leaves a checkpoint. The table of all finished ones goes to results.md.
 Processes with other --config.names may share a workdir, and an accelerator.
 """
 
-import pathlib
-
 from experiments.configs import gistnet_ablation
 from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands
+from mcjax.parallel.places import local
 from mcjax.training.gist import ablations
 
 _CONFIG = commands.ConfigFlag(__file__, "ablations")
@@ -21,7 +20,7 @@ _WORKDIR = commands.define_workdir("A folder per ablation.")
 def main(argv) -> None:
   del argv
   c = _CONFIG.value
-  workdir = pathlib.Path(_WORKDIR.value)
+  workdir = local(_WORKDIR.value)
   known = list(gistnet_ablation.ABLATIONS)
   runs = {name: gistnet_ablation.get_config(name, c.steps, c.batch)
           for name in c.names or known}

@@ -6,14 +6,13 @@ At the end results.md tells, per cycle, what both networks reach on the same
 validation text and windows: whether alternating helped.
 """
 
-import pathlib
-
 from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands, training
 from mcjax.gist import encoder as gistnet
 from mcjax.lens.policy import read_initial
 from mcjax.parallel import processes
+from mcjax.parallel.places import place
 from mcjax.training import alternating
 from mcjax.training.common import data
 from mcjax.training.gist import trainer as gist_trainer
@@ -26,17 +25,17 @@ _WORKDIR = commands.define_workdir("Phases and the report.")
 def main(argv) -> bool:
   del argv
   c = _CONFIG.value
-  workdir = pathlib.Path(_WORKDIR.value)
+  workdir = place(_WORKDIR.value)
   use_compilation_cache(workdir / "compiled")
   g = c.gist
   train = gist_trainer.read_config(g.train, g.objective, g.phases)
   lens = lens_run.read_config(c.lens.to_dict())
   lm = load_base_lm(c.base, dtype=c.dtype)
-  initial, config, _ = gistnet.start(lm, g.gistnet, c.initial, train.seed)
-  mixture = data.weights_of(g.mixture)
+  initial, config, _ = gistnet.start(
+    lm, g.gistnet, c.initial or gistnet.shipped_for(lm) or "", train.seed)
+  stores, mixture = data.open_mixture(c.data, g.mixture, g.kinds, lm)
   run = alternating.Alternation(
-    lm, config, train, lens, c.cycles,
-    data.open_split(c.data, "train", mixture),
+    lm, config, train, lens, c.cycles, stores,
     data.open_split(c.data, "validation"), workdir, initial, mixture,
     read_initial(lm))
   done = run.run()

@@ -9,13 +9,12 @@ What was finished in the workdir is kept, so that the same command goes on where
 it stopped. Writes results.json, results.md, plots and report.html.
 """
 
-import pathlib
-
 from absl import flags
 
 from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.cli import commands
 from mcjax.evaluation import runner, together
+from mcjax.parallel.places import local
 
 _CONFIG = commands.ConfigFlag(__file__, "")
 _WORKDIR = flags.DEFINE_string(
@@ -26,7 +25,7 @@ def main(argv) -> None:
   del argv
   values = _CONFIG.value.to_dict()
   suite = values.pop("suite")
-  folder = pathlib.Path(_WORKDIR.value or f"runs/{suite}")
+  folder = local(_WORKDIR.value or f"runs/{suite}")
   use_compilation_cache(folder.parent / "compiled")
   if suite == "all":
     together.run(values["suites"], folder, values["only"])

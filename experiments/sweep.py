@@ -11,12 +11,12 @@ again. --shard=0/4 … 3/4 split it over machines with one workdir. Writes
 results.csv, results.md and plots of all finished cells.
 """
 
-import pathlib
 import sys
 
 from absl import flags
 
 from mcjax.cli import commands, configs
+from mcjax.parallel.places import local
 from mcjax.sweep import grid, runner, table
 
 _CONFIG = commands.ConfigFlag(__file__, "")
@@ -36,7 +36,7 @@ def main(argv) -> None:
   cells = grid.cells(_GRID.value)
   for override in {o for cell in cells for o in cell.overrides}:
     configs.override(override, _CONFIG.value)
-  workdir = pathlib.Path(_WORKDIR.value).absolute()
+  workdir = local(_WORKDIR.value)
   module = _MAIN.value if "." in _MAIN.value else f"experiments.{_MAIN.value}"
   experiment = runner.Experiment(
     module, [*_CONFIG.arguments, *_ARGUMENT.value],

@@ -4,14 +4,13 @@ Resumes from the newest checkpoint of the workdir; SIGTERM or Ctrl-C leaves a
 checkpoint and exits with status 75. With --distributed one of many processes.
 """
 
-import pathlib
-
 from absl import flags
 
 from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands, training
 from mcjax.gist import encoder as gistnet
+from mcjax.parallel.places import place
 from mcjax.training.common import data
 from mcjax.training.gist import trainer as gist_trainer
 
@@ -23,16 +22,15 @@ _EXPORT = flags.DEFINE_string("export", None, "Write the final weights there.")
 def main(argv) -> bool:
   del argv
   c = _CONFIG.value
-  use_compilation_cache(pathlib.Path(_WORKDIR.value) / "compiled")
+  use_compilation_cache(place(_WORKDIR.value) / "compiled")
   train = gist_trainer.read_config(c.train, c.objective, c.phases)
   mesh = gist_trainer.make_mesh(train)
   lm = load_base_lm(c.base, dtype=c.dtype, mesh=mesh if mesh.size > 1 else None)
   initial, gist_config, lineage = gistnet.start(
     lm, c.gistnet, c.initial, train.seed)
-  mixture = data.weights_of(c.mixture)
+  stores, mixture = data.open_mixture(c.data, c.mixture, c.kinds, lm)
   trainer = gist_trainer.GistTrainer(
-    lm, gist_config, train, data.open_split(c.data, "train", mixture),
-    _WORKDIR.value, mixture, initial)
+    lm, gist_config, train, stores, _WORKDIR.value, mixture, initial)
   done = trainer.run(data.open_split(c.data, "validation")
                      if train.validation_documents else None)
   if done and _EXPORT.value:

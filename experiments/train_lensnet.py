@@ -7,8 +7,6 @@ exits with status 75. With --distributed one of many processes, which share the
 windows and the workdir.
 """
 
-import pathlib
-
 from absl import flags
 
 from mcjax.base.compilation_cache import use_compilation_cache
@@ -16,6 +14,7 @@ from mcjax.base.load import load_base_lm
 from mcjax.cli import commands, training
 from mcjax.gist.encoder import load_gistnet
 from mcjax.lens.policy import read_initial
+from mcjax.parallel.places import place
 from mcjax.training.common import data
 from mcjax.training.lens import run as lens_run
 
@@ -27,11 +26,11 @@ _EXPORT = flags.DEFINE_string("export", None, "Write the final weights there.")
 def main(argv) -> bool:
   del argv
   c = _CONFIG.value
-  workdir = pathlib.Path(_WORKDIR.value)
+  workdir = place(_WORKDIR.value)
   use_compilation_cache(workdir / "compiled")
   settings = lens_run.read_config(c.to_dict())
   lm = load_base_lm(c.base, dtype=c.dtype)
-  stores = {split: data.open_split(c.data, split)
+  stores = {split: data.open_split(c.data, split, lm=lm)
             for split in ("train", "validation")}
   run = lens_run.LensRun(
     lm, load_gistnet(lm, c.gistnet or None), settings, stores, workdir,

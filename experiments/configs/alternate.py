@@ -9,19 +9,18 @@ Command:
 import ml_collections
 
 from experiments.configs import gistnet, lensnet
-from mcjax import pretrained
 
 
 def get_config(steps="200"):
   """`--config=experiments/configs/alternate.py:400`: 400 GistNet steps a cycle.
 
-  See `Alternation`; `initial` is a GistNet to start from.
+  See `Alternation`.
   """
   c = ml_collections.ConfigDict()
   c.base = "smollm2-135m"
   c.dtype = "float32"
   c.data = ""
-  c.initial = str(pretrained.shipped(c.base, "gistnet"))
+  c.initial = ""  # the shipped one; a fresh one where none is shipped
   c.cycles = 2
   c.gist = gistnet.get_config(steps)
   c.lens = lensnet.get_config()

@@ -33,6 +33,7 @@ def get_config(steps="3000"):
   c.data = ""
   c.initial = ""
   c.mixture = dict(prose=1.0, docs=1.0, wiki=1.0, code=1.0, chat=0.5)
+  c.kinds = ()  # instead of mixture: --config.kinds=notes:2,prose
   c.gistnet = configs.unset(GistNetConfig, without=("d_model",))
   c.objective = configs.defaults(Objective)
   first = int(steps) // 2

@@ -1,4 +1,4 @@
-"""GistNet for SmolLM2-135M on one accelerator.
+"""GistNet on one accelerator; --config.base names another base.
 
 Command, with --config.initial=GISTNET to train one on:
   tools/prepare_data --full --million_tokens=14 --folder=STORE
@@ -20,9 +20,7 @@ def get_config(steps="4300"):
   """
   c = gistnet.get_config(steps)
   c.mixture = dict(prose=1.0, docs=1.25, wiki=0.75, code=1.5, chat=0.15)
-  c.gistnet.update(dict(
-    width=192, heads=6, mlp_width=216, slot_parts=4, slot_mlp_width=384,
-    children_layers=1, rounds=3, adapter_layers=30, adapter_rank=24))
+  c.gistnet.update(rounds=3, adapter_rank=24)  # widths are the base's
   c.objective.nll = 0.2
   c.train.update(dict(batch=32, micro_batch=32, learning_rate=2e-3,
                       adapter_rate=1e-3, warmup=50, decay_fraction=0.7,

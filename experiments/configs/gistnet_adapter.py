@@ -18,7 +18,7 @@ def get_config(steps="360"):
   """
   c = gistnet.get_config(steps)
   c.mixture = dict(prose=1.0, docs=1.25, wiki=0.75, code=1.25, chat=0.15)
-  c.gistnet.update(adapter_layers=30, adapter_rank=24)  # of SmolLM2-135M
+  c.gistnet.adapter_rank = 24
   foreign = dict(foreign=True, near=256, segment=64, window=2048 + 256 + 64)
   upper = dict(level=2, window=1088, segment=64, kl_segments=1, nll=0.2)
   loop = dict(sink=True, near=256, window=1344, kl_segments=2)

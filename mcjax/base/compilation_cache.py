@@ -49,7 +49,7 @@ def _tell(event: str, duration_secs: float, **_: str | int) -> None:
           f"programs in {hub.cache_dir()}", file=sys.stderr)
 
 
-def use_compilation_cache(folder: pathlib.Path) -> None:
+def use_compilation_cache(folder: os.PathLike) -> None:
   """Keeps compiled programs in `folder` from now on."""
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import functools
 import signal
 import sys
@@ -42,10 +43,10 @@ def run(main: Callable[[list[str]], bool], config: commands.ConfigFlag
     if not _DISTRIBUTED.value:
       # Outside the loops there is nothing to save.
       signal.signal(signal.SIGTERM, lambda *_: sys.exit(processes.STOPPED))
-      sys.exit(_status(main(argv)))
+      sys.exit(_status(main, argv))
     processes.join(_COORDINATOR.value, _COUNT.value, _PROCESS.value)
     try:
-      status = _status(main(argv))
+      status = _status(main, argv)
     except McjaxError as error:
       print(f"error: {error}", file=sys.stderr, flush=True)
       processes.leave(1, str(error))
@@ -59,8 +60,9 @@ def run(main: Callable[[list[str]], bool], config: commands.ConfigFlag
   commands.run(guarded, config, flags_of=(__name__,))
 
 
-def _status(done: bool) -> int:
-  if done:
-    return 0
+def _status(main: Callable[[list[str]], bool], argv: list[str]) -> int:
+  with contextlib.suppress(processes.Stopped):
+    if main(argv):
+      return 0
   print("stopped and saved; the same command goes on", file=sys.stderr)
   return processes.STOPPED

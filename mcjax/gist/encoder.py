@@ -13,6 +13,7 @@ from concurrent import futures
 import dataclasses
 import functools
 import os
+import pathlib
 from typing import Any, cast
 
 import jax
@@ -402,6 +403,14 @@ class GistEncoder:
     return gists[:, 0]
 
 
+def shipped_for(lm: BaseLM) -> pathlib.Path | None:
+  """The weights shipped for a base of this name and width, if any."""
+  path = pretrained.shipped(lm.name, "gistnet")
+  if path is None or read_gistnet(path)[1].d_model != lm.config.d_model:
+    return None
+  return path
+
+
 def load_gistnet(lm, path=None) -> GistEncoder:
   """The GistNet of a base: the given weights, else the shipped, else fresh.
 
@@ -417,10 +426,9 @@ def load_gistnet(lm, path=None) -> GistEncoder:
   if path is not None:
     params, config, card = read_gistnet(path)
     return GistEncoder(lm, params, config, trained=True, card=card)
-  shipped = pretrained.shipped(lm.name, "gistnet")
+  shipped = shipped_for(lm)
   if shipped is not None:
     params, config, card = read_gistnet(shipped)
-    if config.d_model == lm.config.d_model:
-      return GistEncoder(lm, params, config, trained=True, card=card)
+    return GistEncoder(lm, params, config, trained=True, card=card)
   config = default_config(lm.params, lm.config)
   return GistEncoder(lm, init_params(config), config, trained=False)

@@ -129,6 +129,10 @@ class LensNetPolicy:
     self.bytes_read = 0
     self.answerable = 0.0
 
+  def bind(self, encoder: GistEncoder) -> None:
+    """Reads the gists of this GistNet from now on: that of its history."""
+    self._encoder = encoder
+
   def reads(self, encoder: GistEncoder) -> bool:
     """Whether it was trained, on gists of this GistNet if it reads any."""
     card = self.card or {}

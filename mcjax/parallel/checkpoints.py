@@ -7,13 +7,12 @@ process that is told to stop leaves a whole checkpoint.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
+from mcjax.parallel.places import place
 from mcjax.types import McjaxError
 
 
@@ -21,12 +20,6 @@ def _shapes(tree) -> dict[str, list]:
   """{path: [dtype, sizes…]} of a pytree of arrays."""
   return {jax.tree_util.keystr(path): [str(leaf.dtype), *leaf.shape]
           for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _absolute(folder) -> epath.Path:
-  """A folder anywhere, local ones by their full path."""
-  return epath.Path(os.path.abspath(folder) if "://" not in str(folder)
-                    else folder)
 
 
 def _change(old, new, name: str) -> str | None:
@@ -49,13 +42,16 @@ class Checkpoints:
     folder: where they live; created if missing.
     config: the run's configuration as plain JSON values, saved with each.
     keep: how many of the newest to keep.
+    keep_every: steps between checkpoints that stay for good; 0 for none.
   """
 
-  def __init__(self, folder, config: dict[str, Any], keep: int = 3):
+  def __init__(self, folder, config: dict[str, Any], keep: int = 3,
+               keep_every: int = 0):
     self._config = config
     self._manager = ocp.CheckpointManager(
-      _absolute(folder),
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+      place(folder),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, keep_period=keep_every or None, create=True))
 
   def latest_step(self) -> int | None:
     """Step of the newest whole checkpoint."""

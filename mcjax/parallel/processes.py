@@ -68,6 +68,11 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
+def is_mine(number: int) -> bool:
+  """Whether this process does number `number` of tasks that all share."""
+  return number % jax.process_count() == jax.process_index()
+
+
 def barrier(name: str) -> None:
   """Waits until all processes are here."""
   if jax.process_count() > 1:
@@ -191,6 +196,10 @@ def lost_peer(error: Exception) -> None:
     time.sleep(_SILENCE + 3 * _BEAT)  # the watching thread ends the process
 
 
+class Stopped(Exception):
+  """A signal ended the work; what was done is kept."""
+
+
 class StopSignal:
   """Asks at every step whether to stop; a block's SIGTERM and SIGINT.
 
@@ -223,6 +232,11 @@ class StopSignal:
     else:
       self.raised |= self._noted
     return self.raised
+
+  def check(self) -> None:
+    """As `reached`. Raises: Stopped, where there is nothing to save."""
+    if self.reached():
+      raise Stopped
 
   def __exit__(self, *unused):
     for number, handler in self._before.items():

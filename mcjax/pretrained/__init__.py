@@ -14,8 +14,9 @@ import pathlib
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from mcjax.parallel.places import place, write
 from mcjax.pretrained import cards
 from mcjax.types import McjaxError
 
@@ -46,17 +47,13 @@ def fingerprint(params, config: dict) -> str:
 
 def save_weights(path, kind: str, params, config: dict, card: dict) -> None:
   """Writes a weights file of `kind` ("gistnet", …) in one atomic step."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
   metadata = {
     "format": f"mcjax-{kind}",
     "version": str(FORMAT_VERSION),
     "config": json.dumps(config, sort_keys=True),
     "card": json.dumps(card, sort_keys=True),
   }
-  partial = path.with_name(path.name + ".partial")
-  save_file(flatten(params), partial, metadata=metadata)
-  partial.replace(path)
+  write(place(path), save(flatten(params), metadata=metadata))
 
 
 def read_weights(path, kind: str) -> tuple[dict, dict, dict]:

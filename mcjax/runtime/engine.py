@@ -52,8 +52,17 @@ class Engine:
   """
 
   def __init__(self, lm: BaseLM, config: Config | None = None, *,
-               slots: int = 16, gistnet: GistEncoder | None = None):
-    """Args: gistnet: the compressor; the shipped one by default."""
+               slots: int = 16, gistnet: GistEncoder | None = None,
+               lensnet: Callable[[], LensNetPolicy] | None = None):
+    """An engine with no history open.
+
+    Args:
+      lm: the frozen base.
+      config: of every history.
+      slots: see the class.
+      gistnet: the compressor; the shipped one by default.
+      lensnet: makes the LensNet of a history; the shipped one by default.
+    """
     if not isinstance(slots, int) or slots < 1:
       raise McjaxError(f"slots must be a whole number >= 1, got {slots}")
     self.lm, self.slots = lm, slots
@@ -61,6 +70,7 @@ class Engine:
     self.blocks = self.rows = self.tokens = 0
     self.seconds = self._last = 0.0
     self._gistnet = gistnet or load_gistnet(lm)
+    self._lensnet = lensnet or (lambda: None)
     self._decoder: Decoder | None = None
     self._open: dict[int, MegaContext | None] = {}
     self._lock = threading.Lock()
@@ -80,7 +90,8 @@ class Engine:
       McjaxError: no slot is free, or as there.
     """
     return self._joined(lambda: MegaContext.create(
-      url, self.lm, self.config, self._gistnet, lensnet, system=system))
+      url, self.lm, self.config, self._gistnet, lensnet or self._lensnet(),
+      system=system))
 
   def open(self, url: str, lensnet: LensNetPolicy | None = None, *,
            system: str | None = None) -> MegaContext:
@@ -90,7 +101,8 @@ class Engine:
       McjaxError: no slot is free, or as there.
     """
     return self._joined(lambda: MegaContext.open(
-      url, self.lm, self.config, self._gistnet, lensnet, system=system))
+      url, self.lm, self.config, self._gistnet, lensnet or self._lensnet(),
+      system=system))
 
   def warm_up(self) -> None:
     """Compiles what answers need, in a history that is thrown away."""

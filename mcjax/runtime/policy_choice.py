@@ -56,6 +56,11 @@ def choose(config: Config, lm: BaseLM, encoder: GistEncoder,
   shipped = pretrained.shipped(lm.name, "lensnet") is not None
   name = config.policy
   keyer: Keyer | None = given.keyer if given else None
+  if given:  # it may have been loaded without the history's GistNet
+    given.bind(encoder)
+    if given.card and not given.reads(encoder):
+      logging.warning("this LensNet was trained on the gists of another "
+                      "GistNet than the history's")
   if name == "lensnet" or name == "auto" and (given or shipped):
     learned = given or load_lensnet(
       lm, gistnet=encoder, max_nodes=config.search_nodes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from mcjax.base.load import load_base_lm
 from mcjax.config import Config
+from mcjax.gist.encoder import load_gistnet
+from mcjax.lens.policy import load_lensnet
 from mcjax.runtime.engine import Engine
 from mcjax.settings import read_fields
 from mcjax.types import McjaxError
@@ -27,7 +30,8 @@ def run(config) -> None:
   """Serves; returns once a signal has stopped it and all is committed.
 
   Args:
-    config: ConfigDict with base, dtype, host, port, root, slots, limits, loop.
+    config: ConfigDict with base, dtype, gistnet, lensnet, host, port, root,
+      slots, limits, loop.
 
   Raises:
     McjaxError: a setting is wrong, or the extra "serve" is not installed.
@@ -48,7 +52,14 @@ def run(config) -> None:
     raise McjaxError(
       f"config.host {config.host} is open to others: set MCJAX_API_KEY")
   lm = load_base_lm(config.base, dtype=config.dtype)
-  with Engine(lm, loop, slots=config.slots) as engine:
+  gistnet = load_gistnet(lm, config.gistnet or None)
+  lensnet = None
+  if config.lensnet:
+    lensnet = functools.partial(
+      load_lensnet, lm, config.lensnet, gistnet=gistnet)
+    lensnet()  # what does not fit is told at once
+  with Engine(lm, loop, slots=config.slots, gistnet=gistnet,
+              lensnet=lensnet) as engine:
     engine.warm_up()
     server = Server(
       Histories(engine, config.root, limits.wait_seconds), key, limits)

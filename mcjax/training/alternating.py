@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import json
-import pathlib
 from typing import Any
 
 from mcjax.gist import encoder as gistnet
 from mcjax.parallel import processes
+from mcjax.parallel.places import place
 from mcjax.training.common.data import TokenStore
 from mcjax.training.gist.trainer import GistTrainer, TrainConfig
 from mcjax.training.lens.run import LensRun, LensRunConfig
@@ -50,7 +50,7 @@ class Alternation:
     self._gist_train, self._lens, self._cycles = gist_train, lens, cycles
     self._train, self._validation = train, validation
     self._mixture, self._initial = mixture, initial
-    self.workdir = pathlib.Path(workdir)
+    self.workdir = place(workdir)
     self._lens_start = lens_initial
 
   def run(self) -> bool:

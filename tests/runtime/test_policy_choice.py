@@ -47,6 +47,9 @@ def test_auto_is_lensnet_where_its_weights_fit(tiny_lm, tiny_gistnet, shipped):
   given = lensnet_policy.load_lensnet(tiny_lm, gistnet=other)
   choice = policy_choice.choose(AUTO, tiny_lm, other, given)
   assert choice.policy is given and choice.name == "lensnet"
+  loose = lensnet_policy.load_lensnet(tiny_lm)  # which knows no GistNet
+  assert policy_choice.choose(
+    AUTO, tiny_lm, other, loose).policy._encoder is other
   shipped({"gistnet": "elsewhere",
            "refitted_to_gistnet": tiny_gistnet.fingerprint})
   assert policy_choice.choose(AUTO, tiny_lm, tiny_gistnet).name == "lensnet"

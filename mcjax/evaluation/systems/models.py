@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 from typing import NamedTuple
-
-import numpy as np
 
 from mcjax.base.load import BaseLM, load_base_lm
 from mcjax.config import Config
@@ -16,9 +12,6 @@ from mcjax.lens.policy import LensNetPolicy, load_lensnet
 from mcjax.runtime.megacontext import MegaContext
 from mcjax.training.common import data
 from mcjax.training.common.data import TokenStore
-from mcjax.types import McjaxError
-
-_TRIED = 512  # tokens by which a store's tokenizer is recognised
 
 
 class Models(NamedTuple):
@@ -94,22 +87,4 @@ class TextSettings(ModelSettings):
     Raises:
       McjaxError: there is no such store, or another tokenizer made it.
     """
-    folder = pathlib.Path(self.data or data.default_folder())
-    stores = data.open_split(folder, self.split)
-    made = folder / "store.json"
-    known = json.loads(made.read_text("utf-8")) if made.exists() else {}
-    if known.get("tokenizer", lm.fingerprint) != lm.fingerprint and not (
-        _reads(lm, next(iter(stores.values())).document(0)[:_TRIED])):
-      raise McjaxError(
-        f"{folder} was tokenised for {known['base']}, not for {lm.name}: run "
-        f"tools/prepare_data --base={self.base} --folder=DIR and give "
-        "--config.data=DIR")
-    return stores
-
-
-def _reads(lm: BaseLM, ids: np.ndarray) -> bool:
-  """Whether the base's tokenizer makes about the same tokens of a text."""
-  if ids.max() >= lm.config.vocab_size:
-    return False
-  again = lm.tokenizer.encode(lm.tokenizer.decode(ids.tolist()))
-  return float(np.isin(np.unique(ids), again).mean()) > 0.9
+    return data.open_split(self.data, self.split, lm=lm)

@@ -19,12 +19,14 @@ import os
 import pathlib
 import re
 import struct
+import sys
 
 import numpy as np
 
 from mcjax.types import McjaxError
 
 SPLITS = ("train", "validation", "heldout")
+_TRIED = 512  # tokens by which a tokenizer is told from another
 
 
 def default_folder() -> pathlib.Path:
@@ -189,23 +191,29 @@ class TokenStore:
     return np.asarray(self.tokens[start:stop], np.int32)
 
 
-def open_split(folder, split: str, kinds: Iterable[str] | None = None
-               ) -> dict[str, TokenStore]:
-  """Opens {kind: TokenStore} of a split; of the default folder if "".
+def open_split(folder, split: str, kinds: Iterable[str] | None = None,
+               lm=None) -> dict[str, TokenStore]:
+  """Opens {kind: TokenStore} of a split.
+
+  Args:
+    folder: of the store; the default one if "".
+    split: one of SPLITS.
+    kinds: which; all by default.
+    lm: the base that is to read them; not looked at if None.
 
   Raises:
-    McjaxError: nothing prepared there, or a kind is missing.
+    McjaxError: nothing prepared there, a kind is missing, or the tokens are
+      another tokenizer's.
   """
   folder = pathlib.Path(folder or default_folder())
-  found = sorted(p.name.removesuffix(".tokens.npy").removeprefix(f"{split}-")
-                 for p in folder.glob(f"{split}-*.tokens.npy"))
+  found = _kinds(folder, split)
   wanted = sorted(kinds) if kinds is not None else found
   missing = sorted(set(wanted) - set(found))
   if missing or not wanted:
     raise McjaxError(f"no {split} text of kind {', '.join(missing) or 'any'} "
                      f"in {folder}; run tools/prepare_data"
-                     + (", or give them no weight: --config.mixture."
-                        f"{missing[0]}=0" if missing else ""))
+                     + (", or name the kinds there are: --config.kinds="
+                        + ",".join(found) if missing and found else ""))
   stores = {}
   for kind in wanted:
     stem = folder / f"{split}-{kind}"
@@ -213,7 +221,30 @@ def open_split(folder, split: str, kinds: Iterable[str] | None = None
     stores[kind] = TokenStore(
       np.load(f"{stem}.tokens.npy", mmap_mode="r"), offsets,
       Names(pathlib.Path(f"{stem}.names.json"), len(offsets) - 1))
+  if lm is not None:
+    _check_tokenizer(folder, stores, lm)
   return stores
+
+
+def _check_tokenizer(folder: pathlib.Path, stores: Mapping[str, TokenStore],
+                     lm) -> None:
+  """Refuses a store of another tokenizer's tokens."""
+  made = folder / "store.json"
+  known = json.loads(made.read_text("utf-8")) if made.exists() else {}
+  if known.get("tokenizer", lm.fingerprint) != lm.fingerprint and not _reads(
+      lm, next(iter(stores.values())).document(0)[:_TRIED]):
+    raise McjaxError(
+      f"{folder} was tokenised for {known['base']}, not for {lm.name}: run "
+      f"tools/prepare_data --base={lm.name} --folder=DIR and give "
+      "--config.data=DIR")
+
+
+def _reads(lm, ids: np.ndarray) -> bool:
+  """Whether the base's tokenizer makes about the same tokens of a text."""
+  if ids.max() >= lm.config.vocab_size:
+    return False
+  again = lm.tokenizer.encode(lm.tokenizer.decode(ids.tolist()))
+  return float(np.isin(np.unique(ids), again).mean()) > 0.9
 
 
 def fingerprint(stores: Mapping[str, TokenStore],
@@ -237,9 +268,48 @@ def fingerprint(stores: Mapping[str, TokenStore],
           "mixture": {k: float(v) for k, v in sorted(weights.items())}}
 
 
-def weights_of(mixture: Mapping[str, float]) -> dict[str, float] | None:
-  """The kinds of a mixture that have a weight; None for an empty mixture."""
-  return {kind: w for kind, w in mixture.items() if w} or None
+def open_mixture(folder, mixture: Mapping[str, float],
+                 kinds: Sequence[str] = (), lm=None
+                 ) -> tuple[dict[str, TokenStore], dict[str, float]]:
+  """The training split's stores, and the weights of their kinds.
+
+  Args:
+    folder: of the store; the default one if "".
+    mixture: {kind: weight}; kinds of weight 0 are left out. Where it is empty,
+      or the store holds none of its kinds, all kinds of the store have equal
+      weights.
+    kinds: instead of `mixture`, "KIND" or "KIND:WEIGHT" each.
+    lm: as in `open_split`.
+
+  Raises:
+    McjaxError: as `open_split`; or a weight is no number.
+  """
+  wanted = {k: float(w) for k, w in mixture.items() if w}
+  if kinds:
+    wanted = dict(map(_weight, kinds))
+  else:
+    held = _kinds(pathlib.Path(folder or default_folder()), "train")
+    if held and wanted and not set(held) & set(wanted):
+      print(f"text: {', '.join(held)}, in equal shares (config.kinds weighs "
+            "them)", file=sys.stderr)
+      wanted = {}
+  stores = open_split(folder, "train", wanted or None, lm)
+  return stores, wanted or {kind: 1.0 for kind in stores}
+
+
+def _weight(text: str) -> tuple[str, float]:
+  kind, colon, weight = text.partition(":")
+  try:
+    return kind, float(weight) if colon else 1.0
+  except ValueError:
+    raise McjaxError(f"config.kinds: the weight of {kind} is {weight!r}"
+                     ) from None
+
+
+def _kinds(folder: pathlib.Path, split: str) -> list[str]:
+  """The kinds of text of a split, sorted."""
+  return sorted(p.name.removesuffix(".tokens.npy").removeprefix(f"{split}-")
+                for p in folder.glob(f"{split}-*.tokens.npy"))
 
 
 @dataclasses.dataclass(frozen=True)

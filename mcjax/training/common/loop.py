@@ -41,12 +41,13 @@ class Job(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Cadence:
-  """Steps of a run, and between its records."""
+  """Steps of a run, and between its records; a project of W&B, if any."""
 
   steps: int
   log_every: int
   save_every: int
   evaluate_every: int
+  wandb: str = ""
 
 
 class _Records:
@@ -55,7 +56,8 @@ class _Records:
   def __init__(self, job: Job, cadence: Cadence, workdir):
     first = processes.is_first()
     self._job, self._cadence = job, cadence
-    self._writer = MetricWriter(workdir, job.step) if first else None
+    self._writer = MetricWriter(
+      workdir, job.step, cadence.wandb) if first else None
     self._bar = tqdm.tqdm(total=cadence.steps, initial=job.step, unit="step",
                           dynamic_ncols=True, disable=not first)
     self._pending: tuple[int, Mapping] | None = None

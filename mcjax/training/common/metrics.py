@@ -3,45 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import hashlib
 import json
-import pathlib
 import time
+
+from mcjax.parallel.places import is_remote, place
+from mcjax.types import McjaxError
+
+_REWRITE = 30.0  # seconds between two writings of a file in an object store
 
 
 class MetricWriter:
-  """Appends scalars to `metrics.jsonl` and to TensorBoard event files.
+  """Appends scalars to `metrics.jsonl`, to TensorBoard and to W&B.
 
   Args:
     folder: of the run; created if missing.
     resume_step: rows of later steps, left by a run that was stopped between
       two checkpoints, are dropped.
+    wandb: a project of Weights & Biases; "" for none. The run is named by its
+      folder, so it goes on there too.
+
+  Raises:
+    McjaxError: wandb is asked for and not installed.
   """
 
-  def __init__(self, folder, resume_step: int = 0):
-    self._path = pathlib.Path(folder) / "metrics.jsonl"
+  def __init__(self, folder, resume_step: int = 0, wandb: str = ""):
+    self._path = place(folder) / "metrics.jsonl"
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    if self._path.exists():
-      rows = [line for line in self._path.read_text().splitlines()
-              if json.loads(line)["step"] <= resume_step]
-      self._path.write_text("".join(row + "\n" for row in rows))
-    self._file = self._path.open("a")
+    rows = self._path.read_text().splitlines() if self._path.exists() else []
+    rows = [r for r in rows if _step(r) <= resume_step]
+    self._rows = "".join(row + "\n" for row in rows)
+    self._path.write_text(self._rows)
+    self._written = time.monotonic()
     self._events = _event_writer(folder)
+    self._wandb = _wandb_run(wandb, self._path) if wandb else None
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Records scalars of one step."""
     values = {k: float(v) for k, v in values.items()}
     row = {"step": step, "time": round(time.time(), 3), **values}
-    self._file.write(json.dumps(row) + "\n")
-    self._file.flush()
+    self._append(json.dumps(row) + "\n")
     if self._events is not None:
       for name, value in values.items():
         self._events.add_scalar(name, value, step)
+    if self._wandb is not None:
+      self._wandb.log(values, step=step)
+
+  def _append(self, row: str) -> None:
+    """Adds a row; in an object store the file is written anew now and then."""
+    if not is_remote(self._path):
+      with self._path.open("a") as file:
+        file.write(row)
+      return
+    self._rows += row
+    if time.monotonic() - self._written > _REWRITE:
+      self._flush()
+
+  def _flush(self) -> None:
+    self._path.write_text(self._rows)
+    self._written = time.monotonic()
 
   def close(self) -> None:
-    """Flushes and closes the files."""
-    self._file.close()
+    """Writes what is left and closes the files."""
+    if is_remote(self._path):
+      self._flush()
     if self._events is not None:
       self._events.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+
+
+def _step(row: str) -> float:
+  """The step of a row; endless for one that a kill has cut short."""
+  try:
+    return json.loads(row)["step"]
+  except ValueError:
+    return float("inf")
 
 
 class _Events:
@@ -69,3 +106,16 @@ def _event_writer(folder) -> _Events | None:
     return _Events(folder)
   except ImportError:  # TensorBoard is optional; metrics.jsonl has it all
     return None
+
+
+def _wandb_run(project: str, path):
+  """The run of a folder in Weights & Biases."""
+  try:
+    import wandb
+  except ImportError as error:
+    raise McjaxError("config.train.wandb needs wandb: pip install wandb"
+                     ) from error
+  name = str(path.parent)
+  return wandb.init(
+    project=project, name=name, resume="allow",
+    id=hashlib.blake2b(name.encode(), digest_size=8).hexdigest())

@@ -34,15 +34,16 @@ def run(lm, name: str, config, workdir: pathlib.Path) -> bool:
       configuration of `experiments.train_gistnet`.
     workdir: of all ablations.
   """
-  folder, mixture = workdir / name, dict(config.mixture)
+  folder = workdir / name
   if (folder / "facts.json").exists():
     return True
   train = gist_trainer.read_config(
     config.train, config.objective, config.phases)
   network = gistnet.configure(lm.params, lm.config, config.gistnet)
+  stores, mixture = data.open_mixture(
+    config.data, config.mixture, config.kinds, lm)
   trainer = gist_trainer.GistTrainer(
-    lm, network, train, data.open_split(config.data, "train", mixture),
-    folder, mixture, controls=workdir / "controls")
+    lm, network, train, stores, folder, mixture, controls=workdir / "controls")
   if not trainer.run():
     return False
   losses, _ = trainer.measure(data.open_split(config.data, "validation"))

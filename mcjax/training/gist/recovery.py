@@ -24,15 +24,15 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import hashlib
-import pathlib
 from typing import Any
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mcjax.base import model
-from mcjax.parallel import processes, sharding
+from mcjax.parallel import places, processes, sharding
 from mcjax.training.common.data import TokenStore
 from mcjax.types import BRANCHING, McjaxError
 
@@ -174,7 +174,7 @@ class Bench:
 
   def __init__(self, lm, excerpts: Excerpts, setting: Setting,
                controls: tuple[str, ...] = CONTROLS,
-               cache: pathlib.Path | None = None):
+               cache: epath.Path | None = None):
     if excerpts.ids.shape[1] != setting.length:
       raise McjaxError(f"excerpts hold {excerpts.ids.shape[1]} tokens, the "
                        f"setting needs {setting.length}")
@@ -197,13 +197,10 @@ class Bench:
     path = self._cache / f"{variant}-{digest.hexdigest()[:16]}.npy"
     processes.barrier("controls")  # all find the same
     if path.exists():
-      return np.load(path)
+      return places.load_array(path)
     found = self._run(empty, variant)
     if processes.is_first():
-      path.parent.mkdir(parents=True, exist_ok=True)
-      partial = path.with_suffix(".partial.npy")
-      np.save(partial, found)
-      partial.replace(path)
+      places.save_array(path, found)
     return found
 
   def _run(self, gists: np.ndarray, variant: str, params=None) -> np.ndarray:

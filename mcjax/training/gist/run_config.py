@@ -51,6 +51,10 @@ class TrainConfig:
       leaves it out.
     mesh_data, mesh_fsdp, mesh_tensor: mesh sizes; data -1 takes what is left.
     keep: checkpoints kept, the newest.
+    keep_every: steps between checkpoints that stay for good; 0 for none.
+    peak_tflops: bfloat16 TFLOP/s of a device, for `mfu` in the metrics; 0 goes
+      by the kind of device, where that is known.
+    wandb: a project of Weights & Biases that gets the metrics too; "" for none.
     accept_changes: go on although data, mixture or schedule are others than
       those of the checkpoint; else that is refused.
   """
@@ -76,6 +80,9 @@ class TrainConfig:
   mesh_fsdp: int = 1
   mesh_tensor: int = 1
   keep: int = 3
+  keep_every: int = 0
+  peak_tflops: float = 0.0
+  wandb: str = ""
   accept_changes: bool = False
 
   def __post_init__(self):
@@ -115,7 +122,8 @@ class TrainConfig:
     """What the course of training depends on, as plain values."""
     idle = ("batch", "micro_batch", "seed", "log_every", "evaluate_every",
             "save_every", "validation_documents", "mesh_data", "mesh_fsdp",
-            "mesh_tensor", "keep", "accept_changes")
+            "mesh_tensor", "keep", "keep_every", "peak_tflops", "wandb",
+            "accept_changes")
     return {k: v for k, v in dataclasses.asdict(self).items() if k not in idle}
 
   def tokens(self, steps: int) -> int:

@@ -7,7 +7,6 @@ from concurrent import futures
 import dataclasses
 import functools
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -19,8 +18,9 @@ import tqdm
 from mcjax.gist import encoder as gistnet
 from mcjax.parallel import processes, sharding
 from mcjax.parallel.checkpoints import Checkpoints
+from mcjax.parallel.places import place
 from mcjax.parallel.sharding import RULES
-from mcjax.training.common import data, loop
+from mcjax.training.common import data, loop, speed
 from mcjax.training.gist import (
   foreign_loss,
   level_loss,
@@ -121,8 +121,8 @@ class GistTrainer:
                workdir, weights: Mapping[str, float] | None = None,
                initial=None, controls=None, mesh=None):
     self.config, self.gist_config, self._lm = config, gist_config, lm
-    self.workdir = pathlib.Path(workdir)
-    self.controls = pathlib.Path(controls or self.workdir / "controls")
+    self.workdir = place(workdir)
+    self.controls = place(controls or self.workdir / "controls")
     self.mesh = make_mesh(config) if mesh is None else mesh
     spread = RULES.batch_devices(self.mesh)
     if config.micro_batch % spread:
@@ -139,6 +139,9 @@ class GistTrainer:
     self._base = sharding.put(
       lm.params, RULES.shardings("base", lm.params, self.mesh))
     self._steps: dict[Objective, Callable] = {}
+    # The teacher's pass; the student's, and back through its activations.
+    self._flops_per_token = 3 * (
+      lm.config.flops_per_token + gistnet.flops_per_token(gist_config))
     self._checkpoints = self._open_checkpoints(stores, weights)
     self.step = int(self.state["step"])
     self._bench: recovery.Bench | None = None
@@ -151,7 +154,8 @@ class GistTrainer:
       "gistnet": dataclasses.asdict(self.gist_config),
       "base": self._lm.fingerprint, "seed": c.seed, "batch": c.batch,
       "schedule": c.schedule(), "data": data.fingerprint(stores, weights)}))
-    checkpoints = Checkpoints(self.workdir / "checkpoints", plain, c.keep)
+    checkpoints = Checkpoints(
+      self.workdir / "checkpoints", plain, c.keep, c.keep_every)
     fixed = ("gistnet", "base", "seed", "batch")
     restored = checkpoints.restore(
       self.state, must_match=fixed,
@@ -180,12 +184,16 @@ class GistTrainer:
         donate_argnums=0, out_shardings=(self._state_sharding, whole))
     return self._steps[objective]
 
-  def compile_ahead(self, pool: futures.Executor) -> None:
+  def compile_ahead(self, pool: futures.Executor) -> list[futures.Future]:
     """Starts to compile the steps of all objectives still to come.
 
     On an accelerator a compilation may take minutes; the first objective does
     not wait for the others.
+
+    Returns:
+      the programs to be, the next step's first.
     """
+    programs = []
     ahead: dict[Objective, int] = {}
     for step in range(self.step, self.config.steps):
       ahead.setdefault(self.config.objective(step), step)
@@ -197,6 +205,8 @@ class GistTrainer:
         lambda run, shapes: run.lower(*shapes).compile(),
         self._compiled(objective), shapes)
       self._steps[objective] = functools.partial(_when_ready, compiling)
+      programs.append(compiling)
+    return programs
 
   def launch(self) -> dict[str, jax.Array]:
     """Starts the next optimizer step; its metrics, still being computed."""
@@ -216,9 +226,10 @@ class GistTrainer:
     return {k: float(v) for k, v in jax.device_get(self.launch()).items()}
 
   def rates(self, step: int, seconds: float) -> dict[str, float]:
-    """Tokens a second of a step that took so long."""
+    """Tokens a second of a step that took so long, and its MFU."""
     tokens = self.config.batch * self.config.objective(step - 1).window
-    return {"tokens_per_second": tokens / seconds}
+    return speed.rates(tokens, tokens * self._flops_per_token, seconds,
+                       self.config.peak_tflops)
 
   def params(self):
     """The current parameters as host arrays; all processes call it."""
@@ -280,10 +291,12 @@ class GistTrainer:
     if validation and c.validation_documents:
       evaluate = functools.partial(self._validate, validation)
     with futures.ThreadPoolExecutor() as pool:
-      self.compile_ahead(pool)
+      programs = self.compile_ahead(pool)
+      if programs and processes.is_first():
+        report(speed.memory_line(programs[0].result()))
       return loop.run(
         self, loop.Cadence(c.steps, c.log_every, c.save_every,
-                           c.evaluate_every),
+                           c.evaluate_every, c.wandb),
         self.workdir, self._checkpoints, evaluate, report)
 
   def _validate(self, stores, step: int) -> tuple[dict[str, float], str]:

@@ -30,6 +30,7 @@ from mcjax.training.lens import facts as made_up
 from mcjax.types import BRANCHING, McjaxError
 
 LENGTH = 32768  # tokens of a history, about
+_LONG = 2048  # tokens of a document by itself; shorter ones are joined
 _FUTURE = 64  # tokens whose copies are counted while text is read on
 _QUERY = 64  # newest tokens that act as the query there
 _FOREIGN = 7  # one question in so many is asked of another history
@@ -211,19 +212,23 @@ class TextHistories:
     length: tokens of a history.
 
   Raises:
-    McjaxError: no document is long enough.
+    McjaxError: there is no text.
   """
 
   def __init__(self, stores: Mapping[str, TokenStore], tokenizer: Tokenizer,
                seed: int = 0, length: int = LENGTH):
     self._stores, self._tokenizer = dict(stores), tokenizer
     self._seed, self._length = seed, length
-    self._long = {
-      kind: np.flatnonzero(np.diff(store.offsets) >= 2048)
-      for kind, store in self._stores.items()}
-    self._kinds = sorted(k for k, rows in self._long.items() if len(rows))
+    self._long = self._documents(_LONG) or self._documents(1)
+    self._kinds = sorted(self._long)
     if not self._kinds:
-      raise McjaxError("no document of 2048 tokens to learn focus from")
+      raise McjaxError("no text to learn focus from")
+
+  def _documents(self, shortest: int) -> dict[str, np.ndarray]:
+    """Documents of so many tokens at least, of the kinds that have any."""
+    found = {kind: np.flatnonzero(np.diff(store.offsets) >= shortest)
+             for kind, store in self._stores.items()}
+    return {kind: rows for kind, rows in found.items() if len(rows)}
 
   def cloze(self, number: int, count: int = 48) -> History:
     """Places that sentences, headings and docstrings were taken from."""
@@ -284,6 +289,13 @@ class TextHistories:
       for c in np.sort(cursors).tolist()))
 
   def _document(self, rng, longest: int) -> np.ndarray:
+    """A part of a document; of several where all of them are short."""
+    ids = self._part(rng, longest)
+    while len(ids) < min(longest, _LONG):
+      ids = np.concatenate([ids, self._part(rng, longest)])
+    return ids[:longest]
+
+  def _part(self, rng, longest: int) -> np.ndarray:
     kind = self._kinds[int(rng.integers(len(self._kinds)))]
     ids = self._stores[kind].document(int(rng.choice(self._long[kind])))
     start = int(rng.integers(0, max(1, len(ids) - longest)))

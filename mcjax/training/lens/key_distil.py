@@ -16,16 +16,17 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
-import pathlib
 import re
 from typing import Any, NamedTuple, Protocol
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
 
+from mcjax.parallel import places, processes
 from mcjax.settings import read_fields
 from mcjax.training.common.data import TokenStore
 from mcjax.types import BRANCHING, Array, McjaxError
@@ -37,6 +38,7 @@ _READ = 4096  # tokens in which questions are looked for
 _WORDS = r"[A-Z][^.?!\n<>{}=]"
 _QUESTION = re.compile(_WORDS + r"{14,140}\?")
 _STATEMENT = re.compile(_WORDS + r"{24,140}\.(?=\s)")
+_IDLE = 300  # documents without a new question, after which there is none
 _SIF = 2e-4  # tokens more frequent than this count less (arXiv:1703.00091)
 
 
@@ -54,7 +56,8 @@ class KeyConfig:
   Attributes:
     key_dim: K.
     blocks, questions: of training text; statements come beside the questions.
-    block_mixture, question_mixture: {kind of text: share}.
+    block_mixture, question_mixture: (kind of text, share); where the store
+      holds none of these, all its kinds have equal shares.
     steps, batch, learning_rate, clip: of Adam, with a cosine.
     near: blocks nearest to a question by the teacher, two of them in a step.
     sharpness: factor of the teacher's cosine in its softmax.
@@ -128,7 +131,10 @@ def draw_blocks(stores: Mapping[str, TokenStore], config: KeyConfig
 
 def draw_questions(stores: Mapping[str, TokenStore], tokenizer,
                    config: KeyConfig) -> list[str]:
-  """Questions that stand in the text, and a few statements, in random order."""
+  """Questions that stand in the text, and a few statements, in random order.
+
+  Where the text holds too few questions, statements take their place.
+  """
   rng = np.random.default_rng(config.seed)
   asked: dict[str, None] = {}
   said: dict[str, None] = {}
@@ -140,9 +146,11 @@ def draw_questions(stores: Mapping[str, TokenStore], tokenizer,
     before = len(asked)
     asked |= dict.fromkeys(_QUESTION.findall(text))
     idle = idle + 1 if len(asked) == before else 0
-    if idle > 1000:
-      raise McjaxError(f"the text holds only {len(asked)} questions; lower "
-                       "config.distil.questions")
+    if idle > _IDLE:
+      if len(asked) + len(said) >= config.questions:
+        break
+      raise McjaxError(f"the text holds only {len(asked)} questions and "
+                       f"{len(said)} statements; lower config.distil.questions")
     found = _STATEMENT.findall(text)
     said |= dict.fromkeys(
       found[i] for i in rng.permutation(len(found))[:2])
@@ -152,12 +160,10 @@ def draw_questions(stores: Mapping[str, TokenStore], tokenizer,
 
 def _draw_document(stores, mixture, rng, shortest: int) -> np.ndarray:
   """A document of at least `shortest` tokens."""
-  kinds = [k for k, _ in mixture if k in stores]
-  if not kinds:
-    raise McjaxError("config.distil's mixtures name no kind of text of "
-                     + ", ".join(sorted(stores)))
-  shares = np.array([share for k, share in mixture if k in stores])
-  kind = str(rng.choice(kinds, p=shares / shares.sum()))
+  held = {k: share for k, share in mixture if k in stores}
+  held = held or dict.fromkeys(sorted(stores), 1.0)
+  shares = np.array(list(held.values()))
+  kind = str(rng.choice(list(held), p=shares / shares.sum()))
   store = stores[kind]
   if np.diff(store.offsets).max(initial=0) < shortest:
     raise McjaxError(f"no document of kind {kind} has {shortest} tokens")
@@ -182,8 +188,7 @@ def read(stores: Mapping[str, TokenStore], tokenizer, vocab_size: int,
     token_vectors: whether to ask for those of single tokens, which only
       training needs.
   """
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
+  folder = places.place(folder)
   spans = draw_blocks(stores, config)
   asked = draw_questions(stores, tokenizer, config)
   encode = functools.partial(_encoded, teacher, folder)
@@ -200,23 +205,28 @@ def read(stores: Mapping[str, TokenStore], tokenizer, vocab_size: int,
     if token_vectors else np.zeros((0, 0), np.float32))
 
 
-def _encoded(teacher: Teacher, folder: pathlib.Path, name: str,
+def _encoded(teacher: Teacher, folder: epath.Path, name: str,
              texts: list[str], longest: int) -> np.ndarray:
-  """The teacher's vectors [n, E] float32 of texts, recorded by chunks."""
-  out = []
-  for a in tqdm.tqdm(range(0, len(texts), _CHUNK), desc=name, unit="chunk"):
-    part = texts[a : a + _CHUNK]
-    digest = hashlib.blake2b("\0".join(part).encode(), digest_size=8)
-    path = folder / f"{name}-{a // _CHUNK:04d}-{digest.hexdigest()}.npy"
-    if path.exists():
-      out.append(np.load(path))
-      continue
-    vectors = teacher.encode(part, longest).astype(np.float16)
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, vectors)
-    partial.replace(path)
-    out.append(vectors)
-  return np.concatenate(out).astype(np.float32)
+  """The teacher's vectors [n, E] float32 of texts, recorded by chunks.
+
+  Processes share the chunks.
+  """
+  files = []
+  with processes.StopSignal() as stop:
+    for number, a in enumerate(tqdm.tqdm(
+        range(0, len(texts), _CHUNK), desc=name, unit="chunk",
+        disable=not processes.is_first())):
+      part = texts[a : a + _CHUNK]
+      digest = hashlib.blake2b("\0".join(part).encode(), digest_size=8)
+      path = folder / f"{name}-{number:04d}-{digest.hexdigest()}.npy"
+      if processes.is_mine(number) and not path.exists():
+        places.save_array(
+          path, teacher.encode(part, longest).astype(np.float16))
+      files.append(path)
+      stop.check()
+  processes.barrier(f"{name} are read")
+  return np.concatenate([places.load_array(path) for path in files]
+                        ).astype(np.float32)
 
 
 def split(texts: Texts, blocks: int, questions: int) -> tuple[Texts, Texts]:
@@ -339,18 +349,21 @@ def train(texts: Texts, config: KeyConfig, embeddings: np.ndarray
 
   rng = np.random.default_rng(config.seed)
   batch = min(config.batch, len(texts.questions))
-  bar = tqdm.tqdm(range(config.steps), unit="step", dynamic_ncols=True)
-  for _ in bar:
-    asked = rng.permutation(len(texts.questions))[:batch]
-    shown = np.concatenate([
-      near[asked, rng.integers(0, config.near, batch)],
-      near[asked, rng.integers(0, config.near, batch)],
-      rng.integers(0, len(texts.blocks), 2 * batch)])
-    liked = texts.question_vectors[asked] @ texts.block_vectors[shown].T
-    params, moments, value = step(
-      params, moments, rows, texts.questions[asked], liked,
-      texts.blocks[shown])
-    bar.set_postfix_str(f"loss {float(value):.3f}")
+  bar = tqdm.tqdm(range(config.steps), unit="step", dynamic_ncols=True,
+                  disable=not processes.is_first())
+  with processes.StopSignal() as stop:
+    for _ in bar:
+      asked = rng.permutation(len(texts.questions))[:batch]
+      shown = np.concatenate([
+        near[asked, rng.integers(0, config.near, batch)],
+        near[asked, rng.integers(0, config.near, batch)],
+        rng.integers(0, len(texts.blocks), 2 * batch)])
+      liked = texts.question_vectors[asked] @ texts.block_vectors[shown].T
+      params, moments, value = step(
+        params, moments, rows, texts.questions[asked], liked,
+        texts.blocks[shown])
+      bar.set_postfix_str(f"loss {float(value):.3f}")
+      stop.check()
   return jax.device_get(params)
 
 
@@ -399,3 +412,11 @@ def teach(texts: Texts, held: Texts, config: KeyConfig, embeddings: np.ndarray
                    for make in (start, train))
   return table(after), {"before": agreement(before, held),
                         "after": agreement(after, held)}
+
+
+def told(facts: Mapping[str, Mapping[str, float]], blocks: int) -> str:
+  """Lines about the agreements that `teach` returns, among so many blocks."""
+  return "\n".join(
+    f"{name}, other questions among {blocks} blocks: "
+    + ", ".join(f"{k} {v:.3f}" for k, v in values.items())
+    for name, values in facts.items())

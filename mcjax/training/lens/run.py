@@ -8,6 +8,7 @@ import itertools
 import pathlib
 from typing import Any, cast
 
+from etils import epath
 import jax
 import numpy as np
 import tqdm
@@ -17,6 +18,7 @@ from mcjax.lens import network as lensnet
 from mcjax.lens.keyer import LensKeyer
 from mcjax.lens.policy import LensNetPolicy
 from mcjax.parallel import processes
+from mcjax.parallel.places import place
 from mcjax.settings import read_fields
 from mcjax.training.common.data import TokenStore
 from mcjax.training.lens import histories
@@ -135,7 +137,7 @@ class LensRun:
       encoder = cast(GistEncoder, NoGists(lm.config.d_model))
     self._encoder = encoder
     self._stores, self._mesh = stores, mesh
-    self.workdir = pathlib.Path(workdir)
+    self.workdir = place(workdir)
     fields = {"d_model": lm.config.d_model, **dict(config.lens)}
     if initial and "table" in initial:
       fields["key_dim"] = int(initial["table"]["vectors"].shape[1])
@@ -170,19 +172,18 @@ class LensRun:
     return evaluate(self.params, self.lens, embed, self.validation)
 
   def _make(self, split: str, maker: WindowMaker
-            ) -> dict[str, list[pathlib.Path]] | None:
+            ) -> dict[str, list[epath.Path]] | None:
     """Files of windows by kind; None if stopped. Processes share the work."""
     folder = self.workdir / "windows" / split
     folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, list[pathlib.Path]] = {}
+    files: dict[str, list[epath.Path]] = {}
     with processes.StopSignal() as stop:
       made = self._histories(split)
       for number, (kind, index, history) in enumerate(tqdm.tqdm(
           made, desc=f"{split} windows", unit="history",
           disable=not processes.is_first())):
         path = folder / f"{kind}-{index:05}.npz"
-        if not path.exists() and number % jax.process_count() == (
-            jax.process_index()):
+        if processes.is_mine(number) and not path.exists():
           maker.write(path, history(), number)
         files.setdefault(kind, []).append(path)
         if stop.reached():

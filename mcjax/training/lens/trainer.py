@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from mcjax.lens import network as lensnet
 from mcjax.lens import policy as lensnet_policy
 from mcjax.parallel import processes, sharding
 from mcjax.parallel.checkpoints import Checkpoints
+from mcjax.parallel.places import place
 from mcjax.parallel.sharding import RULES
 from mcjax.training.common import loop
 from mcjax.training.lens import losses as lens_losses
@@ -27,6 +27,8 @@ from mcjax.training.lens.windows import WindowSet
 from mcjax.types import McjaxError
 
 PARTS = ("score", "text")  # for prompts, and for text that is read on
+_COURSE = ("steps", "batch", "learning_rate", "warmup", "weight_decay", "clip",
+           "seed")  # settings that the course of training depends on
 _BATCH = 32  # windows evaluated at once
 _COUNTS = (4, 8, 16)  # blocks taken, where recall is told
 
@@ -44,7 +46,7 @@ class LensTrainConfig:
     seed: of order and initialisation.
     mesh_data, mesh_fsdp: mesh sizes; data -1 takes what is left.
     log_every, evaluate_every, save_every: steps between records.
-    keep: checkpoints kept.
+    keep, keep_every, wandb, accept_changes: as of GistNet's `TrainConfig`.
   """
 
   steps: int = 3000
@@ -60,6 +62,9 @@ class LensTrainConfig:
   evaluate_every: int = 500
   save_every: int = 100
   keep: int = 3
+  keep_every: int = 0
+  wandb: str = ""
+  accept_changes: bool = False
 
   def __post_init__(self):
     for name in ("steps", "batch", "log_every", "evaluate_every", "save_every",
@@ -123,7 +128,7 @@ class LensTrainer:
                weights: Mapping[str, float], start: Mapping[str, Any], workdir,
                gistnet: str, mesh=None):
     self.config, self.lens, self.objective = config, lens, objective
-    self.workdir = pathlib.Path(workdir)
+    self.workdir = place(workdir)
     self._lm, self._start, self._gistnet = lm, dict(start), gistnet
     self._windows = {k: w for k, w in windows.items() if weights.get(k)}
     if not self._windows:
@@ -144,14 +149,7 @@ class LensTrainer:
     laid_out = RULES.shardings("lensnet", state, self.mesh)
     whole = sharding.replicated(self.mesh)
     self.state = sharding.put(state, laid_out)
-    plain = json.loads(json.dumps({
-      "lens": dataclasses.asdict(lens), "base": lm.fingerprint,
-      "windows": {k: len(w) for k, w in self._windows.items()},
-      "train": dataclasses.asdict(config),
-      "objective": dataclasses.asdict(objective)}))
-    self._checkpoints = Checkpoints(
-      self.workdir / "checkpoints", plain, config.keep)
-    restored = self._checkpoints.restore(self.state, must_match=tuple(plain))
+    self._checkpoints, restored = self._open_checkpoints()
     if restored is not None:
       self.state = restored
     self.step = int(self.state["step"])
@@ -159,6 +157,23 @@ class LensTrainer:
       functools.partial(train_step, config=config, lens=lens,
                         objective=objective), static_argnames="part",
       donate_argnums=0, out_shardings=(laid_out, whole))
+
+  def _open_checkpoints(self) -> tuple[Checkpoints, dict | None]:
+    """The workdir's checkpoints, and the newest state, if there is any."""
+    c = self.config
+    plain = json.loads(json.dumps({
+      "lens": dataclasses.asdict(self.lens), "base": self._lm.fingerprint,
+      "objective": dataclasses.asdict(self.objective),
+      "schedule": {
+        k: getattr(c, k) for k in _COURSE} | {"mixture": dict(
+          zip(self._windows, self._share.tolist()))},
+      "data": {k: w.digest() for k, w in self._windows.items()}}))
+    checkpoints = Checkpoints(
+      self.workdir / "checkpoints", plain, c.keep, c.keep_every)
+    restored = checkpoints.restore(
+      self.state, must_match=("lens", "base", "objective"),
+      may_not_change=() if c.accept_changes else ("schedule", "data"))
+    return checkpoints, restored
 
   def launch(self) -> dict[str, jax.Array]:
     """Starts the next step; its data are a function of the seed and the step.
@@ -203,7 +218,8 @@ class LensTrainer:
               ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
 
     return loop.run(
-      self, loop.Cadence(c.steps, c.log_every, c.save_every, c.evaluate_every),
+      self, loop.Cadence(c.steps, c.log_every, c.save_every, c.evaluate_every,
+                         c.wandb),
       self.workdir, self._checkpoints, validate if validation else None,
       report)
 

@@ -8,12 +8,13 @@ made again, so an interrupted run goes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import dataclasses
-import pathlib
+import hashlib
 from typing import Any
 import uuid
 
+from etils import epath
 import numpy as np
 
 from mcjax.answer.matching import Matcher, WordTable
@@ -23,6 +24,7 @@ from mcjax.lens import features as lens_features
 from mcjax.lens.features import BURIED, FEATURES, GIST, RAW, LensInputs, Rows
 from mcjax.lens.keyer import LensKeyer
 from mcjax.lens.policy import Finder
+from mcjax.parallel import places
 from mcjax.training.lens.histories import Example, History
 from mcjax.training.lens.losses import Targets
 from mcjax.tree.tree import MegaContextTree
@@ -71,9 +73,9 @@ class WindowSet:
     return len(self.block)
 
   @classmethod
-  def load(cls, files: Sequence[pathlib.Path]) -> WindowSet:
+  def load(cls, files: Sequence[epath.Path]) -> WindowSet:
     """Windows of all files, in order."""
-    parts = [dict(np.load(path)) for path in files]
+    parts = [places.load_arrays(path) for path in files]
     names = [f.name for f in dataclasses.fields(cls)
              if f.name not in ("history", "gists", "coarse")]
     joined = {n: np.concatenate([p[n] for p in parts]) for n in names}
@@ -81,6 +83,13 @@ class WindowSet:
       np.full(len(p["block"]), i, np.int32) for i, p in enumerate(parts)])
     return cls(**joined, history=history, gists=[p["gists"] for p in parts],
                coarse=[p["coarse"] for p in parts])
+
+  def digest(self) -> str:
+    """Names these windows, for a checkpoint."""
+    digest = hashlib.blake2b(digest_size=8)
+    for values in (self.features, self.block, self.gold, self.worth):
+      digest.update(np.ascontiguousarray(values).tobytes())
+    return f"{len(self)} windows, {digest.hexdigest()}"
 
   def inputs(self, rows: np.ndarray, embeddings: np.ndarray) -> LensInputs:
     """`LensInputs` of windows `rows` [B], with a leading axis.
@@ -130,13 +139,14 @@ class WindowMaker:
     self._seed = seed
     self._table = WordTable(lm.tokenizer, keyer.vectors, keyer.salience)
 
-  def write(self, path: pathlib.Path, history: History, number: int) -> None:
+  def write(self, path: epath.Path, history: History, number: int) -> None:
     """Writes the windows of a history, in one atomic step."""
     rng = np.random.default_rng([self._seed, 9, number])
     found: list[dict] = []
     examples = sorted(history.examples, key=lambda e: e.cursor)
     if not examples:
       return
+    self._table.clear()  # a word's vector is that of where it stood first
     tree = self._tree(history.ids[: examples[0].cursor])
     matcher = Matcher(tree, self._table)
     for example in examples:
@@ -152,10 +162,9 @@ class WindowMaker:
     nodes = tree.num_nodes(top)
     coarse = tree.gists(top, max(0, nodes - 2), nodes) if top > 1 else (
       np.zeros((0, tree.d_model)))
-    partial = path.with_name(path.name + ".partial.npz")
-    np.savez(partial, gists=tree.gists(1, 0, blocks).astype(np.float16),
-             coarse=coarse.astype(np.float16), **arrays)
-    partial.replace(path)
+    places.save_arrays(
+      path, gists=tree.gists(1, 0, blocks).astype(np.float16),
+      coarse=coarse.astype(np.float16), **arrays)
     tree.close()
 
   def _tree(self, ids: np.ndarray) -> MegaContextTree:
@@ -290,18 +299,4 @@ def _grams(ids: np.ndarray) -> np.ndarray:
   out = np.zeros(max(0, len(ids) - _COPY + 1), np.int64)
   for k in range(_COPY):
     out = out * (1 << 20) + ids[k : k + len(out)]
-  return out
-
-
-def make(maker: WindowMaker, folder: pathlib.Path, name: str,
-         histories: Iterator[History]) -> list[pathlib.Path]:
-  """Files of the windows of all histories, made where they are missing."""
-  folder.mkdir(parents=True, exist_ok=True)
-  out = []
-  for number, history in enumerate(histories):
-    path = folder / f"{name}-{number:05}.npz"
-    if not path.exists():
-      maker.write(path, history, number)
-    if path.exists():
-      out.append(path)
   return out

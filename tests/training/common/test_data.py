@@ -176,9 +176,26 @@ def test_prepare_writes_disjoint_splits(tmp_path, monkeypatch):
   assert {(r["split"], r["kind"]) for r in without} == {("heldout", "prose")}
 
 
-def test_a_kind_without_weight_is_not_asked_for(tmp_path):
-  assert data.weights_of({"prose": 0.0, "code": 1.0}) == {"code": 1.0}
-  assert data.weights_of({}) is None
+def test_kinds_are_weighed_by_mixture_or_by_name(tmp_path, capsys):
+  for kind in ("own", "notes"):
+    data.write_kind(tmp_path, "train", kind, [("a", np.arange(300))], 512)
+
+  def weights(mixture, kinds=()):
+    stores, found = data.open_mixture(tmp_path, mixture, kinds)
+    assert set(stores) == set(found)
+    return found
+
+  assert weights({"own": 2.0, "chat": 0.0}) == {"own": 2.0}
+  assert weights({}) == {"own": 1.0, "notes": 1.0}
+  assert weights({"chat": 1.0}, ["notes:3", "own"]) == {
+    "notes": 3.0, "own": 1.0}
+  assert not capsys.readouterr().err
+  assert weights({"chat": 1.0, "prose": 1.0}) == {"own": 1.0, "notes": 1.0}
+  assert "notes, own, in equal shares" in capsys.readouterr().err
+  with pytest.raises(McjaxError, match="--config.kinds=notes,own"):
+    weights({"chat": 1.0, "own": 1.0})
+  with pytest.raises(McjaxError, match="weight of own is 'much'"):
+    weights({}, ["own:much"])
 
 
 def test_the_end_of_every_own_text_is_for_validation(tmp_path):
