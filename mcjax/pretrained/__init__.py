@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
+import tempfile
 
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mcjax.parallel.places import place, write
+from mcjax.parallel.places import is_remote, place, write
 from mcjax.pretrained import cards
 from mcjax.types import McjaxError
 
@@ -62,10 +64,13 @@ def read_weights(path, kind: str) -> tuple[dict, dict, dict]:
   Raises:
     McjaxError: no such file, not weights of `kind`, or of another version.
   """
-  path = pathlib.Path(path)
+  path = place(path)
   if not path.exists():
     raise McjaxError(f"no {kind} weights at {path}")
-  if not path.is_file():
+  if is_remote(path):
+    with tempfile.TemporaryDirectory() as folder:
+      return read_weights(path.copy(pathlib.Path(folder) / path.name), kind)
+  if not os.path.isfile(path):
     raise McjaxError(f"{path} is not a regular file")
   try:
     with path.open("rb") as file:
