@@ -1,12 +1,14 @@
 """Planning a run from a config.json alone."""
 
 import json
+import pathlib
 
 import jax
 import pytest
 
 from mcjax.base.config import decoder_config_from_hf
 from mcjax.base.load import load_base_lm, load_decoder_config
+from mcjax.cli import configs
 from mcjax.gist import encoder as gistnet
 from mcjax.testing import tiny_models
 from mcjax.training import plan
@@ -47,6 +49,22 @@ def test_the_plan_is_what_loading_takes(tmp_path):
   params = gistnet.init_params(gistnet.default_config(lm.params, lm.config))
   assert found["GistNet, parameters"] == sum(
     a.nbytes for a in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("name", [
+  "gistnet", "gistnet_accelerator", "gistnet_adapter", "gistnet_finetune",
+  "gistnet_loop", "gistnet_tiny"])
+def test_every_configuration_follows_the_base(name):
+  """Widths and adapter layers of the 70B base, and of a tiny one."""
+  folder = pathlib.Path(plan.__file__).parents[2] / "experiments" / "configs"
+  c = configs.load(str(folder / f"{name}.py"))
+  for hf in (_LLAMA_70B, tiny_models.CONFIGS["llama"]):
+    base = decoder_config_from_hf(hf)
+    sizes = gistnet.configure(None, base, {**c.gistnet, "input_rms": 1.0})
+    assert sizes.d_model == base.d_model
+    assert sizes.adapter_layers == base.n_layers
+    assert sizes.heads == max(1, round(base.d_model / 96))
+    assert sizes.width == 32 * sizes.heads
 
 
 def test_what_does_not_divide_is_named():

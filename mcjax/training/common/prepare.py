@@ -15,6 +15,7 @@ from mcjax.types import McjaxError
 
 OWN = "own"  # the kind of a user's own text
 _SCORED = 512  # tokens of a text kept for validation at least, half at most
+_SHORT = 6000  # characters below which a user's texts are joined
 CHARS_PER_TOKEN = 3.7  # to turn a token budget into characters
 
 
@@ -102,8 +103,9 @@ def prepare_own(lm, folder: pathlib.Path, documents: Iterable[Document],
                 kind: str = OWN) -> list[dict]:
   """Writes a user's own texts into a store; the end of each is for validation.
 
-  Texts are read and written one by one. What else the store holds stays, if
-  it was made with the same tokenizer.
+  Texts are read and written one by one, short ones joined with those that
+  follow. What else the store holds stays, if it was made with the same
+  tokenizer.
 
   Args:
     lm: the base whose tokenizer is used.
@@ -124,7 +126,7 @@ def prepare_own(lm, folder: pathlib.Path, documents: Iterable[Document],
   size = lm.config.vocab_size
   with (data.StoreWriter(folder, "train", kind, size) as train,
         data.StoreWriter(folder, "validation", kind, size) as validation):
-    for name, ids in _tokenise(lm, cleaned, kind):
+    for name, ids in _tokenise(lm, _joined(cleaned), kind):
       cut = len(ids) - min(max(len(ids) // 10, _SCORED), len(ids) // 2)
       train.add(name, ids[:cut])
       validation.add(name, ids[cut:])
@@ -138,6 +140,22 @@ def prepare_own(lm, folder: pathlib.Path, documents: Iterable[Document],
   kept = [r for r in before if r["kind"] != kind]
   _summarise(lm, folder, kept + records)
   return records
+
+
+def _joined(documents: Iterable[Document]) -> Iterator[Document]:
+  """Documents of at least `_SHORT` characters, as far as there are enough."""
+  first, texts, size = "", [], 0
+  for name, text in documents:
+    if not text:
+      continue
+    first = first or name
+    texts.append(text)
+    size += len(text)
+    if size >= _SHORT:
+      yield first, "\n\n".join(texts)
+      first, texts, size = "", [], 0
+  if texts:
+    yield first, "\n\n".join(texts)
 
 
 def _earlier(lm, folder: pathlib.Path) -> list[dict]:

@@ -201,15 +201,25 @@ def test_kinds_are_weighed_by_mixture_or_by_name(tmp_path, capsys):
 def test_the_end_of_every_own_text_is_for_validation(tmp_path):
   texts = {"long": "ab " * 4000, "middling": "cd " * 400, "short": "ef"}
   records = prepare.prepare_own(Lm, tmp_path, texts.items())
-  assert [r["documents"] for r in records] == [2, 2]  # no third of two bytes
+  assert [r["documents"] for r in records] == [2, 2]  # the short are one
   train, validation = (
     data.open_split(tmp_path, split)["own"] for split in
     ("train", "validation"))
-  for i, name in enumerate(("long", "middling")):
+  joined = [texts["long"].strip(), texts["middling"].strip() + "\n\nef"]
+  for i, text in enumerate(joined):
     whole = np.concatenate([s.document(i) for s in (train, validation)])
-    assert bytes(whole.astype(np.uint8)).decode() == texts[name].strip()
+    assert bytes(whole.astype(np.uint8)).decode() == text
   assert len(validation.document(0)) == 1199  # a tenth of the stripped text
   assert len(validation.document(1)) == 512
+
+
+def test_many_short_texts_make_a_store(tmp_path):
+  posts = [(str(i), f"post {i} says " + "ab " * 40) for i in range(120)]
+  records = prepare.prepare_own(Lm, tmp_path, posts)
+  total = sum(len(text.strip()) + 2 for _, text in posts)
+  assert sum(r["tokens"] for r in records) == pytest.approx(total, abs=8)
+  train = data.open_split(tmp_path, "train")["own"]
+  assert min(len(train.document(i)) for i in range(len(train.names))) > 2000
 
 
 def test_own_text_that_is_too_short_is_told(tmp_path):
