@@ -94,12 +94,20 @@ def evaluate(lm: BaseLM, encoder: gistnet.GistEncoder, settings: Settings,
   result.add("trained", str(encoder.trained))
   _cost(result, lm, encoder)
   for name, (setting, documents) in s.arms().items():
+    if result.tables[1:] and not recovery.holds(stores, setting.length):
+      _leave_out(result, name, setting)
+      continue
     progress(f"measuring {name}")
     excerpts = recovery.pick_excerpts(stores, setting.length, documents, s.seed)
     bench = recovery.Bench(lm, excerpts, setting, cache=cache)
     _compare(result, name, bench.measure(encoder), excerpts.kinds, s.horizons)
-  progress("measuring unrelated text")
-  _unrelated(result, lm, encoder, s, stores, cache)
+  unrelated = recovery.Setting(
+    blocks=s.unrelated_gists, near=s.near, sink=True, horizon=max(s.horizons))
+  if recovery.holds(stores, unrelated.length):
+    progress("measuring unrelated text")
+    _unrelated(result, lm, encoder, s, unrelated, stores, cache)
+  else:
+    _leave_out(result, "unrelated text", unrelated)
   result.notes += [
     "recovered = (drop − variant) / (drop − full) of mean losses: 1 is full "
     "context, 0 is none. Brackets: 95 % bootstrap over documents.",
@@ -107,6 +115,14 @@ def evaluate(lm: BaseLM, encoder: gistnet.GistEncoder, settings: Settings,
     f"{s.blocks} of them. L2: one vector for 1,024 tokens. Text directly "
     "after the gists is scored, or after that many recent raw tokens."]
   return result
+
+
+def _leave_out(result: Report, name: str, setting: recovery.Setting) -> None:
+  """Says in the report that the text is too short for a setting."""
+  line = (f"{name}: not measured, no document of the store holds "
+          f"{setting.length} tokens")
+  progress(line)
+  result.notes.append(line)
 
 
 def _cost(result: Report, lm: BaseLM, encoder: gistnet.GistEncoder) -> None:
@@ -164,10 +180,8 @@ def _compare(result: Report, name: str, losses, kinds, horizons) -> None:
 
 
 def _unrelated(result: Report, lm: BaseLM, encoder: gistnet.GistEncoder,
-               s: Settings, stores, cache) -> None:
+               s: Settings, setting: recovery.Setting, stores, cache) -> None:
   """Loss with gists of another text in the window, less that without."""
-  setting = recovery.Setting(
-    blocks=s.unrelated_gists, near=s.near, sink=True, horizon=max(s.horizons))
   excerpts = recovery.pick_excerpts(
     stores, setting.length, s.unrelated_documents, s.seed)
   bench = recovery.Bench(lm, excerpts, setting, ("drop",), cache)

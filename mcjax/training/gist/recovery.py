@@ -92,6 +92,12 @@ class Excerpts:
   names: tuple[str, ...]
 
 
+def holds(stores: Mapping[str, TokenStore], length: int) -> bool:
+  """Whether any document has so many tokens."""
+  return any(np.diff(store.offsets).max(initial=0) >= length
+             for store in stores.values())
+
+
 def pick_excerpts(stores: Mapping[str, TokenStore], length: int,
                   per_kind: int, seed: int = 0) -> Excerpts:
   """A random excerpt of each of up to `per_kind` random documents a kind.
