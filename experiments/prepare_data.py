@@ -16,6 +16,7 @@ from absl import flags
 
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands
+from mcjax.parallel.places import local
 from mcjax.training.common import data, own_text, prepare
 from mcjax.types import McjaxError
 
@@ -32,10 +33,9 @@ _BASE = flags.DEFINE_string(
 def main(argv) -> None:
   del argv
   c = _CONFIG.value
-  folder = pathlib.Path(c.folder or data.default_folder())
-  budget = c.million_tokens
-  if budget is None and not c.full:
-    budget = 3.0
+  folder = local(c.folder or data.default_folder())
+  default = None if c.full else 3.0
+  budget = default if c.million_tokens is None else c.million_tokens
   lm = load_base_lm(_BASE.value or c.base)
   text = [*_FILES.value, *c.text]
   if text:

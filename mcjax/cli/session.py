@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
-import pathlib
 import signal
 import sys
 import threading
@@ -18,6 +17,7 @@ from mcjax.cli.focus_map import Section, focus_map, source_lines
 from mcjax.config import Config
 from mcjax.gist.encoder import load_gistnet
 from mcjax.lens.policy import load_lensnet
+from mcjax.parallel.places import local
 from mcjax.runtime.documents import Document
 from mcjax.runtime.megacontext import MegaContext
 from mcjax.runtime.text_files import TextFile, read_documents
@@ -52,8 +52,8 @@ def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
   """
   values = config.loop.to_dict()
   if workdir:
-    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-    values["telemetry_path"] = str(pathlib.Path(workdir) / "telemetry.jsonl")
+    local(workdir).mkdir(parents=True, exist_ok=True)
+    values["telemetry_path"] = str(local(workdir) / "telemetry.jsonl")
   loop = read_fields(Config, "loop", values)
   if "-" in ingest and not prompt:
     raise McjaxError("--ingest=- takes standard input, so it needs --prompt")
@@ -77,7 +77,7 @@ def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
         _chat(mc, config.max_new_tokens, show_focus)
     finally:
       if workdir:
-        focus_page.keep_texts(pathlib.Path(workdir), mc.text, mc.cursor)
+        focus_page.keep_texts(local(workdir), mc.text, mc.cursor)
 
 
 def _weights(config, lm: BaseLM) -> dict:

@@ -98,7 +98,7 @@ def _losses(workdir) -> dict[int, float]:
 
 
 def _wait_for_steps(members, workdir, steps: int) -> None:
-  until = time.monotonic() + 300
+  until = time.monotonic() + 600
   while len(_losses(workdir)) < steps and time.monotonic() < until:
     if any(m.poll() is not None for m in members):
       for m in members:
@@ -109,7 +109,7 @@ def _wait_for_steps(members, workdir, steps: int) -> None:
 
 def _ends(members) -> tuple[list[int], list[str]]:
   """Exit statuses and what was said on the way."""
-  said = [m.communicate(timeout=300)[1] for m in members]
+  said = [m.communicate(timeout=600)[1] for m in members]
   return [m.returncode for m in members], said
 
 

@@ -23,6 +23,7 @@ import sys
 
 import numpy as np
 
+from mcjax.parallel import places
 from mcjax.types import McjaxError
 
 SPLITS = ("train", "validation", "heldout")
@@ -205,7 +206,7 @@ def open_split(folder, split: str, kinds: Iterable[str] | None = None,
     McjaxError: nothing prepared there, a kind is missing, or the tokens are
       another tokenizer's.
   """
-  folder = pathlib.Path(folder or default_folder())
+  folder = places.local(folder or default_folder())
   found = _kinds(folder, split)
   wanted = sorted(kinds) if kinds is not None else found
   missing = sorted(set(wanted) - set(found))
@@ -288,7 +289,7 @@ def open_mixture(folder, mixture: Mapping[str, float],
   if kinds:
     wanted = dict(map(_weight, kinds))
   else:
-    held = _kinds(pathlib.Path(folder or default_folder()), "train")
+    held = _kinds(places.local(folder or default_folder()), "train")
     if held and wanted and not set(held) & set(wanted):
       print(f"text: {', '.join(held)}, in equal shares (config.kinds weighs "
             "them)", file=sys.stderr)

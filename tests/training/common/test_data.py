@@ -270,3 +270,8 @@ def test_own_text_of_two_kinds_in_one_store(tmp_path):
   other = type("Other", (Lm,), {"fingerprint": "another"})
   with pytest.raises(McjaxError, match="use another folder"):
     prepare.prepare_own(other, tmp_path, [("a", text)])
+
+
+def test_a_store_lies_on_this_machine():
+  with pytest.raises(McjaxError, match="gs://b/text: give a folder of this"):
+    data.open_split("gs://b/text", "train")
