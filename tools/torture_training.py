@@ -3,10 +3,10 @@
   python tools/torture_training.py --kills=20 --folder=/tmp/kills
 
 A tiny random base learns on loopback, in one to `--most` processes on meshes
-drawn anew at every start. At a random step one process gets SIGKILL or SIGTERM;
-the others must end by themselves with a documented status, and the same command
-goes on. At the end every step's loss is compared with an uninterrupted run of
-one device.
+drawn anew at every start. At a random moment after they came together one of
+them gets SIGKILL or SIGTERM; the others must end by themselves with a documented
+status, and the same command goes on. At the end every step's loss is compared
+with an uninterrupted run of one device.
 """
 
 import json
@@ -92,22 +92,27 @@ def _kill_one(folder: pathlib.Path, rng: random.Random) -> str:
   count = rng.randint(1, _MOST.value)
   devices = _DEVICES // count
   mesh = rng.choice(_MESHES)
-  before = len(_losses(folder / "killed"))
+  path, began = folder / "killed" / "metrics.jsonl", time.time()
   members = _start(folder, "killed", mesh, count, devices)
-  wanted = before + rng.randint(0, 12)
-  while len(_losses(folder / "killed")) < wanted and all(
-      m.poll() is None for m in members):
+  # Once all have come together: those who wait for others wait for minutes.
+  while all(m.poll() is None for m in members) and not (
+      path.exists() and path.stat().st_mtime > began):
+    time.sleep(0.02)
+  wanted = len(_losses(folder / "killed")) + rng.randint(0, 12)
+  while all(m.poll() is None for m in members) and (
+      len(_losses(folder / "killed")) < wanted):
     time.sleep(0.02)
   time.sleep(rng.random() * 0.3)
   number, member = rng.choice(list(enumerate(members)))
   kind = rng.choice((signal.SIGKILL, signal.SIGTERM))
   member.send_signal(kind)
-  began, status = time.monotonic(), _ends(members, _PATIENCE)
+  told = time.monotonic()
+  status = _ends(members, _PATIENCE)
   if any(s not in (0, -9, -15, processes.STOPPED, processes.PEER_LOST)
          for s in status):
     raise SystemExit(f"statuses {status}")
   return (f"{kind.name} to {number + 1} of {count} on {mesh}, statuses "
-          f"{status} after {time.monotonic() - began:.0f} s, step "
+          f"{status} after {time.monotonic() - told:.0f} s, step "
           f"{max(_losses(folder / 'killed'), default=0)}")
 
 
