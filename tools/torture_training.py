@@ -4,9 +4,9 @@
 
 A tiny random base learns on loopback, in one to `--most` processes on meshes
 drawn anew at every start. At a random moment after they came together one of
-them gets SIGKILL or SIGTERM; the others must end by themselves with a documented
-status, and the same command goes on. At the end every step's loss is compared
-with an uninterrupted run of one device.
+them gets SIGKILL or SIGTERM; the others must end by themselves with a
+documented status, and the same command goes on. At the end every step's loss is
+compared with an uninterrupted run of one device.
 """
 
 import json
