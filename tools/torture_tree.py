@@ -28,10 +28,11 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of what is written.")
 def _kill(place: str) -> bool:
   calls, outcomes = torture.can_trace(), []
   kills = torture.torture(place, _KILLS.value, _SEED.value, calls)
-  for outcome in tqdm(kills, total=_KILLS.value, disable=None):
-    outcomes.append(outcome)
-    if outcome.found != "ok":
-      print(f"killed in {outcome.doing}: {outcome.found}", file=sys.stderr)
+  with contextlib.suppress(KeyboardInterrupt):  # then what was seen counts
+    for outcome in tqdm(kills, total=_KILLS.value, disable=None):
+      outcomes.append(outcome)
+      if outcome.found != "ok":
+        print(f"killed in {outcome.doing}: {outcome.found}", file=sys.stderr)
   print(torture.table(outcomes))
   bad = sum(outcome.found != "ok" for outcome in outcomes)
   by_call = sum(outcome.how == "call" for outcome in outcomes)
@@ -66,7 +67,7 @@ def _folder():
   """A temporary one; it stays if the program exits with an error."""
   place = tempfile.mkdtemp(prefix="torture-")
   yield place
-  shutil.rmtree(pathlib.Path(place))
+  shutil.rmtree(pathlib.Path(place), ignore_errors=True)
 
 
 def main(argv) -> None:

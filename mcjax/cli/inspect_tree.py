@@ -3,7 +3,8 @@
   mcjax-inspect-tree URL [--span=A:B] [--json[=FILE]]
 
 Opens it for reading only, also beside a writer. --span prints the text of
-tokens A to B, which loads the base's tokenizer.
+tokens A to B, which loads the base's tokenizer. Exit status: 0, or 2 for a
+mistake on the command line, and where there is no tree that can be read.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -250,7 +251,8 @@ def forked(call: Callable[..., str | None], *args) -> tuple[int, int]:
     said = call(*args) or ""
   except BaseException:
     said = "failed: " + traceback.format_exc().strip().splitlines()[-1]
-  os.write(theirs, said.encode())
+  with contextlib.suppress(OSError):  # of a parent that was interrupted
+    os.write(theirs, said.encode())
   os._exit(0)
 
 
@@ -349,13 +351,17 @@ def one_kill(url: str, seed: int, how: str, rng: np.random.Generator,
   board.wait_at(str(rng.choice(
     STATES[2:] if not anew or rng.random() < 0.2 else STATES[1:2])))
   child = forked(victim, url, seed, board)
-  _wait_for(lambda: board.waits or _ended(child[0]), "a victim does nothing")
-  if how == "call":
-    remote = "://" in url
-    calls = _SOCKET_CALLS if remote else _FILE_CALLS
-    _kill_at_a_call(child[0], board, rng, calls)
-  else:
-    _kill_at_a_moment(child[0], board, rng)
+  try:
+    _wait_for(lambda: board.waits or _ended(child[0]), "a victim does nothing")
+    if how == "call":
+      remote = "://" in url
+      calls = _SOCKET_CALLS if remote else _FILE_CALLS
+      _kill_at_a_call(child[0], board, rng, calls)
+    else:
+      _kill_at_a_moment(child[0], board, rng)
+  except BaseException:
+    os.kill(child[0], signal.SIGKILL)
+    raise
   said, ended_by = result(child)
   doing, committed = board.doing, board.committed
   if ended_by != signal.SIGKILL:

@@ -147,7 +147,7 @@ class TokenFrequency:
       if crc is not None and crc != zlib.crc32(self.counts.data):
         raise McjaxError(
           f"the token frequencies of {store.url} are damaged (checksum):"
-          " restore the tree from a backup"
+          " tools/check_tree --repair counts them again"
         )
 
   def add(self, blocks: np.ndarray) -> None:
