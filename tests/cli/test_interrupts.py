@@ -40,7 +40,11 @@ class _Terminal:
       left = end - time.monotonic()
       assert left > 0, f"{text!r} did not come: {self.said[-2000:]}"
       if select.select([self._ours], [], [], left)[0]:
-        self.said += os.read(self._ours, 4096).decode("utf-8", "replace")
+        try:
+          self.said += os.read(self._ours, 4096).decode("utf-8", "replace")
+        except OSError as error:  # the command has ended
+          raise AssertionError(f"{text!r} did not come: {self.said}"
+                               ) from error
     self.said = self.said.split(text, 1)[1]
 
   def ended(self) -> int:
@@ -55,7 +59,7 @@ def _take_terminal():
 
 @pytest.mark.slow
 def test_ctrl_c_at_random_moments_leaves_whole_turns(tmp_path):
-  config = tiny_models.CONFIGS["llama"]
+  config = tiny_models.CONFIGS["llama"] | {"max_position_embeddings": 1024}
   base = tiny_models.write_folder(
     tmp_path / "base", config, tiny_models.weights(config))
   tree = tmp_path / "tree"

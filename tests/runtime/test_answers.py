@@ -5,9 +5,9 @@ import threading
 
 import numpy as np
 import pytest
-from runtime_cases import QUESTION, SMALL
+from runtime_cases import SMALL
 
-from mcjax import Config, Engine, McjaxError, MegaContext
+from mcjax import Config, McjaxError, MegaContext
 from mcjax.runtime.answer_text import AnswerText
 from mcjax.runtime.telemetry import compile_count
 from mcjax.testing import tiny_base
@@ -187,40 +187,3 @@ def test_threads_share_a_handle(mc):
   for thread in threads:
     thread.join()
   assert not errors and len({tuple(a) for a in answers.values()}) == 1
-
-
-def test_many_at_once_say_what_each_says_alone(tiny_lm, tiny_gistnet):
-  """Through joins, leaves and refocuses; then nothing compiles."""
-  count, config = 4, Config(**SMALL)
-
-  def work(mc, i):
-    text = tiny_base.text(600 + 37 * i, i).replace(".", " ")
-    mc.ingest(f"{text}. THE PUMP CODE IS {7000 + i}. {tiny_base.text(300, i)}")
-    return [mc.generate(QUESTION, 40 + 3 * i).token_ids.tolist(),
-            mc.generate("and then", 30).token_ids.tolist()]
-
-  alone, together = [], [None] * count
-  for i in range(count):
-    with MegaContext.create(tiny_base.memory_url(), tiny_lm, config,
-                            gistnet=tiny_gistnet) as mc:
-      alone.append(work(mc, i))
-  with Engine(tiny_lm, config, slots=count, gistnet=tiny_gistnet) as engine:
-    histories = [engine.create(tiny_base.memory_url()) for _ in range(count)]
-    with pytest.raises(McjaxError, match="slots are taken"):
-      engine.create(tiny_base.memory_url())
-
-    def run(i):
-      together[i] = work(histories[i], i)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
-    for thread in threads:
-      thread.start()
-    for thread in threads:
-      thread.join()
-    assert together == alone and engine.rows >= engine.blocks > 0
-    before = compile_count()
-    for i, mc in enumerate(histories):
-      mc.generate("more?", 33, temperature=0.7, seed=i)
-    assert compile_count() == before
-    histories[0].close()
-    engine.create(tiny_base.memory_url())

@@ -1,0 +1,110 @@
+"""Many histories at once say what each says alone, and compile nothing."""
+
+import threading
+
+import numpy as np
+import pytest
+from runtime_cases import QUESTION, SMALL
+
+from mcjax import Config, Engine, McjaxError, MegaContext
+from mcjax.runtime.telemetry import compile_count
+from mcjax.testing import tiny_base
+
+
+def life_of(mc, i):
+  """A document with a fact, a question about it, and answers of other kinds."""
+  text = tiny_base.text(600 + 37 * i, i).replace(".", " ")
+  mc.ingest(f"{text}. THE PUMP CODE IS {7000 + i}. {tiny_base.text(300, i)}")
+  return [
+    mc.generate(QUESTION, 40 + 3 * i).token_ids.tolist(),
+    mc.generate("and then", 30, temperature=0.8 * (i % 2), seed=i
+                ).token_ids.tolist(),
+    mc.generate("and if", 35, remember=False).token_ids.tolist(),
+    "".join(mc.stream("say", 20)),
+  ]
+
+
+def lived_together(engine, count, work):
+  """What `work` gives for each of so many histories, all at once."""
+  out, errors = [None] * count, []
+
+  def live(i):
+    try:
+      with engine.create(tiny_base.memory_url()) as mc:
+        out[i] = work(mc, i)
+    except BaseException as error:
+      errors.append(error)
+
+  threads = [threading.Thread(target=live, args=(i,)) for i in range(count)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert not errors, errors[:3]
+  return out
+
+
+@pytest.mark.parametrize("count", [
+  4, pytest.param(16, marks=pytest.mark.slow)])
+def test_many_at_once_say_what_each_says_alone(tiny_lm, tiny_gistnet, count):
+  """Through joins, leaves and refocuses, under different samplings."""
+  config, alone = Config(**SMALL), []
+  for i in range(count):
+    with MegaContext.create(tiny_base.memory_url(), tiny_lm, config,
+                            gistnet=tiny_gistnet) as mc:
+      alone.append(life_of(mc, i))
+  with Engine(tiny_lm, config, slots=count, gistnet=tiny_gistnet) as engine:
+    assert lived_together(engine, count, life_of) == alone
+    assert engine.rows > engine.blocks > 0
+
+
+@pytest.mark.parametrize("steps", [
+  40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_nothing_compiles_once_it_is_warm(tiny_lm, tiny_gistnet, steps):
+  """However histories come, go, are refocused and sampled."""
+  rng, config = np.random.RandomState(0), Config(**SMALL)
+  with Engine(tiny_lm, config, slots=3, gistnet=tiny_gistnet) as engine:
+    engine.warm_up()
+    histories = {}
+
+    def step(mc, pick, more):
+      if pick == 0:
+        mc.ingest(tiny_base.text(50 + more, more))
+      mc.generate(
+        QUESTION if pick % 3 == 1 else "go on", 1 + more % 70,
+        temperature=pick % 4 / 2, top_k=more % 9, top_p=1 - more % 5 / 10,
+        repetition_penalty=1 + more % 3 / 10, min_p=more % 7 / 100,
+        remember=bool(more % 2), top_logprobs=more % 4,
+        stop=["e"] if pick == 5 else (), on_piece=[None, len][more % 2])
+
+    step(engine.create(tiny_base.memory_url()), 0, 1)  # all kinds once
+    step(engine.histories[0], 1, 2)
+    engine.histories[0].close()
+    before, blocks = compile_count(), engine.blocks
+    while engine.blocks - blocks < steps:
+      for i in range(3):
+        if i in histories and rng.rand() < 0.2:
+          histories.pop(i).close()
+        if i not in histories:
+          histories[i] = engine.create(tiny_base.memory_url())
+          histories[i].ingest(tiny_base.text(300 + 200 * i, i))
+      threads = [
+        threading.Thread(target=step, args=(
+          mc, int(rng.randint(6)), int(rng.randint(100))))
+        for mc in histories.values()]
+      for thread in threads:
+        thread.start()
+      for thread in threads:
+        thread.join()
+    assert compile_count() == before
+
+
+def test_a_full_engine_says_so_and_a_closed_history_makes_room(
+    tiny_lm, tiny_gistnet):
+  config = Config(**SMALL)
+  with Engine(tiny_lm, config, slots=1, gistnet=tiny_gistnet) as engine:
+    first = engine.create(tiny_base.memory_url())
+    with pytest.raises(McjaxError, match="slots are taken"):
+      engine.create(tiny_base.memory_url())
+    first.close()
+    engine.create(tiny_base.memory_url())
