@@ -52,6 +52,7 @@ class Segment(NamedTuple):
     positions: [S] int32 position of each key.
     visible: [S] bool; False hides the key from every query.
     rotated: whether keys already carry their rotation (a Python bool).
+    channels_first: whether keys are [..., K, H, S] instead (a Python bool).
   """
 
   keys: jax.Array | tuple[jax.Array, ...]
@@ -59,6 +60,7 @@ class Segment(NamedTuple):
   positions: Int[Array, " S"]
   visible: Bool[Array, " S"]
   rotated: bool = False
+  channels_first: bool = False
 
 
 def embed(
@@ -129,7 +131,8 @@ def forward(
     layer, on, caches, adapter = scanned
     x = decoder_layer.adapt(adapter, x, gists)
     current = [
-      (k, v, s.positions, s.visible, s.rotated)
+      (k.swapaxes(1, 2) if s.channels_first else k, v, s.positions,
+       s.visible, s.rotated)
       for (k, v), s in zip(caches, segments)
     ]
     x, k, v = decoder_layer.layer_forward(

@@ -36,6 +36,17 @@ def rope_tables(
   return (*tables, jnp.cos(angles), jnp.sin(angles))
 
 
+def offset_tables(
+  config: DecoderConfig, offsets: Int[Array, " S"]
+) -> tuple[Float[jax.Array, "S rotated"], ...]:
+  """Tables that turn what is rotated on by offsets [S]; 0 changes no bit."""
+  tables = rope_tables(config, offsets)
+  if config.rope_magnitude == 1.0:
+    return tables
+  cos, sin = (t / config.rope_magnitude for t in tables[:2])  # it is there
+  return jnp.where(offsets[:, None] == 0, 1.0, cos), sin, *tables[2:]
+
+
 def _powers(theta: float, count: int) -> jax.Array:
   exponents = jnp.arange(count, dtype=jnp.float32) / count
   return jnp.exp(-math.log(theta) * exponents)
@@ -121,6 +132,19 @@ def rotate_keys(
   tables = rope_tables(config, positions)
   # A loop over layers: else XLA fuses the cosines into the rotation and
   # computes each of them anew for every layer and head.
+  return jax.lax.map(
+    lambda layer: turn(layer[1], tables, layer[0]), (layer_kinds(config), keys))
+
+
+def rotate_back(
+  config: DecoderConfig,
+  keys: Float[Array, "L K S H"],
+  positions: Int[Array, " S"],
+) -> Float[jax.Array, "L K S H"]:
+  """The keys that `rotate_keys` has rotated to `positions` [S]."""
+  tables = offset_tables(config, -positions)
+  if config.rope_magnitude != 1.0:
+    tables = (*(t / config.rope_magnitude for t in tables[:2]), *tables[2:])
   return jax.lax.map(
     lambda layer: turn(layer[1], tables, layer[0]), (layer_kinds(config), keys))
 

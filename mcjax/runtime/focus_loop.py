@@ -454,14 +454,14 @@ class FocusLoop:
       self._key = key
 
   @contextlib.contextmanager
-  def all_or_nothing(self, cache: bool) -> Iterator[None]:
+  def all_or_nothing(self) -> Iterator[None]:
     """If the body raises, all is as before it; unless it had committed.
 
-    Args:
-      cache: whether the LM runs in it, so that its cache must be kept.
+    Keys and values that were overwritten are then computed again when they are
+    needed.
     """
     mark = self.tree.mark()
-    snapshot, kept = self.context.snapshot(cache), self._small_state()
+    snapshot, kept = self.context.snapshot(exact=False), self._small_state()
     try:
       yield
     except BaseException:

@@ -229,7 +229,7 @@ class Handle:
     checked_text(text, name)
 
   @contextlib.contextmanager
-  def _all_or_nothing(self, cache: bool) -> Iterator[None]:
+  def _all_or_nothing(self) -> Iterator[None]:
     """A change that ends with a commit, or leaves all as before it."""
     if self.tree.read_only:
       raise McjaxError(
@@ -237,7 +237,7 @@ class Handle:
         " remember=False and takes nothing in"
       )
     try:
-      with self._loop.all_or_nothing(cache):
+      with self._loop.all_or_nothing():
         yield
     except BaseException:
       self._documents = Documents(self.tree)

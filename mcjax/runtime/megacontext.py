@@ -170,7 +170,7 @@ class MegaContext(Handle):
     if name:
       before = prompts.line_break(self.tree, self.lm.tokenizer)
     cursor = self.tree.cursor
-    with self._all_or_nothing(cache=False):
+    with self._all_or_nothing():
       self._add(np.concatenate([before, ids]), progress)
       document = self._documents.add(
         name, self.tree.cursor - len(ids), self.tree.cursor, digest, facts)
@@ -210,7 +210,7 @@ class MegaContext(Handle):
     if not len(token_ids):
       raise McjaxError("no tokens to ingest: nothing was changed")
     begin, cursor = time.perf_counter(), self.tree.cursor
-    with self._all_or_nothing(cache=False):
+    with self._all_or_nothing():
       self._add(token_ids, progress)
       self._commit()
     return self._added(cursor, begin)
@@ -251,7 +251,7 @@ class MegaContext(Handle):
       McjaxError: no document has this name.
     """
     self._check_open()
-    with self._all_or_nothing(cache=False):
+    with self._all_or_nothing():
       gone = self._documents.forget(name)
       self._loop.forget()
       self._commit()
@@ -312,7 +312,7 @@ class MegaContext(Handle):
         except Stopped as stopped:
           raise stopped.cause from None
       out, stopped_by = None, None
-      with self._all_or_nothing(cache=True):
+      with self._all_or_nothing():
         try:
           out = self._answered(prompt, request, template, system)
         except Stopped as stopped:  # by the consumer: the turn is closed

@@ -8,8 +8,6 @@ edits planned and undone in between cost nothing.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,35 +17,24 @@ from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.gist.encoder import GistEncoder
 from mcjax.pretrained import cards
-from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
 from mcjax.window import kv_slots
 from mcjax.window.contrast import Contrast
 from mcjax.window.decoding import Decoder, Draw, Job, Said, Seen
+from mcjax.window.kv_slots import KVSlots
 from mcjax.window.sampling import Sampling
+from mcjax.window.slot_inputs import SlotInputs
+from mcjax.window.undo import Undo
 from mcjax.window.working_context import (
   Attention,
-  Entries,
-  WorkingContext,
   out_of_sight,
   positions_of,
 )
 
-_LOAD = 256  # padded batch of input embeddings
 _WARM: set[tuple] = set()  # shapes compiled in this process
 
 
-class Nodes(Protocol):
-  """Where the window's inputs come from: a tree, or a plain text."""
-
-  def tokens(self, start: int, stop: int) -> np.ndarray:
-    """Token ids [start, stop), int32 [n]."""
-
-  def gists(self, level: int, start: int, stop: int) -> np.ndarray:
-    """Gists [start, stop) of a level, float32 [n, D]."""
-
-
-class ContextLM:
+class ContextLM(SlotInputs):
   """The LM over a window of mixed tokens and gists.
 
   Attributes:
@@ -66,22 +53,17 @@ class ContextLM:
         f"config.window {config.window} does not fit the {lm.name} base's "
         f"{lm.config.max_positions} positions (32 are kept for the next block)"
       )
-    self.lm = lm
+    super().__init__(lm, config.window + BRANCHING)  # the next block's beside
     self.show_gists = show_gists
     self._config = config = cards.settled(config, lm.name)
-    self._slots = config.window + BRANCHING  # the next block's beside
-    self.window = WorkingContext(self._slots)
     self.window.gists_seen = gists_seen if show_gists else None
-    dtype = lm.params["embed"].dtype
-    self.state = kv_slots.init(lm.config, self._slots, dtype)
     self._decoder: Decoder | None = None
-    self._row = 0
-    self._fresh = True  # keys and values were computed since the last block
+    self._row = self._lost = 0
     # A collapse of hidden gists leaves one entry to run: the newest.
     self._sizes = (1, *kv_slots.splice_sizes(config.max_edits))
     self._contrast: Contrast | None = None
     if config.contrast:
-      self._contrast = Contrast(lm, self._slots, self._sizes)
+      self._contrast = Contrast(lm, self._slots)
     self._hidden: jax.Array | None = None
     self._rows = 0
     self._logits: jax.Array | None = None
@@ -101,34 +83,6 @@ class ContextLM:
     seen = {"visible": config.gists_seen or None, "masked": 0}.get(
       config.gist_attention, encoder.gists_seen(config.window))
     return cls(encoder.reader(lm), config, seen != 0, seen)
-
-  # --- inputs -------------------------------------------------------------
-
-  def load(self, entries: Entries, tree: Nodes) -> None:
-    """Fetches the inputs of `entries` from the tree into their slots."""
-    if not len(entries):
-      return
-    cuts = np.flatnonzero(
-      (np.diff(entries.level) != 0) | (np.diff(entries.index) != 1)
-    )
-    for run in np.split(np.arange(len(entries)), cuts + 1):
-      level, first = int(entries.level[run[0]]), int(entries.index[run[0]])
-      slots = entries.slot[run]
-      if level == 0:
-        self._load_tokens(slots, tree.tokens(first, first + len(run)))
-      else:
-        self._load_gists(slots, tree.gists(level, first, first + len(run)))
-
-  def load_unready(self, tree: Nodes) -> None:
-    """Fetches the inputs of every entry that has no keys and values yet."""
-    self.load(self._subset(np.flatnonzero(~self.window.entries.ready)), tree)
-
-  def node_inputs(self, tree: MegaContextTree, level: int, first: int,
-                  count: int) -> np.ndarray:
-    """Input embeddings [count, D] float32 of nodes from `first` on."""
-    if level:
-      return tree.gists(level, first, first + count)
-    return self.token_embeddings(tree.tokens(first, first + count))
 
   @property
   def gist_stride(self) -> int:
@@ -153,35 +107,6 @@ class ContextLM:
       out_of_sight(levels, self.window.gists_seen),
     )
 
-  def token_embeddings(self, token_ids: np.ndarray) -> np.ndarray:
-    """Input embeddings [n, D] float32 of token ids [n]."""
-    return np.asarray(kv_slots.embed(self.lm.params, token_ids), np.float32)
-
-  def _subset(self, rows: np.ndarray) -> Entries:
-    return Entries(*(a[rows] for a in self.window.entries.arrays()))
-
-  def _load_tokens(self, slots: np.ndarray, ids: np.ndarray) -> None:
-    for a in range(0, len(slots), _LOAD):
-      inputs = kv_slots.load_tokens(
-        self.lm.params, self.state.inputs,
-        self._padded(slots[a : a + _LOAD], _LOAD),
-        kv_slots.pad(ids[a : a + _LOAD].astype(np.int32), _LOAD, 0),
-      )
-      self.state = self.state._replace(inputs=inputs)
-
-  def _load_gists(self, slots: np.ndarray, gists: np.ndarray) -> None:
-    for a in range(0, len(slots), _LOAD):
-      rows = gists[a : a + _LOAD].astype(np.float32)
-      fill = np.zeros((_LOAD - len(rows), rows.shape[1]), np.float32)
-      inputs = kv_slots.load_gists(
-        self.state.inputs, self._padded(slots[a : a + _LOAD], _LOAD),
-        np.concatenate([rows, fill]),
-      )
-      self.state = self.state._replace(inputs=inputs)
-
-  def _padded(self, slots: np.ndarray, size: int) -> np.ndarray:
-    return kv_slots.pad(slots.astype(np.int32), size, self._slots)
-
   # --- keys and values ----------------------------------------------------
 
   def slot_arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -201,6 +126,7 @@ class ContextLM:
     token's prediction is then as good as its keys and values, which date from
     before the collapse too.
     """
+    self._notice_loss()
     e = self.window.entries
     seen = ~self.window.hidden()
     if not self.show_gists:
@@ -239,6 +165,8 @@ class ContextLM:
     changed; hidden ones are left alone. Afterwards `decode` and `newest_nll`
     may be called.
     """
+    self._notice_loss()
+    self._draw_near()
     e = self.window.entries
     if not self.show_gists:
       e.ready[e.level > 0] = True
@@ -255,31 +183,71 @@ class ContextLM:
     head = len(rows) % largest
     chunks = [c for c in np.split(rows, range(head, len(rows), largest))
               if len(c)]
-    self._logits, self._fresh = None, True
+    self._logits = None
     for chunk in chunks:
-      self._hidden, self._rows = self._run(chunk, kv_slots.splice)
+      self._hidden, self._rows = self._run(chunk)
     if contrast := self._contrasting:
-      self.tokens_run += contrast.sync(self.window, self.state.inputs)
+      self.tokens_run += contrast.sync(self, self.decoder, self._row)
 
   @property
   def _contrasting(self) -> Contrast | None:
     """The second cache, while decoding is held against it."""
     return None if self.window.attention is None else self._contrast
 
-  def _run(self, rows: np.ndarray, function) -> tuple[jax.Array, int]:
+  def _run(self, rows: np.ndarray, store: bool = True
+           ) -> tuple[jax.Array, int]:
     e = self.window.entries
     e.ready[rows] = True
-    positions, visible = self.slot_arrays()
-    size = next(s for s in self._sizes if s >= len(rows))
-    out = function(
-      self.lm.params, self.lm.config, self.state,
-      self._padded(e.slot[rows], size), positions, visible,
-      kv_slots.pad(e.level[rows] > 0, size, False),
-    )
+    if store:
+      self._undo.written[e.slot[rows]] = True
+    slots = e.slot[rows]
+    hidden = self.decoder.splice(
+      self.lm.params, 0, self._row, slots, self.inputs_of(slots),
+      self.slot_arrays(), store)
     self.tokens_run += len(rows)
-    if function is kv_slots.splice:
-      self.state, out = out
-    return out, len(rows)
+    return hidden, len(rows)
+
+  def _notice_loss(self) -> None:
+    """Another's work was cut off, and all that the decoder held is lost."""
+    if self._decoder is not None and self._lost != self._decoder.lost:
+      self._lost = self._decoder.lost
+      self.forget()
+      if self._contrast is not None:
+        self._contrast.clear()
+
+  def _draw_near(self, more: np.ndarray | None = None) -> np.ndarray | None:
+    """Moves what is seen into near slots, where there are enough of them.
+
+    Args:
+      more: slots that tokens will go to; by default so many as a block has.
+
+    Returns:
+      These slots as they are now.
+    """
+    e, near = self.window.entries, self.decoder.near
+    wanted = np.zeros(self._slots, bool)
+    shown = ~self.window.hidden() & (self.show_gists | (e.level == 0))
+    wanted[e.slot[shown]] = True
+    count = BRANCHING
+    if more is not None:
+      wanted[more], count = True, 0
+    far = np.flatnonzero(wanted[near:]) + near
+    if not len(far) or np.count_nonzero(wanted) + count > near:
+      return more
+    order = np.arange(self._slots)
+    room = np.flatnonzero(~wanted[:near])[: len(far)]
+    order[far], order[room] = room, far  # they change places
+    self._permute(order)
+    return None if more is None else order[more].astype(np.int32)
+
+  def _permute(self, order: np.ndarray) -> None:
+    """Lets slots change places; `order` [S] is its own inverse."""
+    self.decoder.permute(self._row, order)
+    self._permute_inputs(order)
+    self.window.permute(order)
+    self._undo.permute(order)
+    if self._contrast is not None:
+      self._contrast.permute(order, self.decoder.near)
 
   def newest_nll(self, token_ids: np.ndarray) -> np.ndarray:
     """NLL [n] in nats of the newest n entries, which hold `token_ids`.
@@ -297,7 +265,7 @@ class ContextLM:
     """
     e = self.window.entries
     first = max(0, len(e) - len(token_ids) - 1)
-    hidden, rows = self._run(np.arange(first, len(e)), kv_slots.peek)
+    hidden, rows = self._run(np.arange(first, len(e)), store=False)
     return self._nll(hidden, rows, token_ids)
 
   def _nll(self, hidden, rows: int, token_ids: np.ndarray) -> np.ndarray:
@@ -322,12 +290,14 @@ class ContextLM:
   def decoder_of(self, rows: int, params) -> Decoder:
     """A decoder of so many windows like this one; `model.unstacked` params."""
     return Decoder(params, self.lm.config, rows, self._slots,
-                   self.state.inputs.dtype, self._stop_ids)
+                   self.lm.params["embed"].dtype, self._stop_ids, self._sizes)
 
   def join(self, decoder: Decoder, row: int) -> None:
-    """Decodes as one row of a decoder that others use too."""
-    self._decoder, self._row = decoder, row
-    decoder.release(row)
+    """Lives as one row of a decoder that others use too."""
+    self._decoder, self._row, self._lost = decoder, row, decoder.lost
+    self.forget()
+    if self._contrast is not None:
+      self._contrast.clear()
 
   def ask(self, limit: int, draw: Draw) -> Job:
     """A job for the decoder, of at most `limit` <= 32 tokens.
@@ -335,12 +305,12 @@ class ContextLM:
     Valid after `sync`, and again after each `take` that follows no edit; one of
     `take` and `drop` must follow.
     """
-    slots = self.window.take_slots(limit)
+    slots = self._draw_near(self.window.take_slots(limit))
+    assert slots is not None
     positions, visible = self.slot_arrays()
     first = self.window.next_position(
       self.gist_stride, self.lm.config.max_positions)
-    seen = Seen(self.state, positions, visible, first, self._ready_logits(),
-                self._fresh)
+    seen = Seen(positions, visible, first, self._ready_logits())
     contrast = self._contrasting
     prior = contrast.prior(self.window) if contrast else None
     return Job(self._row, limit, slots, draw, seen, prior,
@@ -353,16 +323,16 @@ class ContextLM:
   def take(self, job: Job, said: Said) -> None:
     """Lets what was decoded enter the window."""
     count, start = len(said.tokens), self.window.cursor
-    self.state, self._logits = said.states[0], said.logits[0]
-    self._fresh = False
+    self._logits, self._hidden = said.logits[0], None
+    self._undo.written[job.slots] = True
+    self._load_tokens(job.slots[:count], said.tokens)
     self.window.give_slots(job.slots[count:])
     self.window.append_tokens(job.slots[:count], ready=True)
     self.tokens_decoded += count
     self.tokens_run += count
     if job.prior is not None and self._contrast is not None:
-      self._contrast.take(
-        (said.states[1], said.logits[1]), job.slots[:count],
-        np.arange(start, start + count))
+      self._contrast.take(said.logits[1], job.slots[:count],
+                          np.arange(start, start + count))
       self.tokens_run += count
 
   def decode(self, limit: int, temperature: float, key: jax.Array
@@ -397,55 +367,56 @@ class ContextLM:
 
   # --- whole state --------------------------------------------------------
 
-  def snapshot(self, cache: bool = True) -> tuple:
-    """A copy of everything `restore` needs; device buffers are duplicated.
+  @property
+  def state(self) -> KVSlots:
+    """What the slots hold, by itself: a copy, its keys un-rotated."""
+    held, positions = self.decoder.read(self._row)
+    return kv_slots.at_rest(self.lm.config, held, positions)
+
+  @state.setter
+  def state(self, state: KVSlots) -> None:
+    positions, _ = self.slot_arrays()
+    self.decoder.replace(self._row, kv_slots.at_work(
+      self.lm.config, state, positions), positions)
+
+  def snapshot(self, exact: bool = True) -> tuple:
+    """What `restore` needs; the newest one only can be restored.
 
     Args:
-      cache: False leaves the cache out, where the LM will not run.
+      exact: keeps a copy of the cache on the host. Without one, what is
+        overwritten meanwhile is computed again after `restore`.
     """
-    state = jax.tree.map(jnp.copy, self.state) if cache else None
-    return self.window.copy(), state, self._hidden, self._rows, self._logits
+    kept = None
+    if exact:
+      held, positions = self.decoder.read(self._row)
+      kept = (jax.device_get(held), positions, self.ids.copy(),
+              self.gists.copy(), self.is_gist.copy())
+    self._undo = Undo(self._slots)
+    return self.window.copy(), kept, self._hidden, self._rows, self._logits
 
   def restore(self, snapshot: tuple) -> None:
     """Puts the window and its cache back; consumes the snapshot."""
-    window, state, self._hidden, self._rows, self._logits = snapshot
-    if state is not None:
-      self.state = state
+    window, kept, self._hidden, self._rows, self._logits = snapshot
+    if kept is None:
+      self._undo.amend(window)
+    else:
+      held, positions, self.ids, self.gists, self.is_gist = kept
+      self.decoder.replace(self._row, held, positions)
     self.window.become(window)
-    self._fresh = True
     if self._contrast is not None:
-      self._contrast.reset()  # work that was cut off may have lost its cache
+      self._contrast.clear()
 
   def warm_up(self) -> None:
     """Compiles every shape the loop can meet, on an empty cache."""
-    window = self._slots
     # Compiled programs live as long as the process: once a shape is enough.
-    shapes = (
-      self.lm.config, window, self._sizes, bool(self._config.delta_nll_every),
-      str(self.state.inputs.dtype), self._contrast is not None,
-      self.decoder.rows,
-    )
+    dtype = self.lm.params["embed"].dtype
+    shapes = (self.lm.config, self._slots, self._sizes, str(dtype),
+              self._contrast is not None, self.decoder.rows)
     if shapes in _WARM:
       return
-    snapshot = self.snapshot()
-    positions = np.zeros(window, np.int32)
-    visible = np.zeros(window, bool)
     for size in self._sizes:
-      slots = np.full(size, window, np.int32)
-      args = (self.lm.params, self.lm.config, self.state, slots, positions,
-              visible, np.zeros(size, bool))
-      self.state, hidden = kv_slots.splice(*args)
+      hidden = jnp.zeros((size, self.lm.config.d_model), dtype)
       kv_slots.nll(self.lm.params, hidden, np.zeros(size, np.int32))
       kv_slots.next_logits(self.lm.params, hidden, np.int32(0))
-    if self._config.delta_nll_every:
-      size = next(s for s in self._sizes if s > BRANCHING)
-      kv_slots.peek(self.lm.params, self.lm.config, self.state,
-                    np.full(size, window, np.int32), positions, visible,
-                    np.zeros(size, bool))
-    self._load_tokens(np.full(1, window), np.zeros(1, np.int32))
-    self._load_gists(
-      np.full(1, window), np.zeros((1, self.lm.config.d_model), np.float32)
-    )
-    self.decoder.warm_up(self.state, self._contrast is not None)
-    self.restore(snapshot)
+    self.decoder.warm_up(self.lm.params, self._contrast is not None)
     _WARM.add(shapes)

@@ -14,58 +14,51 @@ import numpy as np
 
 from mcjax.base.load import BaseLM
 from mcjax.window import kv_slots
-from mcjax.window.decoding import Seen
+from mcjax.window.decoding import Decoder, Seen
+from mcjax.window.slot_inputs import SlotInputs
 from mcjax.window.working_context import FIRST, Attention, WorkingContext
 
 
 class Contrast:
-  """The second cache, in the window's slots; made when it is first needed."""
+  """The bookkeeping of the second cache, a stream of the window's decoder."""
 
-  def __init__(self, lm: BaseLM, slots: int, sizes: tuple[int, ...]):
-    self._lm, self._sizes = lm, sizes
-    self._state: kv_slots.KVSlots | None = None
+  def __init__(self, lm: BaseLM, slots: int):
+    self._lm = lm
     self._held = np.full(slots, -1, np.int64)  # token whose keys a slot holds
     self._logits: jax.Array | None = None
-
-  def reset(self) -> None:
-    """As `clear`, where the cache itself may be lost."""
-    self._state = None
-    self.clear()
 
   def clear(self) -> None:
     """Forgets all keys and values: other text is read, or none."""
     self._held[:] = -1
 
-  def sync(self, window: WorkingContext, inputs) -> int:
+  def permute(self, order: np.ndarray, near: int) -> None:
+    """Follows slots that change places; far ones may have no cache."""
+    self._held = self._held[order]
+    self._held[near:] = -1
+
+  def sync(self, inputs: SlotInputs, decoder: Decoder, row: int) -> int:
     """Runs the LM on what is new of the prompt and the answer.
 
     Args:
-      window: it attends to less than all raw text.
-      inputs: [S, D] of its slots.
+      inputs: of a window that attends to less than all raw text.
+      decoder: has the cache, in its row `row`.
 
     Returns:
       token-forwards of the base, padding excluded.
     """
-    seen, self._fresh = _without(window), True
+    seen = _without(inputs.window)
     rows = np.flatnonzero((seen.entries.level == 0) & ~seen.hidden())
     slots, tokens = seen.entries.slot[rows], seen.entries.index[rows]
     todo = self._held[slots] != tokens
     todo[-1:] = True  # what follows the newest is asked for
     slots, tokens = slots[todo], tokens[todo]
-    if self._state is None:
-      self._state = kv_slots.init(
-        self._lm.config, len(self._held), inputs.dtype)
-    self._state = self._state._replace(inputs=inputs.copy())
-    largest = self._sizes[-1]
+    largest = decoder.sizes[-1]
     for a in range(0, len(slots), largest):
       part = slots[a : a + largest]
-      size = next(s for s in self._sizes if s >= len(part))
       self._held[part] = tokens[a : a + largest]
-      positions, visible = self._arrays(seen)
-      self._state, hidden = kv_slots.splice(
-        self._lm.params, self._lm.config, self._state,
-        kv_slots.pad(part, size, len(self._held)), positions, visible,
-        np.zeros(size, bool))
+      hidden = decoder.splice(
+        self._lm.params, 1, row, part, inputs.inputs_of(part),
+        self._arrays(seen))
       self._logits = kv_slots.next_logits(
         self._lm.params, hidden, np.int32(len(part) - 1))
     return len(slots)
@@ -80,18 +73,16 @@ class Contrast:
 
   def prior(self, window: WorkingContext) -> Seen:
     """What a decoder reads; valid after `sync`."""
-    assert self._state is not None and self._logits is not None
+    assert self._logits is not None
     seen = _without(window)
     first = seen.next_position(0, self._lm.config.max_positions)
-    return Seen(self._state, *self._arrays(seen), first, self._logits,
-                self._fresh)
+    return Seen(*self._arrays(seen), first, self._logits)
 
-  def take(self, made: tuple[kv_slots.KVSlots, jax.Array], slots: np.ndarray,
-           tokens: np.ndarray) -> None:
-    """Takes over what a decoder made, for tokens [n] now in slots [n]."""
-    self._state, self._logits = made
+  def take(self, logits: jax.Array, slots: np.ndarray, tokens: np.ndarray
+           ) -> None:
+    """Notes what a decoder made, for tokens [n] now in slots [n]."""
+    self._logits = logits
     self._held[slots] = tokens
-    self._fresh = False
 
 
 def _without(window: WorkingContext) -> WorkingContext:

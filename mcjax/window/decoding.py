@@ -1,16 +1,14 @@
-"""Decoding of many windows at once: one device loop, one row a history.
+"""Many windows over one LM: their caches, and the loop that decodes them.
 
-Every row has a view of its window: the keys that the LM attends to, rotated,
-and their values, side by side in a fixed capacity. What a row attends to,
-where it stands, how it samples and how much it wants travel as arrays, so rows
-come, go and are refocused without recompiling. New keys and values are added to
-the view; only a row whose window has changed is gathered anew.
+A history is a row. What a row attends to, where it stands, how it samples and
+how much it wants travel as arrays, so rows come, go and are refocused without
+recompiling. Whoever works on the caches waits for its turn, in the order of
+asking: so prompts are spliced between the blocks that are decoded.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import threading
 from typing import NamedTuple
 
 import jax
@@ -20,12 +18,11 @@ import numpy as np
 from mcjax.base.decoder_config import DecoderConfig
 from mcjax.types import BRANCHING
 from mcjax.window import decode_loop, kv_slots, sampling
-from mcjax.window.decode_loop import Block, Sight, View
-from mcjax.window.kv_slots import KVSlots
+from mcjax.window.decode_loop import Block, Sight
+from mcjax.window.row_cache import Held, RowCache
 from mcjax.window.sampling import Sampling
-
-_SMALL = 4  # the smaller capacity is the window divided by this
-_LEAST = 256  # and at least so many entries
+from mcjax.window.slot_inputs import Inputs
+from mcjax.window.turn import Turn
 
 
 @dataclasses.dataclass
@@ -55,19 +52,15 @@ class Seen:
   against it, without the text (see `contrast.py`).
 
   Attributes:
-    state: its cache.
     positions, visible: [S], by slot.
     first: position of the next token.
     logits: [V] for it.
-    fresh: keys and values have been computed since the last block.
   """
 
-  state: KVSlots
   positions: np.ndarray
   visible: np.ndarray
   first: int
   logits: jax.Array
-  fresh: bool
 
 
 @dataclasses.dataclass
@@ -94,79 +87,138 @@ class Job:
 
 
 class Said(NamedTuple):
-  """A row's share of a `Block`, on the host but for logits and states."""
+  """A row's share of a `Block`, on the host but for logits."""
 
   tokens: np.ndarray
   logprobs: np.ndarray
   likely: np.ndarray
   likely_logprobs: np.ndarray
   stopped: bool
-  states: tuple[KVSlots, ...]
   logits: tuple[jax.Array, ...]
 
 
-class _Held:
-  """The host's record of what a row of a view holds."""
-
-  def __init__(self):
-    self.slots = np.zeros(0, np.int64)
-    self.positions = np.zeros(0, np.int32)
-
-  def is_still(self, seen: Seen) -> bool:
-    slots = np.flatnonzero(seen.visible)
-    order = np.argsort(self.slots, kind="stable")
-    return (not seen.fresh and np.array_equal(self.slots[order], slots)
-            and np.array_equal(self.positions[order], seen.positions[slots]))
-
-
 class Decoder:
-  """The views of B rows, and the loop that decodes them together."""
+  """The caches of B rows, and the loop that decodes them together.
 
-  def __init__(self, params, config: DecoderConfig, rows: int,
-               window: int, dtype, stop_ids: np.ndarray):
-    """Args: params: see `model.unstacked`. window: slots of each row's."""
-    self.rows = rows
+  Attributes:
+    rows: B.
+    turn: held by whoever works on the caches; `with decoder.turn:`.
+    sizes: of splices; each is padded to the next one.
+  """
+
+  def __init__(self, params, config: DecoderConfig, rows: int, window: int,
+               dtype, stop_ids: np.ndarray, sizes: tuple[int, ...]):
+    """Args: params: of the loop, see `model.unstacked`. window: slots of each
+    row's."""
+    self.rows, self.turn, self.sizes = rows, Turn(), sizes
     self._params, self._config, self._dtype = params, config, dtype
     self._stop_ids, self._window = stop_ids, window
-    small = max(_LEAST, window // _SMALL)
-    self.capacities = tuple(sorted({min(small, window + BRANCHING),
-                                    window + BRANCHING}))
-    self._views: dict[tuple[int, int], View] = {}  # by stream and capacity
-    self._held: dict[tuple[int, int, int], _Held] = {}
+    self._caches = [RowCache(config, rows, window, dtype, wide=True)]
     self._seen = jnp.zeros((rows, config.vocab_size), bool)
     self._none = jnp.zeros(config.vocab_size, jnp.float32)
     self._key = jax.random.key(0)
-    self._lock = threading.Lock()
-    self._warm = False
+    self._warm: set[bool] = set()
 
-  def release(self, row: int) -> None:
-    """Forgets what a row holds."""
-    with self._lock:
-      for key in [k for k in self._held if k[2] == row]:
-        del self._held[key]
+  @property
+  def near(self) -> int:
+    """Slots from which rows are decoded faster."""
+    return self._caches[0].near
+
+  @property
+  def lost(self) -> int:
+    """How often all rows were lost, in work that was cut off."""
+    return sum(cache.lost for cache in self._caches)
+
+  def _cache(self, stream: int) -> RowCache:
+    while stream >= len(self._caches):
+      self._caches.append(RowCache(
+        self._config, self.rows, self._window, self._dtype, wide=False))
+    return self._caches[stream]
+
+  # --- one row ------------------------------------------------------------
+
+  def splice(self, params, stream: int, row: int, slots: np.ndarray,
+             inputs: Inputs, seen: tuple[np.ndarray, np.ndarray],
+             store: bool = True) -> jax.Array:
+    """Runs the LM over the entries in slots [n]; hidden [T, D], T >= n.
+
+    Args:
+      params: as `model.forward` takes them.
+      stream: see `Seen`.
+      inputs: of these slots.
+      seen: positions and visibility [S] of its slots.
+      store: whether their keys and values are kept.
+    """
+    size = next(s for s in self.sizes if s >= len(slots))
+    slots = kv_slots.pad(slots.astype(np.int32), size, self._window)
+    positions, visible = seen
+    with self.turn:
+      cache = self._cache(stream)
+      cache.move(row, positions, visible)
+      held, _ = cache.read(row)
+      out = kv_slots.splice(
+        params, self._config, held, slots, *self._padded(inputs, size),
+        positions, visible, self.sizes[-1])
+      if store:
+        cache.write(row, kv_slots.pad(slots, self.sizes[-1], self._window),
+                    out.keys, out.values, positions)
+    return out.hidden
+
+  def _padded(self, inputs: Inputs, size: int) -> Inputs:
+    spare = (0, size - len(inputs.ids))
+    return Inputs(np.pad(inputs.ids, spare),
+                  np.pad(inputs.gists, (spare, (0, 0))),
+                  np.pad(inputs.is_gist, spare))
+
+  def permute(self, row: int, order: np.ndarray) -> None:
+    """Slot i of a row gets, in every stream, what was in slot order[i]."""
+    with self.turn:
+      for cache in self._caches:
+        cache.permute(row, order)
+
+  def read(self, row: int, stream: int = 0) -> tuple[Held, np.ndarray]:
+    """What a row's slots hold, and the positions that keys are rotated to."""
+    with self.turn:
+      return self._cache(stream).read(row)
+
+  def replace(self, row: int, held: Held, positions: np.ndarray) -> None:
+    """Replaces what a row's slots hold in the first stream."""
+    with self.turn:
+      self._caches[0].replace(row, held, positions)
+
+  # --- many rows ----------------------------------------------------------
 
   def run(self, jobs: list[Job]) -> list[Said]:
     """Decodes the jobs together; at most one for each row."""
-    with self._lock:
-      return self._decode(jobs)
+    with self.turn:
+      streams = 2 if any(job.prior for job in jobs) else 1
+      block = self._decoded(jobs, streams, any(map(self._is_far, jobs)))
+      return self._shared_out(jobs, block)
 
-  def _decode(self, jobs: list[Job]) -> list[Said]:
-    streams = 2 if any(job.prior for job in jobs) else 1
-    most = max(int(np.count_nonzero(job.window.visible)) for job in jobs)
-    capacity = next(c for c in self.capacities if c >= most + BRANCHING)
-    views, sights = [], []
+  def _is_far(self, job: Job) -> bool:
+    return bool(job.window.visible[self.near :].any()
+                or (job.slots >= self.near).any())
+
+  def _decoded(self, jobs: list[Job], streams: int, far: bool) -> Block:
+    sights = []
     for m in range(streams):
-      seen = {j.row: j.prior if m else j.window for j in jobs}
-      views.append(self._view(m, capacity, seen))
-      sights.append(self._sight(m, capacity, seen))
-      self._views.pop((m, capacity))  # donated
+      cache, seen = self._cache(m), {}
+      if far:
+        cache.widen()
+      for j in jobs:
+        if (window := j.prior if m else j.window) is not None:
+          cache.move(j.row, window.positions, window.visible)
+          seen[j.row] = window
+      sights.append(self._sight(seen))
     limit = np.zeros(self.rows, np.int32)
+    slots = np.full((self.rows, BRANCHING), self._window, np.int32)
     numbers = np.tile(sampling.numbers_of(Sampling()), (self.rows, 1))
     drawn = np.zeros(self.rows, np.int32)
     weight, on = np.zeros(self.rows, np.float32), np.zeros(self.rows, bool)
     keys = [self._key] * self.rows
     for j in jobs:
       limit[j.row], drawn[j.row] = j.limit, j.draw.drawn
+      slots[j.row, : len(j.slots)] = j.slots
       numbers[j.row] = sampling.numbers_of(j.draw.sampling)
       keys[j.row], weight[j.row] = j.draw.key, j.weight
       on[j.row] = j.prior is not None
@@ -176,124 +228,98 @@ class Decoder:
         j.draw.seen = None
     rows = sampling.Rows(
       numbers, decode_loop.stacked(keys), drawn, np.zeros((), bool))
-    views, block = decode_loop.decode_rows(
-      self._params, self._config, tuple(views), tuple(sights), limit,
-      self._stop_ids, rows, self._seen, weight, on,
+    return self._loop(
+      sights, far, slots, limit, rows, weight, on,
       np.array(any(job.draw.likely for job in jobs)))
+
+  def _loop(self, sights: list[Sight], far: bool, slots: np.ndarray,
+            limit: np.ndarray, rows: sampling.Rows, weight: np.ndarray,
+            on: np.ndarray, listed: np.ndarray) -> Block:
+    caches = self._caches[: len(sights)]
+    streams, block = decode_loop.decode_rows(
+      self._params, self._config, tuple(c.take(far) for c in caches),
+      tuple(sights), slots, limit, self._stop_ids, rows, self._seen, weight,
+      on, listed)
+    for cache, pools in zip(caches, streams):
+      cache.give(pools)
     self._seen = block.seen
-    for m, view in enumerate(views):
-      self._views[m, capacity] = view
-    return self._shared_out(jobs, block, capacity)
+    return block
 
-  def _view(self, stream: int, capacity: int, seen: dict[int, Seen | None]
-            ) -> View:
-    """The view of a stream, with every row as its window is now."""
-    key = stream, capacity
-    if key not in self._views:  # none yet, or lost in work that was cut off
-      for held in [h for h in self._held if h[:2] == key]:
-        del self._held[held]
-      self._views[key] = decode_loop.empty_view(
-        self._config, self.rows, capacity, self._dtype)
-    for row, window in seen.items():
-      held = self._held.setdefault((stream, capacity, row), _Held())
-      if window is None or held.is_still(window):
-        continue
-      order = np.flatnonzero(window.visible)
-      order = order[np.argsort(window.positions[order], kind="stable")]
-      held.slots, held.positions = order, window.positions[order]
-      spare = (0, capacity - len(order))
-      self._views[key] = decode_loop.gather(
-        self._config, self._views[key], window.state,
-        np.pad(order, spare).astype(np.int32),
-        decode_loop.rope_of(self._config, np.pad(held.positions, spare)),
-        np.int32(row))
-    return self._views[key]
-
-  def _sight(self, stream: int, capacity: int, seen: dict[int, Seen | None]
-             ) -> Sight:
-    positions = np.zeros((self.rows, capacity), np.int32)
-    used, first = np.zeros((2, self.rows), np.int32)
+  def _sight(self, seen: dict[int, Seen]) -> Sight:
+    positions = np.zeros((self.rows, self._window), np.int32)
+    visible = np.zeros((self.rows, self._window), bool)
+    first = np.zeros(self.rows, np.int32)
     logits = [self._none] * self.rows
-    for (m, c, row), held in list(self._held.items()):
-      if (m, c) == (stream, capacity) and row not in seen:
-        used[row] = len(held.slots)  # what idles is left as it is
-        if used[row] > capacity - BRANCHING:  # no room to leave it alone
-          self._held.pop((m, c, row))
-          used[row] = 0
     for row, window in seen.items():
-      if window is not None:
-        held = self._held[stream, capacity, row]
-        used[row] = len(held.slots)
-        positions[row, : used[row]] = held.positions
-        first[row], logits[row] = window.first, window.logits
-    return Sight(positions, used, first, decode_loop.stacked(logits))
+      positions[row], visible[row] = window.positions, window.visible
+      first[row], logits[row] = window.first, window.logits
+    return Sight(positions, visible, first, decode_loop.stacked(logits))
 
-  def _shared_out(self, jobs: list[Job], block: Block, capacity: int
-                  ) -> list[Said]:
+  def _shared_out(self, jobs: list[Job], block: Block) -> list[Said]:
     tokens, logprobs, likely, values, count, stopped = jax.device_get(
       (block.tokens, block.logprobs, block.likely, block.likely_logprobs,
        block.count, block.stopped))
     out = []
     for j in jobs:
-      n = int(count[j.row])
-      slots = kv_slots.pad(j.slots[:n].astype(np.int32), BRANCHING,
-                           self._window)
-      states, logits = [], []
+      n, logits = int(count[j.row]), []
       for m, seen in enumerate((j.window, j.prior)):
-        if seen is None:
-          continue
-        states.append(decode_loop.store(
-          seen.state, block, np.int32(j.row), slots, m))
-        logits.append(block.logits[m][j.row])
-        held = self._held[m, capacity, j.row]
-        places = seen.first + np.arange(n, dtype=np.int32)
-        held.slots = np.concatenate([held.slots, j.slots[:n]])
-        held.positions = np.concatenate([held.positions, places])
-        for other in self.capacities:  # the other one is out of date
-          if other != capacity:
-            self._held.pop((m, other, j.row), None)
+        if seen is not None:
+          positions = seen.positions.copy()
+          positions[j.slots] = seen.first + np.arange(len(j.slots))
+          self._caches[m].mark(j.row, j.slots, positions)
+          logits.append(block.logits[m][j.row])
       j.draw.drawn += n
       k = j.draw.likely
       out.append(Said(
         tokens[j.row, :n], logprobs[j.row, :n], likely[j.row, :n, :k],
-        values[j.row, :n, :k], bool(stopped[j.row]), tuple(states),
-        tuple(logits)))
+        values[j.row, :n, :k], bool(stopped[j.row]), tuple(logits)))
     return out
 
-  def warm_up(self, state: KVSlots, contrast: bool) -> None:
-    """Compiles both capacities, with and without a second stream, once."""
-    with self._lock:
-      if not self._warm:
-        self._compile(state, contrast)
-        self._warm = True
+  # --- compiling ----------------------------------------------------------
 
-  def _compile(self, state: KVSlots, contrast: bool) -> None:
-    window = Seen(state, np.zeros(self._window, np.int32),
-                  np.zeros(self._window, bool), 0, self._none, True)
-    slots = np.full(BRANCHING, self._window, np.int32)
-    for streams in (1, 2) if contrast else (1,):
-      for capacity in self.capacities:
-        seen: dict[int, Seen | None] = {0: window}
-        views = tuple(
-          self._view(m, capacity, seen) for m in range(streams))
-        sights = tuple(
-          self._sight(m, capacity, seen) for m in range(streams))
-        rows = sampling.Rows(
-          np.tile(sampling.numbers_of(Sampling()), (self.rows, 1)),
-          decode_loop.stacked([self._key] * self.rows),
-          np.zeros(self.rows, np.int32), np.zeros((), bool))
-        for m in range(streams):
-          self._views.pop((m, capacity))
-        _, block = decode_loop.decode_rows(
-          self._params, self._config, views, sights,
-          np.zeros(self.rows, np.int32), self._stop_ids, rows, self._seen,
+  def warm_up(self, params, contrast: bool) -> None:
+    """Compiles what rows need, with and without a second stream, once."""
+    with self.turn:
+      if contrast in self._warm:
+        return
+      self._warm.add(contrast)
+      nowhere = np.full(self.sizes[-1], self._window, np.int32)
+      places = np.zeros(self._window, np.int32)
+      hidden = np.zeros(self._window, bool)
+      nothing = Inputs(
+        np.zeros(0, np.int32), np.zeros((0, self._config.d_model), np.float32),
+        np.zeros(0, bool))
+      for cache in map(self._cache, range(1 + contrast)):
+        held, positions = cache.read(0)
+        outs = [kv_slots.splice(
+          params, self._config, held, nowhere[:size],
+          *self._padded(nothing, size), places, hidden, self.sizes[-1])
+          for size in self.sizes]
+        cache.write(0, nowhere, outs[-1].keys, outs[-1].values, places)
+        cache.permute(0, np.arange(self._window))
+        if cache is self._caches[0]:
+          cache.replace(0, held, positions)
+      wide = [cache.is_wide for cache in self._caches]
+      self._warm_loop(contrast)
+      for cache, was_wide in zip(self._caches, wide):
+        if not was_wide:
+          cache.narrow()
+
+  def _warm_loop(self, contrast: bool) -> None:
+    rows = sampling.Rows(
+      np.tile(sampling.numbers_of(Sampling()), (self.rows, 1)),
+      decode_loop.stacked([self._key] * self.rows),
+      np.zeros(self.rows, np.int32), np.zeros((), bool))
+    slots = np.full((self.rows, BRANCHING), self._window, np.int32)
+    for streams in range(1, 2 + contrast):
+      for far in (False, True):
+        for cache in self._caches[: streams * far]:
+          cache.widen()
+        block = self._loop(
+          [self._sight({})] * streams, far, slots,
+          np.zeros(self.rows, np.int32), rows,
           np.zeros(self.rows, np.float32), np.zeros(self.rows, bool),
           np.array(False))
-        self._seen = block.seen
-        for m in range(streams):
-          copy = jax.tree.map(jnp.copy, state)
-          decode_loop.store(copy, block, np.int32(0), slots, m)
-          jax.block_until_ready(block.logits[m][0])
+        jax.block_until_ready([logits[0] for logits in block.logits])
     self._seen = decode_loop.with_row(
       self._seen, np.zeros(self._seen.shape[1], bool), np.int32(0))
-    self._held.clear()

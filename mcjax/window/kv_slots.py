@@ -1,9 +1,8 @@
 """Slot KV cache: each working-context slot owns its keys and values.
 
-Order lives in a position array, not in the layout, so a refocus writes only
+Order lives in a position array, not in the layout, so a refocus computes only
 the slots that change (`splice`) and leaves every other key and value as it
-is. Keys are stored un-rotated: a shift of positions costs no forward pass.
-Every function is jitted over fixed shapes; lengths travel as arrays.
+is. Every function is jitted over fixed shapes; lengths travel as arrays.
 """
 
 from __future__ import annotations
@@ -16,34 +15,37 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 import numpy as np
 
-from mcjax.base import model
+from mcjax.base import model, rotation
 from mcjax.types import BRANCHING, Array
+from mcjax.window.row_cache import Held
 
 STOP_IDS = 8  # fixed width of the stop-token list, padded with -1
 
 
 class KVSlots(NamedTuple):
-  """Device state of the working context.
+  """What a window's slots hold, by itself, for those who look at it.
 
   Attributes:
-    inputs: [S, D] input embedding (token or gist) held by each slot.
     keys: [L, K, S, H] un-rotated keys.
     values: [L, K, S, H].
   """
 
-  inputs: Float[jax.Array, "S D"]
   keys: Float[jax.Array, "L K S H"]
   values: Float[jax.Array, "L K S H"]
 
 
-def init(config: model.DecoderConfig, slots: int, dtype) -> KVSlots:
-  """Zeroed state for `slots` slots."""
-  shape = (config.n_layers, config.n_kv_heads, slots, config.head_dim)
-  return KVSlots(
-    inputs=jnp.zeros((slots, config.d_model), dtype),
-    keys=jnp.zeros(shape, dtype),
-    values=jnp.zeros(shape, dtype),
-  )
+class Spliced(NamedTuple):
+  """What `splice` has computed for T entries.
+
+  Attributes:
+    hidden: [T, D] after the final norm.
+    keys: [L, K, H, T], rotated to where the entries stand.
+    values: [L, K, T, H].
+  """
+
+  hidden: Float[jax.Array, "T D"]
+  keys: Float[jax.Array, "L K H T"]
+  values: Float[jax.Array, "L K T H"]
 
 
 @jax.jit
@@ -52,71 +54,58 @@ def embed(params, token_ids: Int[Array, " n"]) -> Float[jax.Array, "n D"]:
   return model.embed(params, token_ids)
 
 
-@functools.partial(jax.jit, donate_argnums=1)
-def load_tokens(params, inputs: Float[jax.Array, "S D"],
-                slots: Int[Array, " T"], token_ids: Int[Array, " T"]
-                ) -> Float[jax.Array, "S D"]:
-  """Puts token embeddings into inputs [S, D] at slots [T]; S drops padding."""
-  return inputs.at[slots].set(model.embed(params, token_ids), mode="drop")
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def load_gists(inputs: Float[jax.Array, "S D"], slots: Int[Array, " T"],
-               gists: Float[Array, "T D"]) -> Float[jax.Array, "S D"]:
-  """Puts gists [T, D] into inputs [S, D] at slots [T]; S drops padding."""
-  return inputs.at[slots].set(gists.astype(inputs.dtype), mode="drop")
-
-
-def _run(params, config, state, slots, positions, visible, gists):
-  """LM over the entries in `slots` against all other visible slots."""
-  total = state.inputs.shape[0]
-  present = slots < total
-  rewritten = jnp.zeros(total, bool).at[slots].set(True, mode="drop")
-  x = jnp.take(state.inputs, slots, axis=0, mode="clip")
-  own_positions = jnp.take(positions, slots, mode="clip")
-  own_visible = jnp.take(visible, slots, mode="clip") & present
-  context = model.Segment(
-    state.keys, state.values, positions, visible & ~rewritten
-  )
-  return model.forward(
-    params, config, x, own_positions, (context,), own_visible, gists=gists
-  )
-
-
-@functools.partial(jax.jit, static_argnames="config", donate_argnums=2)
-def splice(params, config: model.DecoderConfig, state: KVSlots,
-           slots: Int[Array, " T"], positions: Int[Array, " S"],
-           visible: Bool[Array, " S"], gists: Bool[Array, " T"] | None = None,
-           ) -> tuple[KVSlots, Float[jax.Array, "T D"]]:
-  """Computes keys and values of the entries in `slots` and stores them.
+@functools.partial(jax.jit, static_argnames=("config", "width"))
+def splice(params, config: model.DecoderConfig, held: Held,
+           slots: Int[Array, " T"], ids: Int[Array, " T"],
+           gists: Float[Array, "T D"], is_gist: Bool[Array, " T"],
+           positions: Int[Array, " S"], visible: Bool[Array, " S"],
+           width: int = 0) -> Spliced:
+  """The LM over the entries in `slots` against all other visible slots.
 
   Args:
     params: the frozen base's parameters.
     config: static.
-    state: donated.
+    held: what the slots hold, rotated to `positions`.
     slots: [T] int32 slots whose inputs are new; S marks padding.
+    ids: [T] int32 tokens that they hold,
+    gists: [T, D] or gists,
+    is_gist: [T] bool, where so.
     positions: [S] int32 position of every slot.
     visible: [S] bool, slots the LM may attend to (`slots` included).
-    gists: [T] bool, which of `slots` hold gists; none by default.
-
-  Returns:
-    The new state and hidden states [T, D] of the entries.
+    width: keys and values are padded to so many entries.
   """
-  hidden, keys, values = _run(
-    params, config, state, slots, positions, visible, gists)
-  return state._replace(
-    keys=state.keys.at[:, :, slots].set(keys, mode="drop"),
-    values=state.values.at[:, :, slots].set(values, mode="drop"),
-  ), hidden
+  total = positions.shape[0]
+  present = slots < total
+  rewritten = jnp.zeros(total, bool).at[slots].set(True, mode="drop")
+  x = model.embed(params, ids)
+  x = jnp.where(is_gist[:, None], gists.astype(x.dtype), x)
+  own_positions = jnp.take(positions, slots, mode="clip")
+  context = model.Segment(
+    held.keys, held.values, positions, visible & ~rewritten, rotated=True,
+    channels_first=True)
+  hidden, keys, values = model.forward(
+    params, config, x, own_positions, (context,),
+    jnp.take(visible, slots, mode="clip") & present, gists=is_gist)
+  keys = rotation.rotate_keys(config, keys, own_positions).swapaxes(2, 3)
+  spare = (0, max(0, width - slots.shape[0]))
+  return Spliced(hidden, jnp.pad(keys, (*((0, 0),) * 3, spare)),
+                 jnp.pad(values, (*((0, 0),) * 2, spare, (0, 0))))
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def peek(params, config: model.DecoderConfig, state: KVSlots,
-         slots: Int[Array, " T"], positions: Int[Array, " S"],
-         visible: Bool[Array, " S"], gists: Bool[Array, " T"] | None = None,
-         ) -> Float[jax.Array, "T D"]:
-  """As `splice`, but stores nothing: hidden states [T, D] only."""
-  return _run(params, config, state, slots, positions, visible, gists)[0]
+def at_rest(config: model.DecoderConfig, held: Held,
+            positions: Int[Array, " S"]) -> KVSlots:
+  """The same slots by themselves, their keys turned back from positions."""
+  keys = held.keys.swapaxes(2, 3)
+  return KVSlots(rotation.rotate_back(config, keys, positions), held.values)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def at_work(config: model.DecoderConfig, state: KVSlots,
+            positions: Int[Array, " S"]) -> Held:
+  """What a cache holds of slots that stand at positions [S]."""
+  keys = rotation.rotate_keys(config, state.keys, positions)
+  return Held(keys.swapaxes(2, 3), state.values)
 
 
 @jax.jit

@@ -270,8 +270,15 @@ class WorkingContext:
     return np.array([self._free.pop() for _ in range(count)], np.int32)
 
   def give_slots(self, slots: np.ndarray) -> None:
-    """Returns slots to the free list."""
-    self._free.extend(int(s) for s in slots)
+    """Returns slots to the free list, of which the lowest are taken first."""
+    if len(slots):
+      self._free.extend(int(s) for s in slots)
+      self._free.sort(reverse=True)
+
+  def permute(self, order: np.ndarray) -> None:
+    """Slot i becomes slot order[i], for entries and free ones."""
+    self.entries.slot = order[self.entries.slot].astype(np.int32)
+    self._free = sorted((int(order[s]) for s in self._free), reverse=True)
 
   def append_tokens(self, slots: np.ndarray, ready: bool = False) -> None:
     """Adds the next len(slots) tokens of the timeline at L0."""

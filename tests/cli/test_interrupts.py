@@ -9,14 +9,27 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from mcjax import MegaContext
 from mcjax.base.load import load_base_lm
 from mcjax.testing import tiny_models
 
-_TURNS = re.compile(
-  r"(<\|im_start\|>(system|user|assistant)\n[^<]*<\|im_end\|>\n?)*")
+
+def _outside(tokenizer, ids) -> str:
+  """The text that stands between turns, but for line breaks."""
+  marks = {tokenizer.decode([i], keep_special=True): i
+           for i in tokenizer.special_ids}
+  start, end = marks["<|im_start|>"], marks["<|im_end|>"]
+  inside, out = False, []
+  for i in ids.tolist():
+    if i in (start, end):
+      inside = i == start
+    elif not inside:
+      out.append(i)
+  text = tokenizer.decode(np.array(out, np.int32)).strip("\n")
+  return text + " (an open turn)" * inside
 
 
 class _Terminal:
@@ -33,7 +46,7 @@ class _Terminal:
   def type(self, text: str) -> None:
     os.write(self._ours, text.encode())
 
-  def wait_for(self, text: str, seconds: float = 240.0) -> None:
+  def wait_for(self, text: str, seconds: float = 900.0) -> None:
     """Reads until `text` was shown, behind what was waited for before."""
     end = time.monotonic() + seconds
     while text not in self.said:
@@ -80,8 +93,8 @@ def test_ctrl_c_at_random_moments_leaves_whole_turns(tmp_path):
   chat.type("\n")
   assert chat.ended() == 0
   with MegaContext.open(str(tree), load_base_lm(str(base))) as mc:
-    text = mc.lm.tokenizer.decode(
-      mc.tree.tokens(0, mc.cursor), keep_special=True)
-  assert _TURNS.fullmatch(text), text[-500:]
+    tokenizer, ids = mc.lm.tokenizer, mc.tree.tokens(0, mc.cursor)
+  assert _outside(tokenizer, ids) == ""
+  text = tokenizer.decode(ids, keep_special=True)
   asked = [int(n) for n in re.findall(r"tell me (\d+)<", text)]
-  assert asked == sorted(asked) and len(asked) > 5
+  assert asked == sorted(set(asked)) and len(asked) > 5

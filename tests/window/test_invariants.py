@@ -2,7 +2,6 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-import jax.numpy as jnp
 import marks
 import numpy as np
 import pytest
@@ -258,17 +257,15 @@ class Life:
 def contents(context, tree):
   """As `check_contents`, for all entries at once: it is called a lot."""
   e = context.window.entries
-  inputs = np.asarray(context.state.inputs)
-  table = np.asarray(context.lm.params["embed"])
   for level in np.unique(e.level):
     rows = np.flatnonzero(e.level == level)
     first, last = int(e.index[rows[0]]), int(e.index[rows[-1]]) + 1
     if level == 0:
-      expected = table[tree.tokens(first, last)]
+      held, expected = context.ids, tree.tokens(first, last)
     else:
-      expected = tree.gists(int(level), first, last)
+      held, expected = context.gists, tree.gists(int(level), first, last)
     np.testing.assert_allclose(
-      inputs[e.slot[rows]], expected[e.index[rows] - first], rtol=1e-6
+      held[e.slot[rows]], expected[e.index[rows] - first], rtol=1e-6
     )
 
 
@@ -318,15 +315,14 @@ def test_wrong_contents_are_noticed(memory_url, tiny_lm, tiny_gistnet):
   mc.next_logits()
   invariants.check_contents(context, mc.tree)
   e = context.window.entries
-  state = context.state
+  ids, gists = context.ids, context.gists
   for row in (5, int(np.flatnonzero(e.level == 1)[0]), len(e) - 1):
-    other = jnp.roll(state.inputs[e.slot[row]], 1)
-    context.state = state._replace(
-      inputs=state.inputs.at[e.slot[row]].set(other)
-    )
+    context.ids, context.gists = ids.copy(), gists.copy()
+    context.ids[e.slot[row]] += 1
+    context.gists[e.slot[row]] = np.roll(gists[e.slot[row]], 1)
     with pytest.raises(InvariantError, match="tree-window consistency"):
       invariants.check_contents(context, mc.tree)
-  context.state = state
+  context.ids, context.gists = ids, gists
   # Right coverage, wrong content: two gists that changed places.
   gists = np.flatnonzero(e.level == 1)[:2]
   e.slot[gists] = e.slot[gists[::-1]]

@@ -1,104 +1,119 @@
 """The slot cache's jitted functions: padding, sizes, what they write."""
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mcjax.testing import tiny_base
 from mcjax.window import kv_slots
+from mcjax.window.row_cache import RowCache
 
 SLOTS = 64
 
 
 def arrays(count=20, seed=0):
-  """A state whose first `count` timeline entries lie in shuffled slots."""
+  """A cache whose first `count` timeline entries lie in shuffled slots."""
   rng = np.random.RandomState(seed)
   lm = tiny_base.make_lm()
-  state = kv_slots.init(lm.config, SLOTS, lm.params["embed"].dtype)
+  cache = RowCache(lm.config, 1, SLOTS, lm.params["embed"].dtype, wide=True)
   slots = rng.permutation(SLOTS)[:count].astype(np.int32)
   ids = rng.randint(0, 256, count).astype(np.int32)
-  state = state._replace(
-    inputs=kv_slots.load_tokens(lm.params, state.inputs, slots, ids)
-  )
   positions = np.zeros(SLOTS, np.int32)
   positions[slots] = np.arange(count)
   visible = np.zeros(SLOTS, bool)
   visible[slots] = True
-  return lm, state, slots, ids, positions, visible
+  return lm, cache.read(0)[0], slots, ids, positions, visible
 
 
 def padded(slots, size):
   return np.concatenate([slots, np.full(size - len(slots), SLOTS, np.int32)])
 
 
-def test_inputs_go_to_their_slots_and_padding_nowhere():
-  lm, state, slots, ids, *_ = arrays()
+def spliced(lm, held, slots, ids, positions, visible, size, width=0,
+            gist=None):
+  """A splice of `slots`, of which one may hold a gist (row, vector)."""
+  gists = np.zeros((size, lm.config.d_model), np.float32)
+  is_gist = np.zeros(size, bool)
+  if gist is not None:
+    is_gist[gist[0]], gists[gist[0]] = True, gist[1]
+  return kv_slots.splice(
+    lm.params, lm.config, held, padded(slots, size),
+    np.pad(ids, (0, size - len(ids))), gists, is_gist, positions, visible,
+    width)
+
+
+def test_a_gist_is_read_in_place_of_a_token():
+  lm, *args = arrays()
   table = np.asarray(lm.params["embed"])
-  inputs = np.asarray(state.inputs)
-  np.testing.assert_array_equal(inputs[slots], table[ids])
-  rest = np.setdiff1d(np.arange(SLOTS), slots)
-  assert not inputs[rest].any()
-  gists = np.full((8, 32), 3.0, np.float32)
-  after = kv_slots.load_gists(state.inputs, padded(slots[:2], 8), gists)
-  changed = np.flatnonzero((np.asarray(after) != inputs).any(axis=1))
-  assert set(changed) == set(slots[:2].tolist())
+  plain = spliced(lm, *args, 24).hidden
+  same = spliced(lm, *args, 24, gist=(5, table[args[2][5]])).hidden
+  np.testing.assert_array_equal(plain[:20], same[:20])
+  other = spliced(lm, *args, 24, gist=(5, table[args[2][5]] + 2)).hidden
+  np.testing.assert_array_equal(plain[:5], other[:5])
+  assert np.abs(np.asarray(plain - other)[5:20]).max(axis=1).min() > 1e-4
 
 
 @pytest.mark.parametrize("size", [20, 24, 56])
 def test_a_splice_of_everything_is_a_plain_forward(size):
-  lm, state, slots, ids, positions, visible = arrays()
-  state, hidden = kv_slots.splice(
-    lm.params, lm.config, state, padded(slots, size), positions, visible
-  )
+  lm, held, slots, ids, positions, visible = arrays()
+  out = spliced(lm, held, slots, ids, positions, visible, size, width=60)
   x = np.asarray(lm.params["embed"])[ids]
   plain = tiny_base.plain_logits(lm, x, np.arange(20))
   for row in (0, 7, 19):
     np.testing.assert_allclose(
-      kv_slots.next_logits(lm.params, hidden, np.int32(row)), plain[row],
+      kv_slots.next_logits(lm.params, out.hidden, np.int32(row)), plain[row],
       atol=1e-4,
     )
   targets = np.zeros(size, np.int32)
   targets[:19] = ids[1:]
   np.testing.assert_allclose(
-    kv_slots.nll(lm.params, hidden, targets)[:19],
+    kv_slots.nll(lm.params, out.hidden, targets)[:19],
     tiny_base.plain_nll(lm, ids)[1:], atol=1e-4,
   )
+  assert out.keys.shape[-1] == out.values.shape[-2] == 60
+
+
+def test_what_is_spliced_later_reads_what_was_stored():
+  """First some entries, then the others: as all at once."""
+  lm, empty, slots, ids, positions, visible = arrays()
+  cache = RowCache(lm.config, 2, SLOTS, jnp.float32, wide=True)
+  shown, hidden = np.zeros(SLOTS, bool), []
+  for part in (slice(13), slice(13, 20)):
+    shown[slots[part]] = True
+    held, _ = cache.read(1)
+    out = spliced(
+      lm, held, slots[part], ids[part], positions, shown, 24, width=24)
+    cache.write(
+      1, padded(slots[part], 24), out.keys, out.values, positions)
+    hidden.append(out.hidden[: len(slots[part])])
+  whole = spliced(lm, empty, slots, ids, positions, visible, 20)
+  np.testing.assert_allclose(
+    np.concatenate(hidden), whole.hidden, atol=2e-5)
+  held, stood = cache.read(1)
   rest = np.setdiff1d(np.arange(SLOTS), slots)
-  assert not np.asarray(state.keys)[:, :, rest].any()
-
-
-def test_a_peek_equals_a_splice_and_does_not_donate():
-  lm, state, slots, _, positions, visible = arrays()
-  args = padded(slots, 24), positions, visible
-  before = jax.tree.map(np.asarray, state)
-  peeked = kv_slots.peek(lm.params, lm.config, state, *args)
-  for a, b in zip(before, state):
-    np.testing.assert_array_equal(a, b)
-  _, hidden = kv_slots.splice(lm.params, lm.config, state, *args)
-  np.testing.assert_allclose(peeked[:20], hidden[:20], atol=2e-5)
+  assert not np.asarray(held.keys)[..., rest].any()
+  np.testing.assert_array_equal(stood, positions)
+  assert not np.asarray(cache.read(0)[0].keys).any(), "another row"
 
 
 def test_a_rewritten_slot_is_not_seen_in_its_old_state():
-  lm, state, slots, _, positions, visible = arrays()
-  spoiled = state._replace(
-    keys=state.keys + np.float32(7), values=state.values - np.float32(5)
+  lm, held, *args = arrays()
+  spoiled = held._replace(
+    keys=held.keys + np.float32(7), values=held.values - np.float32(5)
   )
-  args = padded(slots, 24), positions, visible
-  clean = kv_slots.peek(lm.params, lm.config, state, *args)
-  dirty = kv_slots.peek(lm.params, lm.config, spoiled, *args)
+  clean = spliced(lm, held, *args, 24).hidden
+  dirty = spliced(lm, spoiled, *args, 24).hidden
   np.testing.assert_array_equal(clean[:20], dirty[:20])
 
 
 def test_a_hidden_entry_changes_nothing_behind_it():
-  lm, state, slots, _, positions, visible = arrays()
-  args = lm.params, lm.config
-  masked = visible.copy()
-  masked[slots[5]] = False
-  without = kv_slots.peek(*args, state, padded(slots, 24), positions, masked)
-  other = state._replace(inputs=state.inputs.at[slots[5]].add(np.float32(2)))
-  moved = kv_slots.peek(*args, other, padded(slots, 24), positions, masked)
+  lm, held, slots, ids, positions, visible = arrays()
+  masked, other = visible.copy(), ids.copy()
+  masked[slots[5]], other[5] = False, (ids[5] + 99) % 256
+  without = spliced(lm, held, slots, ids, positions, masked, 24).hidden
+  moved = spliced(lm, held, slots, other, positions, masked, 24).hidden
   np.testing.assert_array_equal(without[6:20], moved[6:20])
-  seen = kv_slots.peek(*args, other, padded(slots, 24), positions, visible)
+  seen = spliced(lm, held, slots, other, positions, visible, 24).hidden
   assert np.abs(np.asarray(seen[6:20] - without[6:20])).max() > 1e-3
 
 

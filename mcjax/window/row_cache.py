@@ -1,0 +1,262 @@
+"""RowCache: the keys and values of many windows, a row each, held once.
+
+Decoding reads what is stored, as it is stored, and writes beside it; so keys
+carry the rotation of the position where they stand. An entry that moves is
+turned on by the difference: no forward pass, and nothing at all while it stays.
+
+Slots are in two pools, near and far. Rows whose visible entries all lie near
+are decoded from the near pool alone (see `ContextLM`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mcjax.base import rotation
+from mcjax.base.decoder_config import DecoderConfig
+from mcjax.types import BRANCHING, Array
+
+_SHARE = 4  # the near pool is the window divided by this
+_LEAST = 256  # and at least so many slots
+
+
+class Pool(NamedTuple):
+  """Slots of all rows, layer by layer.
+
+  Attributes:
+    keys: [B, K, H, S] each, rotated; channels first, which halves the time of
+      a row's scores on a CPU.
+    values: [B, K, S, H] each.
+  """
+
+  keys: tuple[jax.Array, ...]
+  values: tuple[jax.Array, ...]
+
+
+class Held(NamedTuple):
+  """What the slots of one row hold.
+
+  Attributes:
+    keys: [L, K, H, S], rotated.
+    values: [L, K, S, H].
+  """
+
+  keys: jax.Array
+  values: jax.Array
+
+
+def near_slots(window: int) -> int:
+  """Slots of the near pool in a window of so many."""
+  return min(window, max(_LEAST, (window - BRANCHING) // _SHARE))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rows", "slots",
+                                             "dtype"))
+def _empty(config, rows, slots, dtype):
+  heads, layers = (rows, config.n_kv_heads), range(config.n_layers)
+  return Pool(
+    tuple(jnp.zeros((*heads, config.head_dim, slots), dtype) for _ in layers),
+    tuple(jnp.zeros((*heads, slots, config.head_dim), dtype) for _ in layers))
+
+
+def _of_row(pools, row):
+  """Keys and values of one row, each a list of layers, pools side by side."""
+  def one(a):
+    return jax.lax.dynamic_index_in_dim(a, row, 0, False)
+
+  keys = [jnp.concatenate([one(a) for a in parts], axis=-1)
+          for parts in zip(*(pool.keys for pool in pools))]
+  values = [jnp.concatenate([one(a) for a in parts], axis=-2)
+            for parts in zip(*(pool.values for pool in pools))]
+  return keys, values
+
+
+def _with_row(pools, keys, values, row):
+  """The pools with the keys and values of one row replaced."""
+  out, start = [], 0
+  for pool in pools:
+    stop = start + pool.keys[0].shape[-1]
+    out.append(Pool(
+      tuple(jax.lax.dynamic_update_slice(
+        a, k[None, :, :, start:stop], (row, 0, 0, 0))
+        for a, k in zip(pool.keys, keys)),
+      tuple(jax.lax.dynamic_update_slice(
+        a, v[None, :, start:stop], (row, 0, 0, 0))
+        for a, v in zip(pool.values, values))))
+    start = stop
+  return tuple(out)
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def _read(pools, row, slots):
+  keys, values = (jnp.stack(part) for part in _of_row(pools, row))
+  spare = (0, slots - keys.shape[-1])
+  return Held(jnp.pad(keys, (*((0, 0),) * 3, spare)),
+              jnp.pad(values, (*((0, 0),) * 2, spare, (0, 0))))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _replace(pools, held, row):
+  return _with_row(pools, held.keys, held.values, row)
+
+
+def _turned(config, keys, offsets):
+  """Keys [L, K, H, S] moved on by offsets [S]; exact where these are 0."""
+  tables = rotation.offset_tables(config, offsets)
+  turned = jax.vmap(rotation.turn, in_axes=(0, None, 0))(
+    keys.swapaxes(2, 3), tables, rotation.layer_kinds(config))
+  return turned.swapaxes(2, 3)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
+def _arrange(config, pools, row, order, offsets):
+  """A row's slots in another order, then moved on by offsets."""
+  keys, values = _of_row(pools, row)
+  keys = jnp.take(jnp.stack(keys), order, axis=-1, mode="clip")
+  values = [jnp.take(v, order, axis=-2, mode="clip") for v in values]
+  return _with_row(pools, _turned(config, keys, offsets), values, row)
+
+
+def stored(pools: tuple[Pool, ...], rows: Array, slots: Array, keys, values
+           ) -> tuple[Pool, ...]:
+  """The pools with new entries in their slots.
+
+  Args:
+    pools: near, or near and far.
+    rows: [B] int32, or [] for one row.
+    slots: [B, T] int32, or [T]; beyond the last one is padding.
+    keys: of each layer [B, K, H, T], or [K, H, T]; rotated.
+    values: of each layer [B, K, T, H], or [K, T, H].
+  """
+  out, start = [], 0
+  for pool in pools:
+    size = pool.keys[0].shape[-1]
+    at = jnp.where((slots >= start) & (slots < start + size),
+                   slots - start, size)
+    row = jnp.expand_dims(rows, -1)
+    out.append(Pool(
+      tuple(a.at[row, :, :, at].set(jnp.moveaxis(k, -1, -3), mode="drop")
+            for a, k in zip(pool.keys, keys)),
+      tuple(a.at[row, :, at].set(jnp.moveaxis(v, -2, -3), mode="drop")
+            for a, v in zip(pool.values, values))))
+    start += size
+  return tuple(out)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(pools, row, slots, keys, values):
+  return stored(pools, row, slots, keys, values)
+
+
+class RowCache:
+  """The cache of B rows; whoever uses it must hold the decoder's turn.
+
+  Attributes:
+    near: slots of the near pool.
+    slots: of a row.
+    is_wide: whether there is a far pool; without one far slots hold nothing.
+    lost: how often its contents were lost, in work that was cut off.
+  """
+
+  def __init__(self, config: DecoderConfig, rows: int, slots: int, dtype,
+               wide: bool):
+    """Args: wide: whether the far pool is wanted from the start."""
+    self.slots, self.near, self.lost = slots, near_slots(slots), 0
+    self._config, self._rows, self._dtype = config, rows, dtype
+    self._positions = np.zeros((rows, slots), np.int32)
+    self._pools: dict[str, Pool] = {}
+    self._missing = set()
+    self._add("near", self.near)
+    self.is_wide = False
+    if wide:
+      self.widen()
+
+  def _add(self, name: str, size: int) -> None:
+    self._pools[name] = _empty(self._config, self._rows, size, self._dtype)
+
+  def widen(self) -> None:
+    """Makes the far pool, if there is none."""
+    if not self.is_wide and self.slots > self.near:
+      self._add("far", self.slots - self.near)
+    self.is_wide = True
+
+  def narrow(self) -> None:
+    """Gives the far pool up, and what it holds."""
+    self._pools.pop("far", None)
+    self.is_wide = False
+
+  def take(self, far: bool = True) -> tuple[Pool, ...]:
+    """The pools, to be donated; `give` must follow.
+
+    Args:
+      far: whether the far one is wanted too, if there is one.
+    """
+    if self._missing:
+      self.lost += 1
+      for name, size in (("near", self.near), ("far", self.slots - self.near)):
+        if name in self._missing:
+          self._add(name, size)
+      self._missing.clear()
+    names = [n for n in ("near", "far")[: 1 + far] if n in self._pools]
+    self._missing.update(names)
+    return tuple(self._pools.pop(name) for name in names)
+
+  def give(self, pools: tuple[Pool, ...]) -> None:
+    """Puts the pools back."""
+    self._pools.update(zip(("near", "far"), pools))
+    self._missing.clear()
+
+  def read(self, row: int) -> tuple[Held, np.ndarray]:
+    """What a row holds, and the positions [S] that its keys are rotated to."""
+    pools = self.take()
+    self.give(pools)
+    held = _read(pools, np.int32(row), self.slots)
+    return held, self._positions[row].copy()
+
+  def replace(self, row: int, held: Held, positions: np.ndarray) -> None:
+    """Replaces all that a row holds; as `read` gave it."""
+    self.give(_replace(self.take(), held, np.int32(row)))
+    self._positions[row] = positions
+
+  def write(self, row: int, slots: np.ndarray, keys: jax.Array,
+            values: jax.Array, positions: np.ndarray) -> None:
+    """Stores new entries.
+
+    Args:
+      slots: [T] int32, padded with the number of slots.
+      keys, values: [L, K, H, T] rotated, [L, K, T, H].
+      positions: [S] where the keys stand.
+    """
+    used = slots[slots < self.slots]
+    if np.any(used >= self.near):
+      self.widen()
+    self.give(_write(self.take(), np.int32(row), slots, keys, values))
+    self.mark(row, used, positions)
+
+  def mark(self, row: int, slots: np.ndarray, positions: np.ndarray) -> None:
+    """Notes that slots hold keys that stand at their positions of [S]."""
+    self._positions[row, slots] = positions[slots]
+
+  def move(self, row: int, positions: np.ndarray, visible: np.ndarray) -> None:
+    """Turns the keys that are visible, [S] bool, to positions [S]."""
+    offsets = np.where(visible, positions - self._positions[row], 0)
+    if np.any(offsets):
+      self._arranged(row, np.arange(self.slots), offsets)
+      self._positions[row] += offsets
+
+  def permute(self, row: int, order: np.ndarray) -> None:
+    """Slot i gets what was in slot order[i]."""
+    self._arranged(row, order, np.zeros(self.slots, np.int32))
+    self._positions[row] = self._positions[row][order]
+
+  def _arranged(self, row: int, order: np.ndarray, offsets: np.ndarray
+                ) -> None:
+    size = self.slots if self.is_wide else self.near
+    self.give(_arrange(
+      self._config, self.take(), np.int32(row), order[:size].astype(np.int32),
+      offsets[:size].astype(np.int32)))
