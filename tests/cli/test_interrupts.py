@@ -50,18 +50,26 @@ class _Terminal:
     """Reads until `text` was shown, behind what was waited for before."""
     end = time.monotonic() + seconds
     while text not in self.said:
-      left = end - time.monotonic()
-      assert left > 0, f"{text!r} did not come: {self.said[-2000:]}"
-      if select.select([self._ours], [], [], left)[0]:
-        try:
-          self.said += os.read(self._ours, 4096).decode("utf-8", "replace")
-        except OSError as error:  # the command has ended
-          raise AssertionError(f"{text!r} did not come: {self.said}"
-                               ) from error
+      assert self._read(end), f"{text!r} did not come: {self.said[-2000:]}"
     self.said = self.said.split(text, 1)[1]
 
+  def _read(self, end: float) -> bool:
+    """Reads what comes; False once the command or the time has ended."""
+    left = end - time.monotonic()
+    if left <= 0 or not select.select([self._ours], [], [], left)[0]:
+      return False
+    try:
+      self.said += os.read(self._ours, 4096).decode("utf-8", "replace")
+    except OSError:
+      return False
+    return True
+
   def ended(self) -> int:
-    return self._process.wait(timeout=120)
+    """The exit status, once all was read that the command had to say."""
+    end = time.monotonic() + 900
+    while self._read(end):
+      pass
+    return self._process.wait(timeout=60)
 
 
 def _take_terminal():
