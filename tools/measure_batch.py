@@ -54,7 +54,7 @@ class _Loop:
       np.full(self.rows, steps, np.int32),
       np.full(kv_slots.STOP_IDS, -1, np.int32), self._sampling, self._seen,
       np.zeros(self.rows, np.float32), np.zeros(self.rows, bool),
-      np.array(False))
+      np.int32(decode_loop.NOTHING))
     jax.block_until_ready(block.tokens)
     self._seen = block.seen
     return time.perf_counter() - begin, time.process_time() - cpu

@@ -106,7 +106,7 @@ def steps(loop: FocusLoop, ids: np.ndarray, closing: np.ndarray,
   logprobs: list[float] = []
   likely: list[tuple[np.ndarray, np.ndarray]] = []
   draw = loop.draw(request.sampling, request.seed, ids)
-  draw.likely = request.top_logprobs
+  draw.logprobs, draw.likely = request.logprobs, request.top_logprobs
   most = BRANCHING if request.on_piece is None else _STREAMED
   stopped, failure = False, None
 

@@ -20,6 +20,7 @@ from mcjax.window import sampling
 from mcjax.window.row_cache import Pool, stored
 
 LIKELY = 20  # tokens listed beside the one drawn, at most
+NOTHING, LOGPROBS, LIKELIEST = range(3)  # of the chances that are told
 _PLAUSIBLE = 0.1  # of the likeliest token's probability, to be picked at all
 
 
@@ -44,7 +45,8 @@ class Block(NamedTuple):
 
   Attributes:
     tokens: [B, 32] int32.
-    logprobs: [B, 32] float32, of each token before temperature and cuts.
+    logprobs: [B, 32] float32, of each token before temperature and cuts, where
+      asked for.
     likely: [B, 32, 20] int32, the likeliest tokens instead, where asked for.
     likely_logprobs: [B, 32, 20] float32.
     count: [B] int32.
@@ -187,7 +189,7 @@ def decode_rows(params, config: model.DecoderConfig,
                 sights: tuple[Sight, ...], slots: jax.Array,
                 limit: jax.Array, stop_ids: jax.Array, rows: sampling.Rows,
                 seen: jax.Array, weight: jax.Array, on: jax.Array,
-                listed: jax.Array
+                told: jax.Array
                 ) -> tuple[tuple[tuple[Pool, ...], ...], Block]:
   """Decodes up to `limit` [B] <= 32 tokens a row, without a host sync.
 
@@ -204,7 +206,8 @@ def decode_rows(params, config: model.DecoderConfig,
     seen: donated, see `sampling.Rows`.
     weight: [B] float32, how much what the text adds counts beyond itself.
     on: [B] bool, rows that are held against anything.
-    listed: [] bool, whether the likeliest tokens are asked for.
+    told: [] int32, what of the chances is told: NOTHING (all are 0),
+      LOGPROBS of the tokens drawn, or the LIKELIEST tokens too.
 
   Returns:
     The pools with the new tokens in them, and a `Block`.
@@ -231,9 +234,8 @@ def decode_rows(params, config: model.DecoderConfig,
     if len(streams) > 1:
       found = _against(found, c["logits"][1], weight, on)
     token = sampling.draw(rows._replace(seen=c["seen"]), found, i)
-    spread = jax.nn.log_softmax(found)
-    logprob = jnp.take_along_axis(spread, token[:, None], axis=-1)[:, 0]
-    best = jax.lax.cond(listed, _likeliest, _unlisted, spread)
+    logprob, best, others = jax.lax.switch(
+      told, (_silent, _logprobs, _likeliest), found, token)
     x = model.embed(params, token)
     hidden, own = _forward(
       params, config, jnp.concatenate([x] * len(streams)),
@@ -249,8 +251,8 @@ def decode_rows(params, config: model.DecoderConfig,
       "count": c["count"] + going.astype(jnp.int32),
       "tokens": c["tokens"].at[:, i].set(token),
       "logprobs": c["logprobs"].at[:, i].set(logprob),
-      "likely": c["likely"].at[:, i].set(best[1]),
-      "likely_logprobs": c["likely_logprobs"].at[:, i].set(best[0]),
+      "likely": c["likely"].at[:, i].set(others),
+      "likely_logprobs": c["likely_logprobs"].at[:, i].set(best),
       "logits": fresh,
       "seen": c["seen"].at[at, token].max(going),
       "own": own,
@@ -275,14 +277,25 @@ def decode_rows(params, config: model.DecoderConfig,
     stopped, c["logits"], c["seen"])
 
 
-def _likeliest(spread):
-  """The highest of log probabilities [B, V] and their ids, each [B, 20]."""
+def _silent(logits, token):
+  shape = logits.shape[0], LIKELY
+  return (jnp.zeros(token.shape, jnp.float32), jnp.zeros(shape, jnp.float32),
+          jnp.zeros(shape, jnp.int32))
+
+
+def _logprobs(logits, token):
+  """Log probability [B] of tokens [B] by logits [B, V]."""
+  _, *nothing = _silent(logits, token)
+  spread = jax.nn.log_softmax(logits)
+  drawn = jnp.take_along_axis(spread, token[:, None], axis=-1)[:, 0]
+  return drawn, *nothing
+
+
+def _likeliest(logits, token):
+  """The same, and the highest ones with their ids, each [B, 20]."""
+  spread = jax.nn.log_softmax(logits)
+  drawn = jnp.take_along_axis(spread, token[:, None], axis=-1)[:, 0]
   values, ids = jax.lax.top_k(spread, min(LIKELY, spread.shape[-1]))
   spare = ((0, 0), (0, LIKELY - ids.shape[-1]))
-  return (jnp.pad(values, spare, constant_values=-jnp.inf),
+  return (drawn, jnp.pad(values, spare, constant_values=-jnp.inf),
           jnp.pad(ids.astype(jnp.int32), spare))
-
-
-def _unlisted(spread):
-  shape = spread.shape[0], LIKELY
-  return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)

@@ -34,6 +34,7 @@ class Draw:
     key: PRNG key.
     drawn: tokens drawn so far.
     seen: [V] bool of the prompt, or None where no penalty asks for it.
+    logprobs: whether log probabilities of the tokens are wanted.
     likely: how many of the likeliest tokens are listed beside each, <= 20.
   """
 
@@ -41,7 +42,15 @@ class Draw:
   key: jax.Array
   drawn: int = 0
   seen: np.ndarray | None = None
+  logprobs: bool = False
   likely: int = 0
+
+  @property
+  def told(self) -> int:
+    """What of the chances is wanted, see `decode_rows`."""
+    if self.likely:
+      return decode_loop.LIKELIEST
+    return decode_loop.LOGPROBS if self.logprobs else decode_loop.NOTHING
 
 
 @dataclasses.dataclass
@@ -230,16 +239,16 @@ class Decoder:
       numbers, decode_loop.stacked(keys), drawn, np.zeros((), bool))
     return self._loop(
       sights, far, slots, limit, rows, weight, on,
-      np.array(any(job.draw.likely for job in jobs)))
+      np.int32(max(job.draw.told for job in jobs)))
 
   def _loop(self, sights: list[Sight], far: bool, slots: np.ndarray,
             limit: np.ndarray, rows: sampling.Rows, weight: np.ndarray,
-            on: np.ndarray, listed: np.ndarray) -> Block:
+            on: np.ndarray, told: np.int32) -> Block:
     caches = self._caches[: len(sights)]
     streams, block = decode_loop.decode_rows(
       self._params, self._config, tuple(c.take(far) for c in caches),
       tuple(sights), slots, limit, self._stop_ids, rows, self._seen, weight,
-      on, listed)
+      on, told)
     for cache, pools in zip(caches, streams):
       cache.give(pools)
     self._seen = block.seen
@@ -319,7 +328,7 @@ class Decoder:
           [self._sight({})] * streams, far, slots,
           np.zeros(self.rows, np.int32), rows,
           np.zeros(self.rows, np.float32), np.zeros(self.rows, bool),
-          np.array(False))
+          np.int32(decode_loop.NOTHING))
         jax.block_until_ready([logits[0] for logits in block.logits])
     self._seen = decode_loop.with_row(
       self._seen, np.zeros(self._seen.shape[1], bool), np.int32(0))

@@ -329,7 +329,8 @@ def test_a_turn_that_fails_leaves_everything_as_before(make, tiny_lm,
     with pytest.raises(KeyboardInterrupt):
       fail()
     assert (mc.cursor, mc.focus()) == before[:2]
-    np.testing.assert_array_equal(mc.next_logits(), before[2])
+    # What was overwritten is computed again, not kept: equal but for rounding.
+    np.testing.assert_allclose(mc.next_logits(), before[2], atol=2e-5)
   with MegaContext.open(mc.tree.url, tiny_lm, gistnet=tiny_gistnet, mode="r"
                         ) as reader:
     assert reader.generate("what?", max_new_tokens=2, remember=False).text
