@@ -6,8 +6,8 @@ keep its keys in any physical order. Attention between a query at position p
 and a key at position q is allowed when q <= p and the key is visible; nothing
 depends on where a key is stored.
 
-Keys are cached before rotation (RoFormer, arXiv:2104.09864): a span that moves
-to another position costs no forward pass.
+New keys come before their rotation (RoFormer, arXiv:2104.09864), cached ones
+with or without: a span that moves to another position costs no forward pass.
 
 Parameters (L layers stacked in front, scanned):
 

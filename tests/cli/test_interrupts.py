@@ -64,12 +64,23 @@ class _Terminal:
       return False
     return True
 
-  def ended(self) -> int:
-    """The exit status, once all was read that the command had to say."""
-    end = time.monotonic() + 900
-    while self._read(end):
+  def settle(self) -> None:
+    """Reads until nothing has come for a second.
+
+    Where Ctrl-C meets a prompt, another prompt follows; what is typed before
+    it is lost.
+    """
+    while self._read(time.monotonic() + 1):
       pass
-    return self._process.wait(timeout=60)
+    self.said = ""
+
+  def ended(self) -> int:
+    """The exit status, once an empty line has ended the chat."""
+    end = time.monotonic() + 300
+    while self._process.poll() is None and time.monotonic() < end:
+      self.type("\n")
+      self.settle()
+    return self._process.wait(timeout=1)
 
 
 def _take_terminal():
@@ -98,7 +109,7 @@ def test_ctrl_c_at_random_moments_leaves_whole_turns(tmp_path):
     time.sleep(moments.uniform(0, 1.5))
     chat.type("\x03")
     chat.wait_for("\r\n> ")
-  chat.type("\n")
+    chat.settle()
   assert chat.ended() == 0
   with MegaContext.open(str(tree), load_base_lm(str(base))) as mc:
     tokenizer, ids = mc.lm.tokenizer, mc.tree.tokens(0, mc.cursor)

@@ -1,7 +1,9 @@
 """Many histories at once say what each says alone, and compile nothing."""
 
+import gc
 import threading
 
+import jax
 import numpy as np
 import pytest
 from runtime_cases import QUESTION, SMALL
@@ -9,6 +11,8 @@ from runtime_cases import QUESTION, SMALL
 from mcjax import Config, Engine, McjaxError, MegaContext
 from mcjax.runtime.telemetry import compile_count
 from mcjax.testing import tiny_base
+from mcjax.types import BRANCHING
+from mcjax.window.row_cache import near_slots
 
 
 def life_of(mc, i):
@@ -97,6 +101,23 @@ def test_nothing_compiles_once_it_is_warm(tiny_lm, tiny_gistnet, steps):
       for thread in threads:
         thread.join()
     assert compile_count() == before
+
+
+def test_a_further_history_costs_its_keys_and_values(tiny_lm, tiny_gistnet):
+  """Those of its window, and the near ones that answers are held against."""
+  def resident(slots):
+    with Engine(tiny_lm, Config(**SMALL), slots=slots, gistnet=tiny_gistnet
+                ) as engine:
+      for i in range(slots):
+        life_of(engine.create(tiny_base.memory_url()), i)
+      gc.collect()
+      return sum(a.nbytes for a in jax.live_arrays())
+
+  c = tiny_lm.config
+  slot = 2 * c.n_layers * c.n_kv_heads * c.head_dim * 4
+  slots = SMALL["window"] + BRANCHING
+  own = slot * (slots + near_slots(slots))
+  assert own <= resident(4) - resident(3) <= 1.1 * own
 
 
 def test_a_full_engine_says_so_and_a_closed_history_makes_room(
