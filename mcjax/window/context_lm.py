@@ -188,6 +188,8 @@ class ContextLM(SlotInputs):
       self._hidden, self._rows = self._run(chunk)
     if contrast := self._contrasting:
       self.tokens_run += contrast.sync(self, self.decoder, self._row)
+    if self._lost != self.decoder.lost:  # meanwhile: once more, from nothing
+      self.sync(renew)
 
   @property
   def _contrasting(self) -> Contrast | None:
@@ -307,6 +309,7 @@ class ContextLM(SlotInputs):
     """
     slots = self._draw_near(self.window.take_slots(limit))
     assert slots is not None
+    self._undo.written[slots] = True
     positions, visible = self.slot_arrays()
     first = self.window.next_position(
       self.gist_stride, self.lm.config.max_positions)
@@ -324,7 +327,6 @@ class ContextLM(SlotInputs):
     """Lets what was decoded enter the window."""
     count, start = len(said.tokens), self.window.cursor
     self._logits, self._hidden = said.logits[0], None
-    self._undo.written[job.slots] = True
     self._load_tokens(job.slots[:count], said.tokens)
     self.window.give_slots(job.slots[count:])
     self.window.append_tokens(job.slots[:count], ready=True)

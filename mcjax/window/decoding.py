@@ -106,6 +106,14 @@ class Said(NamedTuple):
   logits: tuple[jax.Array, ...]
 
 
+def _nothing(job: Job) -> Said:
+  shape = 0, job.draw.likely
+  logits = [seen.logits for seen in (job.window, job.prior) if seen]
+  return Said(
+    np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(shape, np.int32),
+    np.zeros(shape, np.float32), False, tuple(logits))
+
+
 class Decoder:
   """The caches of B rows, and the loop that decodes them together.
 
@@ -198,8 +206,14 @@ class Decoder:
   # --- many rows ----------------------------------------------------------
 
   def run(self, jobs: list[Job]) -> list[Said]:
-    """Decodes the jobs together; at most one for each row."""
+    """Decodes the jobs together; at most one for each row.
+
+    Nothing is said where another's work was cut off and all rows are lost;
+    `lost` tells.
+    """
     with self.turn:
+      if any([cache.notice() for cache in self._caches]):
+        return [_nothing(job) for job in jobs]
       streams = 2 if any(job.prior for job in jobs) else 1
       block = self._decoded(jobs, streams, any(map(self._is_far, jobs)))
       return self._shared_out(jobs, block)

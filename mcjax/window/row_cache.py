@@ -190,18 +190,28 @@ class RowCache:
     self._pools.pop("far", None)
     self.is_wide = False
 
+  def notice(self) -> bool:
+    """Begins anew where the pools were taken and never given back.
+
+    Returns:
+      Whether so: no row holds anything then.
+    """
+    if not self._missing:
+      return False
+    for name, size in (("near", self.near), ("far", self.slots - self.near)):
+      if name in self._missing:
+        self._add(name, size)
+    self._missing.clear()
+    self.lost += 1
+    return True
+
   def take(self, far: bool = True) -> tuple[Pool, ...]:
     """The pools, to be donated; `give` must follow.
 
     Args:
       far: whether the far one is wanted too, if there is one.
     """
-    if self._missing:
-      self.lost += 1
-      for name, size in (("near", self.near), ("far", self.slots - self.near)):
-        if name in self._missing:
-          self._add(name, size)
-      self._missing.clear()
+    self.notice()
     names = [n for n in ("near", "far")[: 1 + far] if n in self._pools]
     self._missing.update(names)
     return tuple(self._pools.pop(name) for name in names)

@@ -120,6 +120,25 @@ def test_a_further_history_costs_its_keys_and_values(tiny_lm, tiny_gistnet):
   assert own <= resident(4) - resident(3) <= 1.1 * own
 
 
+def test_work_that_is_cut_off_costs_the_others_time_alone(
+    tiny_lm, tiny_gistnet):
+  """One history's splice loses the cache of all rows; nobody says otherwise."""
+  config, said = Config(**SMALL), []
+  for cut_off in (False, True):
+    with Engine(tiny_lm, config, slots=3, gistnet=tiny_gistnet) as engine:
+      mc = engine.create(tiny_base.memory_url())
+      mc.ingest(tiny_base.text(300, 1))
+
+      def lose(text, decoder=mc.context.decoder, lost=cut_off):
+        if lost:
+          with decoder.turn:
+            decoder._caches[0].take()  # and never given back
+
+      said.append(mc.generate("go on", 70, on_text=lose).token_ids.tolist())
+      assert (engine.tokens, mc.context.decoder.lost > 0) == (70, cut_off)
+  assert said[0] == said[1]
+
+
 def test_a_full_engine_says_so_and_a_closed_history_makes_room(
     tiny_lm, tiny_gistnet):
   config = Config(**SMALL)
