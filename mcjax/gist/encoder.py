@@ -25,11 +25,13 @@ from mcjax import pretrained
 from mcjax.base import model
 from mcjax.base.load import BaseLM
 from mcjax.gist.network import GistNet, GistNetConfig
+from mcjax.parallel import sharding
 from mcjax.settings import check_names
 from mcjax.types import BRANCHING, Array, McjaxError
 
 # Padded batches, so that nothing recompiles; 64 blocks fit a CPU core's cache.
 BATCH_SIZES = (1, 64)
+_SAMPLE = 4096  # embeddings whose size is measured
 # XLA's CPU backend runs these small products on one core, a batch each.
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -129,8 +131,23 @@ def token_features(base_params, base_config: model.DecoderConfig,
 
 @jax.jit
 def _rms(embed: jax.Array) -> jax.Array:
-  sample = embed[:4096].astype(jnp.float32)
+  sample = embed[:_SAMPLE].astype(jnp.float32)
   return jnp.sqrt(jnp.mean(jnp.square(sample)))
+
+
+def _input_rms(embed: jax.Array) -> float:
+  """Root mean square of the first embeddings, the same on every mesh.
+
+  A sum over shards rounds otherwise than one over a whole array does.
+  """
+  if isinstance(embed, jax.Array) and len(embed.sharding.device_set) > 1:
+    embed = jnp.asarray(sharding.fetch(_first_rows(embed)))
+  return float(_rms(embed))
+
+
+@jax.jit
+def _first_rows(embed: jax.Array) -> jax.Array:
+  return embed[:_SAMPLE]
 
 
 def default_config(base_params, base_config: model.DecoderConfig,
@@ -145,7 +162,7 @@ def default_config(base_params, base_config: model.DecoderConfig,
     d_model=d, heads=heads, width=32 * heads, mlp_width=36 * heads,
     slot_mlp_width=64 * heads, adapter_layers=base_config.n_layers)
   if "input_rms" not in overrides:
-    sizes["input_rms"] = float(_rms(base_params["embed"]))
+    sizes["input_rms"] = _input_rms(base_params["embed"])
   return GistNetConfig(**(sizes | overrides))
 
 

@@ -7,6 +7,7 @@ process that is told to stop leaves a whole checkpoint.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -30,6 +31,9 @@ def _change(old, new, name: str) -> str | None:
   elif isinstance(old, list) and isinstance(new, list) and (
       len(old) == len(new)):
     pairs = [(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(old, new))]
+  elif isinstance(old, float) and isinstance(new, float) and math.isclose(
+      old, new, rel_tol=1e-6):  # measured, and rounded otherwise elsewhere
+    return None
   else:
     return None if old == new else f"{name}={old}, this run has {new}"
   return next((c for n, a, b in pairs if (c := _change(a, b, n))), None)
