@@ -10,7 +10,7 @@ from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands, training
 from mcjax.gist import encoder as gistnet
-from mcjax.lens.policy import read_initial
+from mcjax.lens.weights import read_initial
 from mcjax.parallel import processes
 from mcjax.parallel.places import place
 from mcjax.training import alternating

@@ -75,6 +75,7 @@ class WordTable:
 
   Attributes:
     tokenizer: of the base.
+    vectors, salience: see `__init__`.
   """
 
   def __init__(self, tokenizer: Tokenizer, vectors: np.ndarray,
@@ -87,14 +88,14 @@ class WordTable:
       salience: [V] float32 how much each counts in a word.
     """
     self.tokenizer = tokenizer
-    self._vectors, self._salience = vectors, salience
+    self.vectors, self.salience = vectors, salience
     self._pieces: dict[int, bytes] = {}
     self.clear()
 
   def clear(self) -> None:
     self._number: dict[str, int] = {}
     self._bits = np.zeros((256, _TRIGRAM_BITS), np.float32)
-    self._meaning = np.zeros((256, self._vectors.shape[1]), np.float32)
+    self._meaning = np.zeros((256, self.vectors.shape[1]), np.float32)
 
   def __len__(self) -> int:
     return len(self._number)
@@ -137,7 +138,7 @@ class WordTable:
     for i in range(len(framed) - 2):
       at = zlib.crc32(framed[i : i + 3].encode()) % _TRIGRAM_BITS
       self._bits[number, at] = 1.0
-    vector = self._salience[ids] @ self._vectors[ids].astype(np.float32)
+    vector = self.salience[ids] @ self.vectors[ids].astype(np.float32)
     self._meaning[number] = vector / np.sqrt(np.sum(vector**2) + 1e-6)
     return number
 

@@ -8,7 +8,7 @@ text. What the model itself said, and what is a question itself, is no evidence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -26,11 +26,11 @@ _REACH = 64  # tokens on each side in which a sentence's edges are looked for
 
 
 class Reader:
-  """Chooses what is read of one history."""
+  """Chooses what is read of one history, its `tree`."""
 
   def __init__(self, tree: MegaContextTree, tokenizer: Tokenizer,
                matcher: Matcher):
-    self._tree, self._tokenizer, self._matcher = tree, tokenizer, matcher
+    self.tree, self._tokenizer, self._matcher = tree, tokenizer, matcher
 
   def spans(self, evidence: Sequence[tuple[int, float]], query: QueryWords,
             most: int, stop: int, least: float = LEAST
@@ -44,32 +44,30 @@ class Reader:
       stop: token at which the prompt begins.
       least: share of the best sentence's match that another must have.
     """
+    found = self.candidates(evidence, stop)
+    return chosen({span: self.share(span, query) * strength
+                   for span, strength in found.items()}, most, least)
+
+  def candidates(self, evidence: Sequence[tuple[int, float]], stop: int
+                 ) -> dict[tuple[int, int], float]:
+    """{token span: best strength} of the sentences that touch the evidence."""
     found: dict[tuple[int, int], float] = {}
     for block, strength in evidence:
       for span in self.sentences(block, stop):
-        found[span] = max(found.get(span, 0.0), strength)
-    scored = [(self.share(span, query) * strength, span)
-              for span, strength in found.items()]
-    kept, room = [], most
-    top = least * max((score for score, _ in scored), default=0.0)
-    for score, (a, b) in sorted(scored, key=lambda item: (-item[0], item[1])):
-      if kept and (b - a > room or score < top):
-        continue
-      kept.append((a, b))
-      room -= b - a
-    return joined(kept)
+        found[span] = max(found.get(span, strength), strength)
+    return found
 
   def sentences(self, block: int, stop: int) -> list[tuple[int, int]]:
     """Token spans of the sentences that touch a block and may be evidence."""
     start = max(0, block * BRANCHING - _REACH)
     end = min(stop, (block + 1) * BRANCHING + _REACH)
-    ids = self._tree.tokens(start, end)
+    ids = self.tree.tokens(start, end)
     special = np.isin(ids, list(self._tokenizer.special_ids))
     pieces = self._matcher.table.text(ids)
-    who = turns.speakers(self._tree, self._tokenizer, start, end)
+    who = turns.speakers(self.tree, self._tokenizer, start, end)
     ends = sentence_ends(pieces, special)
     ends[:-1] |= who[1:] != who[:-1]
-    journal, places = self._tree.journal, np.arange(start, end)
+    journal, places = self.tree.journal, np.arange(start, end)
     ends[:-1] |= journal.edges(start + 1, end)  # of documents
     gone = overlaps(journal.forgotten, places, places + 1)
     first, last = block * BRANCHING - start, (block + 1) * BRANCHING - start
@@ -90,13 +88,26 @@ class Reader:
     """
     if not len(query.ids):
       return 1.0
-    table, ids = self._matcher.table, self._tree.tokens(*span)
+    table, ids = self._matcher.table, self.tree.tokens(*span)
     words = np.unique(table.numbers(table.read(ids), ids))
     if not len(words):
       return 0.0
     like = np.maximum(table.spelling(words, query.ids),
                       table.meaning(words, query.ids)).max(axis=0)
     return float(like @ query.weights / (query.weights.sum() + 1e-6))
+
+
+def chosen(scored: Mapping[tuple[int, int], float], most: int, least: float
+           ) -> tuple[tuple[int, int], ...]:
+  """The best of scored token spans, in order; see `Reader.spans`."""
+  kept, room = [], most
+  top = least * max(scored.values(), default=0.0)
+  for (a, b), score in sorted(scored.items(), key=lambda s: (-s[1], s[0])):
+    if kept and (b - a > room or score < top):
+      continue
+    kept.append((a, b))
+    room -= b - a
+  return joined(kept)
 
 
 def joined(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

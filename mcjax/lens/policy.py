@@ -8,28 +8,28 @@ that an expand path leads down to it, and what is worth least pays.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import numpy as np
 
-from mcjax import pretrained
 from mcjax.answer.matching import Matcher, WordTable
-from mcjax.answer.reading import Reader
+from mcjax.answer.reading import Reader, chosen
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.focus.policy import WISH, age_scores, with_payment
 from mcjax.gist.encoder import GistEncoder, load_gistnet
 from mcjax.lens import features as lens_features
 from mcjax.lens import network as lensnet
+from mcjax.lens import sentence_net
 from mcjax.lens.features import RAW, LensQuery, Rows
 from mcjax.lens.keyer import TABLE, LensKeyer
+from mcjax.lens.sentence_features import candidates, sentence_features
+from mcjax.lens.weights import read_weights
 from mcjax.pretrained import cards
 from mcjax.tree import learned_keys, lexical_keys
 from mcjax.tree.journal import overlaps
 from mcjax.tree.search import TreeSearch, brute_force
 from mcjax.tree.tree import MegaContextTree
-from mcjax.types import BRANCHING, McjaxError
+from mcjax.types import BRANCHING
 from mcjax.window.context_lm import ContextLM
 from mcjax.window.focus_view import FocusView
 
@@ -110,6 +110,7 @@ class LensNetPolicy:
     self.flops_per_node = 2 * self.keyer.key_dim
     self._prompts = params["score"], params["apart"]
     self._reading = params["text"], np.zeros(len(lensnet.APART), np.float32)
+    self._read = params.get(sentence_net.PART)
     self._encoder = encoder
     self._max_nodes = max_nodes
     settings = cards.settled(Config(
@@ -119,7 +120,7 @@ class LensNetPolicy:
     self._tree: MegaContextTree | None = None
     self._query_ids: np.ndarray | None = None
     self._evidence: list[tuple[int, float]] = []
-    self._sources: tuple[tuple[int, int], ...] = ()
+    self._chosen: tuple[tuple[int, int], ...] = ()
     self._whole: dict[int, float] = {}
     self._scored: dict[int, float] = {}
     self._scored_at = -1  # the cursor then
@@ -162,9 +163,10 @@ class LensNetPolicy:
       self._scored_at = view.tree.cursor
     scores = np.array(  # what was seen since was not found: no wish
       [self._scored.get(b, -1.0) for b in rows.block.tolist()], np.float32)
-    self._evidence = _evidence(view, rows, scores)
-    self._sources = self._read() if view.asked else ()
-    whole = self._sentences(view, float(scores.max(initial=-1.0)))
+    evidence = _evidence(view, rows, scores)
+    if evidence != self._evidence:
+      self._evidence, self._chosen = evidence, self._choose(evidence)
+    whole = self._sentences(view, evidence[0][1] if evidence else -1.0)
     self._whole = whole
     wished = np.array(
       [whole.get(b, -1.0) for b in rows.block.tolist()], np.float32)
@@ -176,7 +178,7 @@ class LensNetPolicy:
     A sentence goes on where its block ends, and is read as a whole.
     """
     last = view.query_start // BRANCHING
-    return {block: score for a, b in self._sources
+    return {block: score for a, b in self.sources
             for block in range(a // BRANCHING, -(-b // BRANCHING))
             if block < last}
 
@@ -197,14 +199,25 @@ class LensNetPolicy:
   @property
   def sources(self) -> tuple[tuple[int, int], ...]:
     """Token spans of the sentences that answer the last call's prompt."""
-    return self._sources
+    return self._chosen if self.answerable >= 0.5 else ()
 
-  def _read(self) -> tuple[tuple[int, int], ...]:
-    if self.answerable < 0.5 or not self._evidence:
+  def _choose(self, evidence: list[tuple[int, float]]
+              ) -> tuple[tuple[int, int], ...]:
+    """Token spans of the sentences that tell the answer, in order.
+
+    By the share of the prompt's words where the weights have no better way.
+    """
+    if self._read is None:
+      return self._reader.spans(
+        evidence, self._query.words, self._read_tokens, self._stop,
+        self._read_share)
+    spans, strength = candidates(self._reader, evidence, self._stop)
+    if not spans:
       return ()
-    return self._reader.spans(
-      self._evidence, self._query.words, self._read_tokens, self._stop,
-      self._read_share)
+    likely = sentence_net.likelihood(self._read, sentence_features(
+      self._reader.tree, self._matcher, self._query, spans, strength))
+    return chosen(dict(zip(spans, likely.tolist())), self._read_tokens,
+                  self._read_share)
 
   def _prepare(self, view: FocusView) -> None:
     """Begins anew for another history, query or blocks."""
@@ -221,12 +234,15 @@ class LensNetPolicy:
         self._matcher, self.keyer, self._encoder, self._table.tokenizer, view)
       self._finder = Finder(view.tree, self._query, last)
       self._counted, self._whole, self._scored_at = (0, 0), {}, -1
+      self._evidence, self._chosen = [], ()
 
   def warm_up(self, context: ContextLM) -> None:
     """Compiles LensNet for this window."""
     for size in _sizes(context.window.window):
       lensnet.apply(*self._prompts, self.config, lens_features.empty_inputs(
         size, self.config.d_model))
+    if self._read is not None:
+      sentence_net.warm_up(self._read)
     context.token_embeddings(np.zeros(BRANCHING, np.int32))
 
 
@@ -275,78 +291,6 @@ def entry_scores(view: FocusView, rows: Rows, scores: np.ndarray
   return with_payment(view, out)
 
 
-def save_lensnet(path, params, config: lensnet.LensNetConfig, card: dict
-                 ) -> None:
-  """Writes weights, configuration and the facts of `card` as safetensors."""
-  pretrained.save_weights(
-    path, "lensnet", params, dataclasses.asdict(config), card)
-
-
-def _load(lm: BaseLM, source):
-  """Parameters, sizes and card; fresh ones where none fit the base.
-
-  Weights of an older LensNet keep their keys, which stand in trees, and get
-  fresh scores.
-  """
-  config = lensnet.LensNetConfig(d_model=lm.config.d_model)
-  path = source or pretrained.shipped(lm.name, "lensnet")
-  if path is None:
-    return lensnet.init_params(config), config, None
-  params, fields, card = pretrained.read_weights(path, "lensnet")
-  if not fields.get("gists", True):  # it serves every base of the tokenizer
-    fields["d_model"] = lm.config.d_model
-    _check_table(path, params, lm)
-  if fields.get("d_model") != lm.config.d_model:
-    if source is not None:
-      raise McjaxError(f"{source}: this LensNet reads vectors of "
-                       f"{fields.get('d_model')}, but {lm.name} embeds in "
-                       f"{lm.config.d_model}")
-    return lensnet.init_params(config), config, None
-  if fields.get("features") == lens_features.FEATURES:
-    config = pretrained.laid_out(
-      path, params, lensnet.init_params, lensnet.LensNetConfig, fields,
-      exact=False)
-    return params, config, card
-  if source is not None:
-    raise McjaxError(
-      f"{source}: this LensNet reads {fields.get('features', 'other')} "
-      f"features, not {lens_features.FEATURES}: train it again from it by "
-      f"experiments.train_lensnet --config.initial={source}")
-  return _with_keys_of(params, config), config, None
-
-
-def _with_keys_of(params, config: lensnet.LensNetConfig):
-  """Fresh scores, and the keys that stand in trees."""
-  fresh = lensnet.init_params(config)
-  return fresh | {k: params[k] for k in ("keys",) if k in params}
-
-
-def _check_table(path, params, lm: BaseLM) -> None:
-  """Refuses a table of keys of another vocabulary."""
-  rows = len(params.get(TABLE, {}).get("vectors", ()))
-  if rows != lm.config.vocab_size:
-    raise McjaxError(f"{path}: its table of keys has {rows} tokens, but "
-                     f"{lm.name} has {lm.config.vocab_size}")
-
-
-def read_initial(lm: BaseLM, path=None) -> dict | None:
-  """What training can start from of given or shipped weights, if any.
-
-  Scores of an older LensNet are left out.
-  """
-  path = path or pretrained.shipped(lm.name, "lensnet")
-  if path is None:
-    return None
-  params, fields, _ = pretrained.read_weights(path, "lensnet")
-  if fields.get("gists", True) and (
-      fields.get("d_model") != lm.config.d_model):
-    return None
-  if fields.get("features") != lens_features.FEATURES:
-    params.pop("score", None)
-    params.pop("text", None)
-  return params
-
-
 def load_lensnet(lm: BaseLM, path=None, *, gistnet: GistEncoder | None = None,
                  max_nodes: int = 256, read_tokens: int = 0,
                  read_share: float = 0.0) -> LensNetPolicy:
@@ -363,7 +307,7 @@ def load_lensnet(lm: BaseLM, path=None, *, gistnet: GistEncoder | None = None,
   Raises:
     McjaxError: the file is missing, unreadable or made for another width.
   """
-  params, config, card = _load(lm, path)
+  params, config, card = read_weights(lm, path)
   return LensNetPolicy(
     config, params, lm, gistnet or load_gistnet(lm), card, max_nodes,
     read_tokens, read_share)
@@ -371,5 +315,5 @@ def load_lensnet(lm: BaseLM, path=None, *, gistnet: GistEncoder | None = None,
 
 def load_keyer(lm: BaseLM, path=None) -> LensKeyer:
   """The key head of `load_lensnet`'s weights."""
-  params, config, _ = _load(lm, path)
+  params, config, _ = read_weights(lm, path)
   return LensKeyer(params, config, lm)

@@ -29,7 +29,7 @@ def reader_of(text, chat=False):
 def read(reader, tokenizer, matcher, question, evidence, most=200, stop=None):
   ids = np.asarray(tokenizer.encode(question), np.int32)
   query = matcher.query(ids, np.ones(len(ids), np.float32))
-  tree = reader._tree
+  tree = reader.tree
   spans = reader.spans(evidence, query, most, stop or tree.cursor)
   return [tokenizer.decode(tree.tokens(a, b)).strip() for a, b in spans]
 
@@ -73,7 +73,7 @@ def test_the_models_words_and_earlier_questions_are_no_evidence():
   blocks = [(b, 0.9) for b in range(len(turn.ids) // 32 + 1)]
   told = read(reader, tokenizer, matcher, "cat called", blocks)
   assert told == ["My cat is called Ada."]
-  who = turns.speakers(reader._tree, tokenizer, 0, len(turn.ids))
+  who = turns.speakers(reader.tree, tokenizer, 0, len(turn.ids))
   assert (who[turn.owner == 0] == turns.USER).all()
   assert (who[turn.owner == 1] == turns.MODEL).all()
 

@@ -11,6 +11,7 @@ from mcjax.focus.policy import WISH, age_scores
 from mcjax.lens import features as lens_features
 from mcjax.lens import network as lensnet
 from mcjax.lens import policy as lensnet_policy
+from mcjax.lens import weights
 from mcjax.lens.features import GIST, RAW
 from mcjax.testing import tiny_base
 from mcjax.types import BRANCHING, McjaxError
@@ -133,13 +134,12 @@ def test_sources_are_read_only_where_the_history_answers(
   mc = opened(tiny_lm, tiny_gistnet, 3000)
   policy = mc._loop._policy
   policy.score(asked_view(mc, mc.text(600, 640)))
-  policy._evidence = [(20, 0.9)]
+  policy._chosen = policy._choose([(20, 0.9)])
   policy.answerable = 0.9
-  assert policy._read()
+  assert policy.sources
   policy.answerable = 0.1
-  assert policy._read() == ()
-  policy.answerable, policy._evidence = 0.9, []
-  assert policy._read() == ()
+  assert policy.sources == ()
+  assert policy._choose([]) == ()
 
 
 def test_weights_come_back_and_older_ones_are_named(
@@ -147,18 +147,18 @@ def test_weights_come_back_and_older_ones_are_named(
   config = lensnet.LensNetConfig(d_model=tiny_lm.config.d_model)
   params = lensnet.init_params(config, seed=3)
   path = tmp_path / "lens.safetensors"
-  lensnet_policy.save_lensnet(path, params, config, {"gistnet": "x"})
+  weights.save_lensnet(path, params, config, {"gistnet": "x"})
   policy = lensnet_policy.load_lensnet(tiny_lm, path, gistnet=tiny_gistnet)
   np.testing.assert_array_equal(
     policy.params["score"]["slope"], params["score"]["slope"])
   assert not policy.reads(tiny_gistnet)
   older = dataclasses.replace(config, features=25)
-  lensnet_policy.save_lensnet(path, params, older, {})
+  weights.save_lensnet(path, params, older, {})
   with pytest.raises(McjaxError, match="25 features.*train it again"):
     lensnet_policy.load_lensnet(tiny_lm, path, gistnet=tiny_gistnet)
-  assert "score" not in lensnet_policy.read_initial(tiny_lm, path)
+  assert "score" not in weights.read_initial(tiny_lm, path)
   other = dataclasses.replace(config, d_model=8)
-  lensnet_policy.save_lensnet(
+  weights.save_lensnet(
     path, lensnet.init_params(other), other, {})
   with pytest.raises(McjaxError, match="reads vectors of 8"):
     lensnet_policy.load_lensnet(tiny_lm, path, gistnet=tiny_gistnet)
@@ -172,7 +172,7 @@ def test_one_without_gists_serves_every_base_of_its_tokenizer(
   params = lensnet.init_params(config, seed=3) | {"table": {
     "vectors": draw.integers(-127, 128, (rows, 16)).astype(np.int8),
     "salience": np.ones((rows, 2), np.float32)}}
-  lensnet_policy.save_lensnet(path, params, config, {"steps": 1})
+  weights.save_lensnet(path, params, config, {"steps": 1})
   policy = lensnet_policy.load_lensnet(tiny_lm, path, gistnet=tiny_gistnet)
   assert policy.reads(tiny_gistnet) and policy.by_meaning
   with MegaContext.create("memory://plain/", tiny_lm, Config(window=512),
@@ -181,7 +181,7 @@ def test_one_without_gists_serves_every_base_of_its_tokenizer(
     mc.generate("What is it?", max_new_tokens=2)
     assert mc.policy == "lensnet"
   params["table"] = {k: v[:-1] for k, v in params["table"].items()}
-  lensnet_policy.save_lensnet(path, params, config, {})
+  weights.save_lensnet(path, params, config, {})
   with pytest.raises(McjaxError, match="table of keys has .* tokens"):
     lensnet_policy.load_lensnet(tiny_lm, path, gistnet=tiny_gistnet)
 

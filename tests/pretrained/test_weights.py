@@ -117,13 +117,13 @@ def test_no_file_of_tensors(lm, tmp_path):
 
 
 def test_a_lensnet_of_other_sizes_is_refused(lm, tmp_path):
-  from mcjax.lens import network, policy
+  from mcjax.lens import network, weights
 
   config = network.LensNetConfig(d_model=lm.config.d_model)
   params = network.init_params(config)
   other = network.LensNetConfig(d_model=lm.config.d_model, key_dim=32)
   path = tmp_path / "l.safetensors"
-  policy.save_lensnet(path, params, other, {})
+  weights.save_lensnet(path, params, other, {})
   assert "fit" in _refusal(lm, path, load_lensnet)
 
 

@@ -8,6 +8,7 @@ from mcjax import Config, McjaxError, MegaContext, pretrained
 from mcjax.gist import encoder as gistnet
 from mcjax.lens import network as lensnet
 from mcjax.lens import policy as lensnet_policy
+from mcjax.lens import weights
 from mcjax.runtime import policy_choice
 from mcjax.testing import tiny_base
 
@@ -21,7 +22,7 @@ def shipped(tiny_lm, tiny_gistnet, tmp_path, monkeypatch):
 
   def ship(card, seed=5):
     config = lensnet.LensNetConfig(d_model=32, width=16, heads=2)
-    lensnet_policy.save_lensnet(
+    weights.save_lensnet(
       path, lensnet.init_params(config, seed=seed), config, card)
 
   monkeypatch.setattr(pretrained, "shipped", lambda base, kind:

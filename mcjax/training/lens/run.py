@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import itertools
 import pathlib
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import tqdm
 
+from mcjax.base.tokenizer import Tokenizer
 from mcjax.gist.encoder import GistEncoder
 from mcjax.lens import network as lensnet
 from mcjax.lens.keyer import LensKeyer
@@ -178,7 +179,9 @@ class LensRun:
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, list[epath.Path]] = {}
     with processes.StopSignal() as stop:
-      made = self._histories(split)
+      made = made_histories(
+        self._config.windows, split, self._lm.tokenizer, self._stores[split],
+        self._config.train.seed)
       for number, (kind, index, history) in enumerate(tqdm.tqdm(
           made, desc=f"{split} windows", unit="history",
           disable=not processes.is_first())):
@@ -191,25 +194,6 @@ class LensRun:
     processes.barrier(f"{split} windows are made")
     return {kind: [p for p in paths if p.exists()]
             for kind, paths in files.items()}
-
-  def _histories(self, split: str) -> Iterator[tuple]:
-    """(kind, number, a function that makes the history)."""
-    c, tokenizer = self._config.windows, self._lm.tokenizer
-    most = c.validation if split == "validation" else None
-    asked = most or c.most or None
-    for path in c.questions:
-      documents = histories.read_questions(path, split, tokenizer)
-      every = itertools.chain.from_iterable(
-        histories.question_histories(documents, tokenizer, seed)
-        for seed in range(1 if most else c.passes))
-      kind = pathlib.Path(path).name.split("-")[0].split(".")[0]
-      for i, history in enumerate(itertools.islice(every, asked)):
-        yield kind, i, _given(history)
-    source = TextHistories(self._stores[split], tokenizer,
-                           self._config.train.seed, c.length)
-    for kind in TEXT_KINDS:
-      for i in range(min(getattr(c, kind), most or getattr(c, kind))):
-        yield kind, i, _drawn(source, kind, i)
 
   def policy(self) -> LensNetPolicy:
     """The policy with the current weights."""
@@ -226,6 +210,28 @@ class LensRun:
     if self._trainer is None:
       raise McjaxError("nothing was trained: nothing to export")
     self.params = self._trainer.export(path, card)
+
+
+def made_histories(
+  config: LensWindows, split: str, tokenizer: Tokenizer,
+  stores: Mapping[str, TokenStore], seed: int
+) -> Iterator[tuple[str, int, Callable[[], History]]]:
+  """(kind, number, a function that makes the history) of a split."""
+  c = config
+  most = c.validation if split == "validation" else None
+  asked = most or c.most or None
+  for path in c.questions:
+    documents = histories.read_questions(path, split, tokenizer)
+    every = itertools.chain.from_iterable(
+      histories.question_histories(documents, tokenizer, number)
+      for number in range(1 if most else c.passes))
+    kind = pathlib.Path(path).name.split("-")[0].split(".")[0]
+    for i, history in enumerate(itertools.islice(every, asked)):
+      yield kind, i, _given(history)
+  source = TextHistories(stores, tokenizer, seed, c.length)
+  for kind in TEXT_KINDS:
+    for i in range(min(getattr(c, kind), most or getattr(c, kind))):
+      yield kind, i, _drawn(source, kind, i)
 
 
 def _given(history: History):

@@ -15,7 +15,7 @@ import optax
 import tqdm
 
 from mcjax.lens import network as lensnet
-from mcjax.lens import policy as lensnet_policy
+from mcjax.lens import weights as lens_weights
 from mcjax.parallel import processes, sharding
 from mcjax.parallel.checkpoints import Checkpoints
 from mcjax.parallel.places import place
@@ -238,7 +238,7 @@ class LensTrainer:
     params["apart"] = fit_apart(
       params, self.lens, self._embed, self._windows, self.config.seed)
     if processes.is_first():
-      lensnet_policy.save_lensnet(
+      lens_weights.save_lensnet(
         path, params, self.lens,
         {"base": self._lm.name, "base_fingerprint": self._lm.fingerprint,
          "gistnet": self._gistnet, "steps": self.step,

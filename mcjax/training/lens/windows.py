@@ -21,7 +21,15 @@ from mcjax.answer.matching import Matcher, WordTable
 from mcjax.base.load import BaseLM
 from mcjax.gist.encoder import GistEncoder
 from mcjax.lens import features as lens_features
-from mcjax.lens.features import BURIED, FEATURES, GIST, RAW, LensInputs, Rows
+from mcjax.lens.features import (
+  BURIED,
+  FEATURES,
+  GIST,
+  RAW,
+  LensInputs,
+  LensQuery,
+  Rows,
+)
 from mcjax.lens.keyer import LensKeyer
 from mcjax.lens.policy import Finder
 from mcjax.parallel import places
@@ -131,13 +139,18 @@ class WindowSet:
 
 
 class WindowMaker:
-  """Turns histories into files of windows."""
+  """Turns histories into files of windows.
+
+  Attributes:
+    encoder: the base's GistNet.
+    table: of the words met so far.
+  """
 
   def __init__(self, lm: BaseLM, encoder: GistEncoder, keyer: LensKeyer,
                seed: int = 0):
-    self._lm, self._encoder, self._keyer = lm, encoder, keyer
+    self._lm, self.encoder, self._keyer = lm, encoder, keyer
     self._seed = seed
-    self._table = WordTable(lm.tokenizer, keyer.vectors, keyer.salience)
+    self.table = WordTable(lm.tokenizer, keyer.vectors, keyer.salience)
 
   def write(self, path: epath.Path, history: History, number: int) -> None:
     """Writes the windows of a history, in one atomic step."""
@@ -146,9 +159,9 @@ class WindowMaker:
     examples = sorted(history.examples, key=lambda e: e.cursor)
     if not examples:
       return
-    self._table.clear()  # a word's vector is that of where it stood first
-    tree = self._tree(history.ids[: examples[0].cursor])
-    matcher = Matcher(tree, self._table)
+    self.table.clear()  # a word's vector is that of where it stood first
+    tree = self.tree(history.ids[: examples[0].cursor])
+    matcher = Matcher(tree, self.table)
     for example in examples:
       if tree.cursor < example.cursor:
         tree.append(history.ids[tree.cursor : example.cursor])
@@ -167,29 +180,35 @@ class WindowMaker:
       coarse=coarse.astype(np.float16), **arrays)
     tree.close()
 
-  def _tree(self, ids: np.ndarray) -> MegaContextTree:
+  def tree(self, ids: np.ndarray) -> MegaContextTree:
+    """A tree in memory of token ids [N]."""
     tree = MegaContextTree.create(
       f"memory://{uuid.uuid4()}/windows", base_fingerprint=self._lm.fingerprint,
-      base_name=self._lm.name, encoder=self._encoder,
+      base_name=self._lm.name, encoder=self.encoder,
       vocab_size=self._lm.config.vocab_size, keyer=self._keyer)
     tree.append(ids)
     return tree
 
-  def _window(self, tree: MegaContextTree, matcher: Matcher, example: Example,
-              rng) -> dict:
+  def look(self, tree: MegaContextTree, matcher: Matcher, example: Example,
+           rng) -> tuple[LensQuery, Rows]:
+    """The query of an example, and the rows of a window made for it."""
     ids = example.query[-4 * BRANCHING :]
     weights = np.ones(len(ids), np.float32)
     if not example.asked:
       weights = fading_weights(len(ids))
     view = _Query(tree, ids, weights, example.asked)
     query = lens_features.read_query(
-      matcher, self._keyer, self._encoder, self._lm.tokenizer, view)
+      matcher, self._keyer, self.encoder, self._lm.tokenizer, view)
     last = tree.num_nodes(1)
     if not example.asked:
       last -= -(-len(ids) // BRANCHING)
     finder = Finder(tree, query, last)
     finder.run(NODES)
-    rows = _rows(finder.blocks(), last, rng)
+    return query, _rows(finder.blocks(), last, rng)
+
+  def _window(self, tree: MegaContextTree, matcher: Matcher, example: Example,
+              rng) -> dict:
+    query, rows = self.look(tree, matcher, example, rng)
     count = len(rows)
     features = np.zeros((ROWS, FEATURES), np.float16)
     features[:count] = lens_features.row_features(tree, rows, query, matcher)

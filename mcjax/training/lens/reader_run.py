@@ -1,0 +1,140 @@
+"""A whole run that fits the choice of sentences to a trained LensNet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import json
+from typing import Any, cast
+
+from etils import epath
+import jax
+import numpy as np
+import tqdm
+
+from mcjax.gist.encoder import GistEncoder
+from mcjax.lens import sentence_net
+from mcjax.lens.keyer import LensKeyer
+from mcjax.lens.weights import read_weights, save_lensnet
+from mcjax.parallel import processes
+from mcjax.parallel.places import place
+from mcjax.settings import read_fields
+from mcjax.training.common.data import TokenStore
+from mcjax.training.lens import sentences
+from mcjax.training.lens.run import LensWindows, NoGists, made_histories
+from mcjax.training.lens.sentences import ReaderFit, SentenceMaker, SentenceSet
+from mcjax.training.lens.windows import WindowMaker
+from mcjax.types import McjaxError
+
+TOKENS, SHARES = 96, (0.6, 0.4, 0.2, 0.1)  # at which a fit is reported
+
+
+@dataclasses.dataclass(frozen=True)
+class ReaderConfig:
+  """See the parts; `mixture` holds (kind, share of the questions)."""
+
+  windows: LensWindows
+  fit: ReaderFit
+  mixture: tuple[tuple[str, float], ...]
+
+
+def read_config(values: Mapping[str, Any]) -> ReaderConfig:
+  """The run's settings from plain values.
+
+  Raises:
+    McjaxError: names an unknown field or an invalid value.
+  """
+  windows = dict(values["windows"])
+  windows["questions"] = tuple(windows["questions"])
+  return ReaderConfig(
+    read_fields(LensWindows, "windows", windows),
+    read_fields(ReaderFit, "fit", values["fit"]),
+    tuple(sorted(values["mixture"].items())))
+
+
+class ReaderRun:
+  """Collects candidates, fits, exports; candidates are kept in the workdir.
+
+  Args:
+    lm: the frozen base.
+    encoder: its GistNet.
+    config: the run.
+    stores: {split: {kind: TokenStore}} of train and validation.
+    workdir: of the candidates.
+    lensnet: weights file; the shipped one if None.
+
+  Attributes:
+    params: LensNet's, with the fitted part once it has run.
+    found: what is read of validation questions, by kind and share.
+  """
+
+  def __init__(self, lm, encoder, config: ReaderConfig,
+               stores: Mapping[str, Mapping[str, TokenStore]], workdir,
+               lensnet=None):
+    self._lm, self._config, self._stores = lm, config, stores
+    self.workdir = place(workdir)
+    self.params, self._lens, self._card = read_weights(lm, lensnet)
+    if self._card is None:
+      raise McjaxError(f"{lm.name} has no trained LensNet: train one by "
+                       "experiments.train_lensnet, then give it by "
+                       "--config.lensnet=FILE")
+    if not self._lens.gists:
+      encoder = cast(GistEncoder, NoGists(lm.config.d_model))
+    self._encoder = encoder
+    self.found: dict[str, float] = {}
+
+  def run(self) -> bool:
+    """Candidates and fit; False if stopped by a signal."""
+    keyer = LensKeyer(self.params, self._lens, self._lm)
+    seed = self._config.fit.seed
+    maker = SentenceMaker(
+      WindowMaker(self._lm, self._encoder, keyer, seed), self.params,
+      self._lens, np.asarray(self._lm.params["embed"], np.float32))
+    kinds: dict[str, dict[str, SentenceSet]] = {}
+    for split in ("train", "validation"):
+      files = self._make(split, maker)
+      if files is None:
+        return False
+      kinds[split] = {k: SentenceSet.load(f) for k, f in files.items() if f}
+    part = sentences.fit(kinds["train"], dict(self._config.mixture),
+                         self._config.fit, tqdm.tqdm.write)
+    self.params = {**self.params, sentence_net.PART: part}
+    for kind, some in kinds["validation"].items():
+      for share in SHARES:
+        found = sentences.evaluate(part, some, TOKENS, share)
+        told = ", ".join(f"{k} {v:.3f}" for k, v in found.items())
+        tqdm.tqdm.write(f"{kind}, from {share} of the best on: {told}")
+        self.found |= {f"{kind}@{share}/{k}": v for k, v in found.items()}
+    return True
+
+  def _make(self, split: str, maker: SentenceMaker
+            ) -> dict[str, list[epath.Path]] | None:
+    """Files of candidates by kind; None if stopped. Processes share them."""
+    folder = self.workdir / "sentences" / split
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, list[epath.Path]] = {}
+    made = list(made_histories(
+      self._config.windows, split, self._lm.tokenizer, self._stores[split],
+      self._config.fit.seed))
+    with processes.StopSignal() as stop:
+      for number, (kind, index, history) in enumerate(tqdm.tqdm(
+          made, desc=f"{split} candidates", unit="history",
+          disable=not processes.is_first())):
+        path = folder / f"{kind}-{index:05}.npz"
+        if not path.exists() and number % jax.process_count() == (
+            jax.process_index()):
+          maker.write(path, history(), number)
+        files.setdefault(kind, []).append(path)
+        if stop.reached():
+          return None
+    processes.barrier(f"{split} candidates are made")
+    return {kind: [p for p in paths if p.exists()]
+            for kind, paths in files.items()}
+
+  def export(self, path, card: Mapping[str, Any]) -> None:
+    """Writes LensNet with the fitted part; its card gets the facts of `card`.
+    """
+    if processes.is_first():
+      save_lensnet(path, self.params, self._lens, {
+        **(self._card or {}),
+        "reader": json.loads(json.dumps({**card, "validation": self.found}))})
