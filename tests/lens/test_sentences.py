@@ -4,8 +4,8 @@ from lens_cases import asked_view, opened
 import numpy as np
 import pytest
 
-from mcjax.lens import sentence_net, weights
 from mcjax.lens import network as lensnet
+from mcjax.lens import sentence_net, weights
 from mcjax.lens.sentence_features import (
   FEATURES,
   NAMES,
