@@ -8,6 +8,8 @@ import numpy as np
 
 _STOPS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
 _WRAPPED = range(60, 121)  # characters of a line that is broken as it is full
+_OPENING = ("`", "(", '"', "'", "\u201c", "\u2018")  # of a word in a line
+_FENCE = "```"  # around code
 _CLOSING = "\"')]*_\u201d\u2019\u300d"  # may stand between a stop and a blank
 
 
@@ -31,11 +33,17 @@ def sentence_ends(pieces: Sequence[str], special: np.ndarray) -> np.ndarray:
     wide = closed and not piece.isascii()  # East Asian: no blank follows
     line = "" if special[i] else line + piece
     broken = "\n" in piece and not (
-      len(line) in _WRAPPED and follows[:1].isalnum())
+      len(line) in _WRAPPED and _goes_on("".join(pieces[i + 1 : i + 4])))
     out[i] = closed and (wide or follows.isspace()) or broken
     if "\n" in piece:
       line = piece.rpartition("\n")[2]
   return out | special
+
+
+def _goes_on(line: str) -> bool:
+  """Whether a line that begins so may go on with the sentence before it."""
+  return line[:1].isalnum() or (
+    line.startswith(_OPENING) and not line.startswith(_FENCE))
 
 
 def sentence_spans(ends: np.ndarray) -> list[tuple[int, int]]:

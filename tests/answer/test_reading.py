@@ -92,7 +92,10 @@ def test_sentences_end_where_they_do(text, expected):
 def test_a_wrapped_line_goes_on_and_a_heading_does_not():
   wrapped = ("\nThe project moves our booking system to new servers, and it is "
              "led by\nRavi Chandran until May. Next")
-  for text, expected in ((wrapped, 3), ("A heading\nThe text. Next", 3)):
+  quoted = wrapped.replace("Ravi", "`ravi`")
+  code = wrapped.replace("Ravi Chandran", "```\nRavi")
+  for text, expected in ((wrapped, 3), (quoted, 3), (code, 5),
+                         ("A heading\nThe text. Next", 3)):
     pieces = list(text)
     ends = sentences.sentence_ends(pieces, np.zeros(len(pieces), bool))
     assert len(sentences.sentence_spans(ends)) == expected
