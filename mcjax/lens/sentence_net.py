@@ -18,7 +18,7 @@ from mcjax.lens.sentence_features import FEATURES, MOST
 from mcjax.types import Array, McjaxError
 
 PART = "read"  # of LensNet's parameters
-HIDDEN = 16
+HIDDEN = 4
 _MOST_DEVIATIONS = 5.0  # that a feature counts at most
 
 

@@ -96,7 +96,10 @@ class LoopSystem:
     with self._remembered(mc, remember):
       out = mc._generate(question, limit)
     seconds = time.perf_counter() - begin
-    seen = self._look(out.focus, mc._loop.sources, counters["edits"] - edits)
+    sources = [(s.start, s.stop) for s in out.sources]
+    if mc.config.raw_attention == "all":
+      sources = []
+    seen = self._look(out.focus, sources, counters["edits"] - edits)
     if remember:
       self._view = seen.view
     return Reply(out.text, seen, context.tokens_run - before, seconds,
@@ -134,7 +137,7 @@ class LoopSystem:
       raw = set(t for a, b in view for t in range(a, b))
       read = runs(np.array(sorted(
         t for a, b in sources for t in range(a - self._first, b - self._first)
-        if t in raw), np.int64))
+        if t in raw), np.int64)) or view  # none of it raw: all is read
     brought, put_away = difference(self._view, view)
     return Look(view, merged(read), edits, brought, put_away)
 

@@ -88,6 +88,12 @@ _FACTS = (
    ("Who leads the {word} team?", "Who is in charge of {word}?",
     "the boss of the {word} team?"), "word"),
 )
+# What names somebody first, where the fact then begins with a pronoun.
+_LEADS = ("Let me tell you about {name}.", "{name} came up today.",
+          "There is some news of {name}.", "You may have heard of {name}.",
+          "We talked about {name} for a while.", "{name} sends greetings.",
+          "Yesterday I read a page on {name}.")
+_PRONOUNS = ("It", "She", "He", "They", "This one")
 _KIN = "sister brother cousin aunt uncle neighbour grandmother".split()
 _REPLIES = ("Noted.", "Thank you, I will remember that.", "Good to know!",
             "I see, thanks for telling me.", "Understood.")
@@ -97,10 +103,17 @@ _WRONG = ("I am not sure, but it may be in the archive.", "It is 42.",
 
 
 class Fact(NamedTuple):
-  """A made-up fact and a question about it."""
+  """A made-up fact and a question about it.
+
+  Attributes:
+    text: tells it.
+    question: asks for it.
+    lead: sentence before it that says whom or what it is about, or "".
+  """
 
   text: str
   question: str
+  lead: str = ""
 
 
 def _name(rng: np.random.Generator) -> str:
@@ -120,8 +133,12 @@ def draw(rng: np.random.Generator) -> Fact:
     value = str(rng.choice(_VALUES[kind]))
   fields = dict(name=_name(rng), value=value, word=word,
                 kin=str(rng.choice(_KIN)))
-  return Fact(str(rng.choice(told)).format(**fields),
-              str(rng.choice(asked)).format(**fields))
+  text, question = str(rng.choice(told)), str(rng.choice(asked))
+  lead = ""
+  if text.startswith("{name} ") and "{name}" in question and rng.integers(2):
+    lead = str(rng.choice(_LEADS)).format(**fields)
+    text = str(rng.choice(_PRONOUNS)) + text.removeprefix("{name}")
+  return Fact(text.format(**fields), question.format(**fields), lead)
 
 
 def reply(rng: np.random.Generator) -> str:

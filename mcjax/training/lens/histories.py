@@ -327,16 +327,19 @@ class TextHistories:
     return np.concatenate(parts).astype(np.int32), gaps
 
   def _told(self, fact: made_up.Fact, chat: bool, rng):
-    """Ids of a fact as it is told, and the span of its own words in them."""
+    """Ids of a fact as it is told, and the span of what tells it in them."""
     tokenizer = self._tokenizer
+    lead = tokenizer.encode(f" {fact.lead}") if fact.lead else []
     if not chat:
-      ids = tokenizer.encode(f" {fact.text}\n")
-      return ids, (0, len(ids))
-    messages = [{"role": "user", "content": fact.text},
+      ids = np.concatenate([np.asarray(lead, np.int32),
+                            tokenizer.encode(f" {fact.text}\n")])
+      return ids.astype(np.int32), (len(lead), len(ids))
+    messages = [{"role": "user", "content": f"{fact.lead} {fact.text}".strip()},
                 {"role": "assistant", "content": made_up.reply(rng)}]
     if rng.integers(2):  # an earlier question about it, wrongly answered
       messages += [{"role": "user", "content": fact.question},
                    {"role": "assistant", "content": made_up.wrong_answer(rng)}]
     turn = tokenizer.chat(messages, first=False, add_generation_prompt=False)
     own = np.flatnonzero(turn.owner == 0)
-    return turn.ids, (int(own[0]), int(own[-1]) + 1)
+    start = min(int(own[0]) + len(lead), int(own[-1]))
+    return turn.ids, (start, int(own[-1]) + 1)

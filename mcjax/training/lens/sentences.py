@@ -57,7 +57,7 @@ class ReaderFit:
   steps: int = 2000
   batch: int = 64
   learning_rate: float = 3e-3
-  weight_decay: float = 1e-3
+  weight_decay: float = 0.3
   hidden: int = sentence_net.HIDDEN
   seed: int = 0
 
