@@ -122,7 +122,6 @@ PROMPTS = (
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="18 of 24 read the right place")
 def test_everyday_prompts_read_the_right_place(smollm2):
   mc = MegaContext.create(tiny_base.memory_url(), smollm2, Config())
   for path in sorted(DOCS.glob("*.md")):
