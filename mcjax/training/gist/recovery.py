@@ -180,7 +180,7 @@ class Bench:
 
   def __init__(self, lm, excerpts: Excerpts, setting: Setting,
                controls: tuple[str, ...] = CONTROLS,
-               cache: epath.Path | None = None):
+               cache: epath.PathLike | None = None):
     if excerpts.ids.shape[1] != setting.length:
       raise McjaxError(f"excerpts hold {excerpts.ids.shape[1]} tokens, the "
                        f"setting needs {setting.length}")
@@ -188,7 +188,7 @@ class Bench:
     self.setting = setting
     self._lm = lm
     self._ids = np.asarray(excerpts.ids, np.int32)
-    self._cache = cache
+    self._cache = None if cache is None else epath.Path(cache)
     self.controls = {v: self._control(v) for v in controls}
 
   def _control(self, variant: str) -> np.ndarray:
