@@ -28,7 +28,10 @@ _BEAT = 3.0  # seconds between two signs of life
 _SILENCE = 40.0  # seconds without one after which a process is lost
 _ALIVE = "mcjax/alive/"
 
+_LONGEST = 24 * 3600 * 1000  # milliseconds that processes wait for another
+
 _polls = itertools.count(1)
+_barriers = itertools.count(1)
 _kept: list = []  # the C library's handler of aborts, while the process lives
 
 
@@ -74,8 +77,13 @@ def is_mine(number: int) -> bool:
 
 
 def barrier(name: str) -> None:
-  """Waits until all processes are here."""
+  """Waits until all processes are here, for hours if need be.
+
+  Communication between CPUs gives up after 30 seconds; the coordination service
+  is asked first, since tasks that processes share take unequally long.
+  """
   if jax.process_count() > 1:
+    _client().wait_at_barrier(f"{name} {next(_barriers)}", _LONGEST)
     multihost_utils.sync_global_devices(name)
 
 
