@@ -44,8 +44,9 @@ class Config:
       the blocks of 32 tokens that hold them; all: everything.
     read_tokens: tokens of such sentences that are read at most; 0 is what the
       base's card has (`mcjax.pretrained.cards`).
-    read_share: share of the best sentence's match with the question that
-      another must have to be read; 0 is what the card has.
+    read_share: how likely another sentence must be to tell the answer, as a
+      share of the best one's, to be read (of its match with the question, where
+      nothing was learned); 0 is what the card has.
     contrast: how much an answer that is read from such text alone leans on
       what it adds to what the base says without it (context-aware decoding,
       two forward passes a token); 0 leaves it out, None is what the card has.
