@@ -31,7 +31,7 @@ def main(argv) -> bool:
             for split in ("train", "validation")}
   run = reader_run.ReaderRun(
     lm, load_gistnet(lm, c.gistnet or None), settings, stores, workdir,
-    c.lensnet or None)
+    c.lensnet or None, c.carry_from)
   done = run.run()
   if done and _EXPORT.value:
     run.export(_EXPORT.value, {"config": c.to_dict()})

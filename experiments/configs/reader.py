@@ -24,6 +24,7 @@ def get_config():
   c.gistnet = ""  # the shipped one
   c.lensnet = ""  # the shipped one
   c.data = ""  # the default folder
+  c.carry_from = ""  # base whose shipped choice is taken over, without a fit
   c.windows = configs.defaults(LensWindows, questions=(
     "../shared/data/fairytale-questions.jsonl.xz",
     "../shared/data/meeting-questions.jsonl.xz"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
+import itertools
 import json
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import tqdm
 
+from mcjax import pretrained
 from mcjax.gist.encoder import GistEncoder
 from mcjax.lens import sentence_net
 from mcjax.lens.keyer import LensKeyer
@@ -26,7 +28,7 @@ from mcjax.training.lens.sentences import ReaderFit, SentenceMaker, SentenceSet
 from mcjax.training.lens.windows import WindowMaker
 from mcjax.types import McjaxError
 
-TOKENS, SHARES = 96, (0.6, 0.4, 0.2, 0.1)  # at which a fit is reported
+TOKENS, SHARES = (96, 256), (0.4, 0.2, 0.1, 0.05)  # at which a fit is reported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,8 @@ class ReaderRun:
     stores: {split: {kind: TokenStore}} of train and validation.
     workdir: of the candidates.
     lensnet: weights file; the shipped one if None.
+    carry_from: base whose shipped choice of sentences is taken over; nothing is
+      fitted then.
 
   Attributes:
     params: LensNet's, with the fitted part once it has run.
@@ -70,7 +74,7 @@ class ReaderRun:
 
   def __init__(self, lm, encoder, config: ReaderConfig,
                stores: Mapping[str, Mapping[str, TokenStore]], workdir,
-               lensnet=None):
+               lensnet=None, carry_from: str = ""):
     self._lm, self._config, self._stores = lm, config, stores
     self.workdir = place(workdir)
     self.params, self._lens, self._card = read_weights(lm, lensnet)
@@ -81,6 +85,7 @@ class ReaderRun:
     if not self._lens.gists:
       encoder = cast(GistEncoder, NoGists(lm.config.d_model))
     self._encoder = encoder
+    self._carried = _shipped_part(carry_from) if carry_from else None
     self.found: dict[str, float] = {}
 
   def run(self) -> bool:
@@ -92,19 +97,24 @@ class ReaderRun:
       self._lens, np.asarray(self._lm.params["embed"], np.float32))
     kinds: dict[str, dict[str, SentenceSet]] = {}
     for split in ("train", "validation"):
+      if split == "train" and self._carried:
+        continue
       files = self._make(split, maker)
       if files is None:
         return False
       kinds[split] = {k: SentenceSet.load(f) for k, f in files.items() if f}
-    part = sentences.fit(kinds["train"], dict(self._config.mixture),
-                         self._config.fit, tqdm.tqdm.write)
+    part = self._carried or sentences.fit(
+      kinds["train"], dict(self._config.mixture), self._config.fit,
+      tqdm.tqdm.write)
     self.params = {**self.params, sentence_net.PART: part}
     for kind, some in kinds["validation"].items():
-      for share in SHARES:
-        found = sentences.evaluate(part, some, TOKENS, share)
+      for most, share in itertools.product(TOKENS, SHARES):
+        found = sentences.evaluate(part, some, most, share)
         told = ", ".join(f"{k} {v:.3f}" for k, v in found.items())
-        tqdm.tqdm.write(f"{kind}, from {share} of the best on: {told}")
-        self.found |= {f"{kind}@{share}/{k}": v for k, v in found.items()}
+        tqdm.tqdm.write(
+          f"{kind}, read_tokens={most}, read_share={share}: {told}")
+        self.found |= {
+          f"{kind}@{most},{share}/{k}": v for k, v in found.items()}
     return True
 
   def _make(self, split: str, maker: SentenceMaker
@@ -138,3 +148,19 @@ class ReaderRun:
       save_lensnet(path, self.params, self._lens, {
         **(self._card or {}),
         "reader": json.loads(json.dumps({**card, "validation": self.found}))})
+
+
+def _shipped_part(base_name: str) -> dict[str, Any]:
+  """The choice of sentences in the weights shipped for a base.
+
+  It depends neither on the base nor on its tokenizer.
+
+  Raises:
+    McjaxError: none is shipped for a base of this name.
+  """
+  path = pretrained.shipped(base_name, "lensnet")
+  params = pretrained.read_weights(path, "lensnet")[0] if path else {}
+  if sentence_net.PART not in params:
+    raise McjaxError(f"config.carry_from: no choice of sentences is shipped "
+                     f"for {base_name!r}")
+  return params[sentence_net.PART]
