@@ -83,7 +83,9 @@ def barrier(name: str) -> None:
   is asked first, since tasks that processes share take unequally long.
   """
   if jax.process_count() > 1:
-    _client().wait_at_barrier(f"{name} {next(_barriers)}", _LONGEST)
+    client = _client()
+    if client is not None:
+      client.wait_at_barrier(f"{name} {next(_barriers)}", _LONGEST)
     multihost_utils.sync_global_devices(name)
 
 
