@@ -301,7 +301,8 @@ def test_any_life_keeps_every_invariant(
     life.mc.close()
 
   lives()
-  print(policy, work)
+  if policy != "random":  # wishes for nothing where nothing is asked for
+    del work["expands"]
   assert min(work.values()) > 0, work
 
 
