@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mcjax.base.tokenizer import Tokenizer
-from mcjax.runtime.focus_loop import Query
+from mcjax.runtime.focus import Query
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import McjaxError
 
