@@ -163,7 +163,9 @@ class LensNetPolicy:
       self._scored_at = view.tree.cursor
     scores = np.array(  # what was seen since was not found: no wish
       [self._scored.get(b, -1.0) for b in rows.block.tolist()], np.float32)
-    evidence = _evidence(view, rows, scores)
+    evidence: list[tuple[int, float]] = []
+    if view.asked and self.answerable >= 0.5:  # else nothing is read
+      evidence = _evidence(view, rows, scores)
     if evidence != self._evidence:
       self._evidence, self._chosen = evidence, self._choose(evidence)
     whole = self._sentences(view, evidence[0][1] if evidence else -1.0)
