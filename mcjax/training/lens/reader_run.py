@@ -9,7 +9,6 @@ import json
 from typing import Any, cast
 
 from etils import epath
-import jax
 import numpy as np
 import tqdm
 
@@ -23,7 +22,12 @@ from mcjax.parallel.places import place
 from mcjax.settings import read_fields
 from mcjax.training.common.data import TokenStore
 from mcjax.training.lens import sentences
-from mcjax.training.lens.run import LensWindows, NoGists, made_histories
+from mcjax.training.lens.run import (
+  LensWindows,
+  NoGists,
+  made_histories,
+  make_files,
+)
 from mcjax.training.lens.sentences import ReaderFit, SentenceMaker, SentenceSet
 from mcjax.training.lens.windows import WindowMaker
 from mcjax.types import McjaxError
@@ -85,6 +89,8 @@ class ReaderRun:
     if not self._lens.gists:
       encoder = cast(GistEncoder, NoGists(lm.config.d_model))
     self._encoder = encoder
+    self._scores = pretrained.fingerprint(  # candidates are those of one net
+      {k: self.params[k] for k in ("score", "apart")}, {})[:8]
     self._carried = _shipped_part(carry_from) if carry_from else None
     self.found: dict[str, float] = {}
 
@@ -119,27 +125,12 @@ class ReaderRun:
 
   def _make(self, split: str, maker: SentenceMaker
             ) -> dict[str, list[epath.Path]] | None:
-    """Files of candidates by kind; None if stopped. Processes share them."""
-    folder = self.workdir / "sentences" / split
-    folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, list[epath.Path]] = {}
-    made = list(made_histories(
+    """Files of candidates by kind; None if stopped."""
+    made = made_histories(
       self._config.windows, split, self._lm.tokenizer, self._stores[split],
-      self._config.fit.seed))
-    with processes.StopSignal() as stop:
-      for number, (kind, index, history) in enumerate(tqdm.tqdm(
-          made, desc=f"{split} candidates", unit="history",
-          disable=not processes.is_first())):
-        path = folder / f"{kind}-{index:05}.npz"
-        if not path.exists() and number % jax.process_count() == (
-            jax.process_index()):
-          maker.write(path, history(), number)
-        files.setdefault(kind, []).append(path)
-        if stop.reached():
-          return None
-    processes.barrier(f"{split} candidates are made")
-    return {kind: [p for p in paths if p.exists()]
-            for kind, paths in files.items()}
+      self._config.fit.seed)
+    folder = self.workdir / "sentences" / self._scores / split
+    return make_files(folder, made, maker.write, f"{split} candidates")
 
   def export(self, path, card: Mapping[str, Any]) -> None:
     """Writes LensNet with the fitted part; its card gets the facts of `card`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import itertools
 import pathlib
@@ -175,25 +175,10 @@ class LensRun:
   def _make(self, split: str, maker: WindowMaker
             ) -> dict[str, list[epath.Path]] | None:
     """Files of windows by kind; None if stopped. Processes share the work."""
-    folder = self.workdir / "windows" / split
-    folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, list[epath.Path]] = {}
-    with processes.StopSignal() as stop:
-      made = made_histories(
+    return make_files(
+      self.workdir / "windows" / split, made_histories(
         self._config.windows, split, self._lm.tokenizer, self._stores[split],
-        self._config.train.seed)
-      for number, (kind, index, history) in enumerate(tqdm.tqdm(
-          made, desc=f"{split} windows", unit="history",
-          disable=not processes.is_first())):
-        path = folder / f"{kind}-{index:05}.npz"
-        if processes.is_mine(number) and not path.exists():
-          maker.write(path, history(), number)
-        files.setdefault(kind, []).append(path)
-        if stop.reached():
-          return None
-    processes.barrier(f"{split} windows are made")
-    return {kind: [p for p in paths if p.exists()]
-            for kind, paths in files.items()}
+        self._config.train.seed), maker.write, f"{split} windows")
 
   def policy(self) -> LensNetPolicy:
     """The policy with the current weights."""
@@ -210,6 +195,36 @@ class LensRun:
     if self._trainer is None:
       raise McjaxError("nothing was trained: nothing to export")
     self.params = self._trainer.export(path, card)
+
+
+def make_files(folder: epath.Path, made: Iterable[tuple],
+               write: Callable[[epath.Path, History, int], None], what: str
+               ) -> dict[str, list[epath.Path]] | None:
+  """A file for every history, by kind, unless it is there; processes share.
+
+  Args:
+    folder: of the files.
+    made: `made_histories`.
+    write: writes the file of a history and its number, or none for a poor one.
+    what: is made, in words.
+
+  Returns:
+    the files; None if stopped by a signal.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  files: dict[str, list[epath.Path]] = {}
+  with processes.StopSignal() as stop:
+    for number, (kind, index, history) in enumerate(tqdm.tqdm(
+        made, desc=what, unit="history", disable=not processes.is_first())):
+      path = folder / f"{kind}-{index:05}.npz"
+      if processes.is_mine(number) and not path.exists():
+        write(path, history(), number)
+      files.setdefault(kind, []).append(path)
+      if stop.reached():
+        return None
+  processes.barrier(f"{what} are made")
+  return {kind: [p for p in paths if p.exists()]
+          for kind, paths in files.items()}
 
 
 def made_histories(
