@@ -24,11 +24,16 @@ def opened(page: pathlib.Path, folder: pathlib.Path, script: str = ""
     text = page.read_text("utf-8") + f"<script>{script}</script>"
     page = folder / "acted.html"
     page.write_text(text, "utf-8")
+  return visited(page.resolve().as_uri(), folder)
+
+
+def visited(url: str, folder: pathlib.Path) -> tuple[str, str]:
+  """As `opened`, of a page that a server has."""
   done = subprocess.run(
     [FOUND, "--headless", "--no-sandbox", "--disable-gpu",
      "--enable-logging=stderr",
      f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=4000",
-     "--dump-dom", page.resolve().as_uri()],
+     "--dump-dom", url],
     capture_output=True, text=True, timeout=120)
   complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
   return done.stdout, "\n".join(complaints)

@@ -21,7 +21,7 @@ from mcjax.base.load import load_base_lm
 from mcjax.types import BRANCHING
 from mcjax.window import decode_loop, kv_slots, sampling
 from mcjax.window.decode_loop import Sight
-from mcjax.window.row_cache import RowCache
+from mcjax.window.row_cache import RowCache, near_slots
 from mcjax.window.sampling import Sampling
 
 
@@ -32,13 +32,12 @@ class _Loop:
     config, dtype = lm.config, lm.params["embed"].dtype
     capacity = entries + BRANCHING
     self._lm, self._params = lm, model.unstacked(lm.params)
-    cache = RowCache(config, rows, capacity, dtype, wide=True)
+    cache = RowCache(config, rows, capacity, dtype, near_slots(capacity))
     self._streams = (cache.take(),)
     places = np.tile(np.arange(capacity, dtype=np.int32), (rows, 1))
     self._sights = (Sight(
       places, places < entries, np.full(rows, entries, np.int32),
-      jnp.zeros((rows, config.vocab_size))),)
-    self._slots = places[:, entries:]
+      jnp.zeros((rows, config.vocab_size)), places[:, entries:]),)
     self._seen = jnp.zeros((rows, config.vocab_size), bool)
     self._sampling = sampling.Rows(
       np.tile(sampling.numbers_of(Sampling()), (rows, 1)),
@@ -50,7 +49,7 @@ class _Loop:
     """Seconds of wall clock and of CPU that so many steps took."""
     begin, cpu = time.perf_counter(), time.process_time()
     self._streams, block = decode_loop.decode_rows(
-      self._params, self._lm.config, self._streams, self._sights, self._slots,
+      self._params, self._lm.config, self._streams, self._sights,
       np.full(self.rows, steps, np.int32),
       np.full(kv_slots.STOP_IDS, -1, np.int32), self._sampling, self._seen,
       np.zeros(self.rows, np.float32), np.zeros(self.rows, bool),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from absl import flags
+from tqdm import tqdm
 
 import mcjax
 from mcjax.cli import commands
@@ -32,10 +33,16 @@ def main(argv) -> None:
     _TREE.value, base_fingerprint=lm.fingerprint, base_name=lm.name,
     encoder=None if gists else encoder)
   begin = time.perf_counter()
-  if gists:
-    tree.rebuild_gists(encoder)
-  else:
-    tree.rebuild_lens_keys(keyer)
+  with tqdm(unit=" nodes", unit_scale=True) as bar:
+
+    def told(done: int, total: int) -> None:
+      bar.total = total
+      bar.update(done - bar.n)
+
+    if gists:
+      tree.rebuild_gists(encoder, told)
+    else:
+      tree.rebuild_lens_keys(keyer, told)
   nodes = sum(tree.num_nodes(l) for l in range(1, tree.top_level + 1))
   tree.close()
   network = ("GistNet", encoder) if gists else ("LensNet", keyer)

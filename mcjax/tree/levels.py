@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import itertools
 
 import numpy as np
 
@@ -178,6 +179,7 @@ class Levels:
     encoder: Encoder | None,
     keyer: lens_keys.Keyer | None,
     amended: Mapping[int, tuple[np.ndarray, np.ndarray]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
   ) -> None:
     """Writes columns anew into the epochs of `record`, in bounded memory.
 
@@ -189,6 +191,7 @@ class Levels:
       keyer: makes the lens keys; None makes none.
       amended: {level: (sorted indices [n], gists [n, D])} that replace those
         held; encoder and keyer then make nothing, and lens keys stay.
+      progress: called with nodes written and nodes in all.
     """
     new: dict[tuple[str, int], Column] = {}
 
@@ -202,9 +205,11 @@ class Levels:
     if amended is not None:
       kinds = ["gists"]
       new |= {k: c for k, c in self._columns.items() if k[0] == "lens"}
+    counts = list(itertools.takewhile(
+      bool, map(self.num_nodes, itertools.count(1))))
+    done, total = 0, sum(counts) * len(kinds)
     for kind in kinds:
-      level = 1
-      while count := self.num_nodes(level):
+      for level, count in enumerate(counts, 1):
         made = new[kind, level] = self._make_column(kind, level, record, 0)
         for start in range(0, count, step):
           stop = min(start + step, count)
@@ -212,8 +217,10 @@ class Levels:
             maker.rows(kind, level, start, stop) if amended is None
             else self._amended(level, start, stop, amended))
           flush_columns([made], self._store.url, everything=False)
+          done += stop - start
+          if progress is not None:
+            progress(done, total)
         flush_columns([made], self._store.url, everything=True)
-        level += 1
     self._rebuilt = new, record, keyer
 
   def _amended(

@@ -8,7 +8,7 @@ the append that completes its 32 children, in one batch per level.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import json
 import os
@@ -306,7 +306,9 @@ class MegaContextTree(StoredTree):
 
   # Maintenance.
 
-  def rebuild_gists(self, encoder: Encoder) -> None:
+  def rebuild_gists(self, encoder: Encoder,
+                    progress: Callable[[int, int], None] | None = None
+                    ) -> None:
     """Rewrites every gist with another GistNet, in bounded memory.
 
     The new gists are written beside the old ones and one commit switches over,
@@ -316,6 +318,7 @@ class MegaContextTree(StoredTree):
 
     Args:
       encoder: the GistNet the tree belongs to from then on.
+      progress: called with nodes written and nodes in all.
 
     Raises:
       McjaxError: a failed write; the tree then keeps its gists.
@@ -326,7 +329,7 @@ class MegaContextTree(StoredTree):
     record["gist_epoch"] += 1
     record["gistnet"] = tree_format.gistnet_fields(encoder)
     record.pop("refined", None)
-    self._rebuild(record, encoder, keyer)
+    self._rebuild(record, encoder, keyer, progress=progress)
     self._encoder = encoder
 
   def amend_gists(self, index: np.ndarray, gists: np.ndarray,
@@ -363,22 +366,26 @@ class MegaContextTree(StoredTree):
     """As `open` with this keyer, for callers that choose it afterwards."""
     self._levels.keyer = keyer
 
-  def rebuild_lens_keys(self, keyer: Keyer) -> None:
+  def rebuild_lens_keys(self, keyer: Keyer,
+                        progress: Callable[[int, int], None] | None = None
+                        ) -> None:
     """Writes the lens keys of every node anew, as `rebuild_gists` does gists.
 
     Args:
       keyer: makes them, and those of later appends.
+      progress: called with nodes written and nodes in all.
 
     Raises:
       McjaxError: a failed write; the tree then keeps the keys it has.
     """
     self.commit()
     record = tree_format.with_lens(self._record, keyer)
-    self._rebuild(record, None, keyer)
+    self._rebuild(record, None, keyer, progress=progress)
 
   def _rebuild(
     self, record: dict, encoder: Encoder | None, keyer: Keyer | None,
     amended: Mapping[int, tuple[np.ndarray, np.ndarray]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
   ) -> None:
     """Writes the epochs that `record` adds and switches to it."""
     before = self._record
@@ -386,7 +393,7 @@ class MegaContextTree(StoredTree):
     for folder in tree_format.past_folders(record) - used:
       self._store.delete(folder + "/")  # what a crash left behind
     try:
-      self._levels.rebuild(record, encoder, keyer, amended)
+      self._levels.rebuild(record, encoder, keyer, amended, progress)
       record["sums"] = self._levels.record_sums(rebuilt=True)
       record["sums"] |= self.journal.column.record_sums()
       self._write_record(record)

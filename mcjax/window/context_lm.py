@@ -248,8 +248,6 @@ class ContextLM(SlotInputs):
     self._permute_inputs(order)
     self.window.permute(order)
     self._undo.permute(order)
-    if self._contrast is not None:
-      self._contrast.permute(order, self.decoder.near)
 
   def newest_nll(self, token_ids: np.ndarray) -> np.ndarray:
     """NLL [n] in nats of the newest n entries, which hold `token_ids`.
@@ -313,27 +311,28 @@ class ContextLM(SlotInputs):
     positions, visible = self.slot_arrays()
     first = self.window.next_position(
       self.gist_stride, self.lm.config.max_positions)
-    seen = Seen(positions, visible, first, self._ready_logits())
+    seen = Seen(positions, visible, first, self._ready_logits(), slots)
     contrast = self._contrasting
-    prior = contrast.prior(self.window) if contrast else None
-    return Job(self._row, limit, slots, draw, seen, prior,
+    prior = contrast.prior(self.window, limit) if contrast else None
+    return Job(self._row, limit, draw, seen, prior,
                self._config.contrast or 0.0)
 
   def drop(self, job: Job) -> None:
     """Gives up a job that was not decoded."""
-    self.window.give_slots(job.slots)
+    self.window.give_slots(job.window.slots)
 
   def take(self, job: Job, said: Said) -> None:
     """Lets what was decoded enter the window."""
     count, start = len(said.tokens), self.window.cursor
+    slots = job.window.slots
     self._logits, self._hidden = said.logits[0], None
-    self._load_tokens(job.slots[:count], said.tokens)
-    self.window.give_slots(job.slots[count:])
-    self.window.append_tokens(job.slots[:count], ready=True)
+    self._load_tokens(slots[:count], said.tokens)
+    self.window.give_slots(slots[count:])
+    self.window.append_tokens(slots[:count], ready=True)
     self.tokens_decoded += count
     self.tokens_run += count
     if job.prior is not None and self._contrast is not None:
-      self._contrast.take(said.logits[1], job.slots[:count],
+      self._contrast.take(said.logits[1], job.prior.slots[:count],
                           np.arange(start, start + count))
       self.tokens_run += count
 

@@ -13,28 +13,30 @@ import jax
 import numpy as np
 
 from mcjax.base.load import BaseLM
+from mcjax.types import BRANCHING
 from mcjax.window import kv_slots
 from mcjax.window.decoding import Decoder, Seen
+from mcjax.window.row_cache import prior_slots
 from mcjax.window.slot_inputs import SlotInputs
 from mcjax.window.working_context import FIRST, Attention, WorkingContext
 
 
 class Contrast:
-  """The bookkeeping of the second cache, a stream of the window's decoder."""
+  """The bookkeeping of the second cache, a stream of the window's decoder.
 
-  def __init__(self, lm: BaseLM, slots: int):
+  It has few slots of its own: the history's first token, and of prompt and
+  answer the newest as far as they fit.
+  """
+
+  def __init__(self, lm: BaseLM, window: int):
+    """Args: window: slots of the window."""
     self._lm = lm
-    self._held = np.full(slots, -1, np.int64)  # token whose keys a slot holds
+    self._held = np.full(prior_slots(window), -1, np.int64)  # token by slot
     self._logits: jax.Array | None = None
 
   def clear(self) -> None:
     """Forgets all keys and values: other text is read, or none."""
     self._held[:] = -1
-
-  def permute(self, order: np.ndarray, near: int) -> None:
-    """Follows slots that change places; far ones may have no cache."""
-    self._held = self._held[order]
-    self._held[near:] = -1
 
   def sync(self, inputs: SlotInputs, decoder: Decoder, row: int) -> int:
     """Runs the LM on what is new of the prompt and the answer.
@@ -46,48 +48,60 @@ class Contrast:
     Returns:
       token-forwards of the base, padding excluded.
     """
-    seen = _without(inputs.window)
-    rows = np.flatnonzero((seen.entries.level == 0) & ~seen.hidden())
-    slots, tokens = seen.entries.slot[rows], seen.entries.index[rows]
-    todo = self._held[slots] != tokens
+    entries = inputs.window.entries
+    rows = self._read(inputs.window)
+    tokens = entries.index[rows]
+    todo = ~np.isin(tokens, self._held)
     todo[-1:] = True  # what follows the newest is asked for
-    slots, tokens = slots[todo], tokens[todo]
+    slots, seen = self._placed(tokens), self._arrays(tokens)
+    todo = np.flatnonzero(todo)
     largest = decoder.sizes[-1]
-    for a in range(0, len(slots), largest):
-      part = slots[a : a + largest]
-      self._held[part] = tokens[a : a + largest]
+    for a in range(0, len(todo), largest):
+      part = todo[a : a + largest]
       hidden = decoder.splice(
-        self._lm.params, 1, row, part, inputs.inputs_of(part),
-        self._arrays(seen))
+        self._lm.params, 1, row, slots[part],
+        inputs.inputs_of(entries.slot[rows[part]]), seen)
       self._logits = kv_slots.next_logits(
         self._lm.params, hidden, np.int32(len(part) - 1))
-    return len(slots)
+    return len(todo)
 
-  def _arrays(self, seen: WorkingContext) -> tuple[np.ndarray, np.ndarray]:
-    positions, visible = seen.slot_arrays(
-      0, self._lm.config.max_positions, show_gists=False)
-    held = np.zeros(len(visible), bool)
-    e = seen.entries
-    held[e.slot] = self._held[e.slot] == e.index
-    return positions, visible & held
+  def _read(self, window: WorkingContext) -> np.ndarray:
+    """Rows of the entries that are read, in the order of time."""
+    assert window.attention is not None
+    hidden = window.hidden(Attention((FIRST,), window.attention.start))
+    rows = np.flatnonzero((window.entries.level == 0) & ~hidden)
+    room = len(self._held) - BRANCHING  # beside the next block
+    return rows if len(rows) <= room else np.r_[rows[:1], rows[1 - room :]]
 
-  def prior(self, window: WorkingContext) -> Seen:
-    """What a decoder reads; valid after `sync`."""
+  def _placed(self, tokens: np.ndarray) -> np.ndarray:
+    """Slots [n] of tokens [n]; what is not among these gives up its own."""
+    self._held[~np.isin(self._held, tokens)] = -1
+    new = tokens[~np.isin(tokens, self._held)]
+    self._held[self._free()[: len(new)]] = new
+    order = np.argsort(self._held)
+    return order[np.searchsorted(self._held, tokens, sorter=order)]
+
+  def _free(self) -> np.ndarray:
+    return np.flatnonzero(self._held < 0)
+
+  def _arrays(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and visibility, by slot, of tokens that stand in a row."""
+    slots = self._placed(tokens)
+    positions = np.zeros(len(self._held), np.int32)
+    visible = np.zeros(len(self._held), bool)
+    positions[slots], visible[slots] = np.arange(len(tokens)), True
+    return positions, visible
+
+  def prior(self, window: WorkingContext, limit: int) -> Seen:
+    """What a decoder reads for so many tokens; valid after `sync`."""
     assert self._logits is not None
-    seen = _without(window)
-    first = seen.next_position(0, self._lm.config.max_positions)
-    return Seen(*self._arrays(seen), first, self._logits)
+    tokens = window.entries.index[self._read(window)]
+    seen = self._arrays(tokens)
+    slots = self._free()[:limit].astype(np.int32)
+    return Seen(*seen, len(tokens), self._logits, slots)
 
   def take(self, logits: jax.Array, slots: np.ndarray, tokens: np.ndarray
            ) -> None:
     """Notes what a decoder made, for tokens [n] now in slots [n]."""
     self._logits = logits
     self._held[slots] = tokens
-
-
-def _without(window: WorkingContext) -> WorkingContext:
-  """The window as it would be if nothing before the prompt were read."""
-  assert window.attention is not None
-  seen = window.copy()
-  seen.attention = Attention((FIRST,), window.attention.start)
-  return seen

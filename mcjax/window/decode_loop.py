@@ -32,12 +32,14 @@ class Sight(NamedTuple):
     visible: [B, S] bool.
     first: [B] int32 position of the first new token.
     logits: [B, V] float32 for it.
+    slots: [B, 32] int32 that new tokens go to; beyond the last is nowhere.
   """
 
   positions: Array
   visible: Array
   first: Array
   logits: Array
+  slots: Array
 
 
 class Block(NamedTuple):
@@ -186,7 +188,7 @@ def _against(logits, prior, weight, on):
   jax.jit, static_argnames="config", donate_argnames=("streams", "seen"))
 def decode_rows(params, config: model.DecoderConfig,
                 streams: tuple[tuple[Pool, ...], ...],
-                sights: tuple[Sight, ...], slots: jax.Array,
+                sights: tuple[Sight, ...],
                 limit: jax.Array, stop_ids: jax.Array, rows: sampling.Rows,
                 seen: jax.Array, weight: jax.Array, on: jax.Array,
                 told: jax.Array
@@ -199,7 +201,6 @@ def decode_rows(params, config: model.DecoderConfig,
     streams: donated; the pools of the windows and, where any row is held
       against what the LM says without the text it reads, of the same without.
     sights: of the streams.
-    slots: [B, 32] int32 that new tokens go to; S is nowhere.
     limit: [B] int32 tokens wanted; 0 leaves a row alone.
     stop_ids: [8] int32, -1 pads; a row ends after one of them.
     rows: how each row samples; its `seen` is not read.
@@ -270,8 +271,8 @@ def decode_rows(params, config: model.DecoderConfig,
 
   every = jnp.arange(count, dtype=jnp.int32)
   streams = tuple(
-    stored(pools, every, slots, *zip(*own))
-    for pools, own in zip(streams, c["own"]))
+    stored(pools, every, sight.slots, *zip(*own))
+    for pools, sight, own in zip(streams, sights, c["own"]))
   return streams, Block(
     c["tokens"], c["logprobs"], c["likely"], c["likely_logprobs"], c["count"],
     stopped, c["logits"], c["seen"])

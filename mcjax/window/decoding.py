@@ -19,7 +19,7 @@ from mcjax.base.decoder_config import DecoderConfig
 from mcjax.types import BRANCHING
 from mcjax.window import decode_loop, kv_slots, sampling
 from mcjax.window.decode_loop import Block, Sight
-from mcjax.window.row_cache import Held, RowCache
+from mcjax.window.row_cache import Held, RowCache, near_slots, prior_slots
 from mcjax.window.sampling import Sampling
 from mcjax.window.slot_inputs import Inputs
 from mcjax.window.turn import Turn
@@ -64,22 +64,23 @@ class Seen:
     positions, visible: [S], by slot.
     first: position of the next token.
     logits: [V] for it.
+    slots: [limit] int32 that new tokens go to.
   """
 
   positions: np.ndarray
   visible: np.ndarray
   first: int
   logits: jax.Array
+  slots: np.ndarray
 
 
 @dataclasses.dataclass
 class Job:
-  """What one row asks for: up to `limit` tokens into `slots`.
+  """What one row asks for: up to `limit` tokens.
 
   Attributes:
     row: of the decoder.
     limit: tokens wanted.
-    slots: [limit] int32 that they go to.
     draw: how they are drawn.
     window: what is read.
     prior: the same without the text, if the answer is held against it.
@@ -88,7 +89,6 @@ class Job:
 
   row: int
   limit: int
-  slots: np.ndarray
   draw: Draw
   window: Seen
   prior: Seen | None
@@ -130,7 +130,7 @@ class Decoder:
     self.rows, self.turn, self.sizes = rows, Turn(), sizes
     self._params, self._config, self._dtype = params, config, dtype
     self._stop_ids, self._window = stop_ids, window
-    self._caches = [RowCache(config, rows, window, dtype, wide=True)]
+    self._caches = [RowCache(config, rows, window, dtype, near_slots(window))]
     self._seen = jnp.zeros((rows, config.vocab_size), bool)
     self._none = jnp.zeros(config.vocab_size, jnp.float32)
     self._key = jax.random.key(0)
@@ -147,9 +147,10 @@ class Decoder:
     return sum(cache.lost for cache in self._caches)
 
   def _cache(self, stream: int) -> RowCache:
-    while stream >= len(self._caches):
+    while stream >= len(self._caches):  # of prompts and answers alone
+      slots = prior_slots(self._window)
       self._caches.append(RowCache(
-        self._config, self.rows, self._window, self._dtype, wide=False))
+        self._config, self.rows, slots, self._dtype, slots))
     return self._caches[stream]
 
   # --- one row ------------------------------------------------------------
@@ -172,10 +173,11 @@ class Decoder:
     with self.turn:
       cache = self._cache(stream)
       cache.move(row, positions, visible)
-      held, _ = cache.read(row)
+      held, _ = cache.read(row, self._window)
+      spare = 0, self._window - cache.slots
       out = kv_slots.splice(
         params, self._config, held, slots, *self._padded(inputs, size),
-        positions, visible, self.sizes[-1])
+        np.pad(positions, spare), np.pad(visible, spare), self.sizes[-1])
       if store:
         cache.write(row, kv_slots.pad(slots, self.sizes[-1], self._window),
                     out.keys, out.values, positions)
@@ -188,15 +190,14 @@ class Decoder:
                   np.pad(inputs.is_gist, spare))
 
   def permute(self, row: int, order: np.ndarray) -> None:
-    """Slot i of a row gets, in every stream, what was in slot order[i]."""
+    """Slot i of a row's window gets what was in slot order[i]."""
     with self.turn:
-      for cache in self._caches:
-        cache.permute(row, order)
+      self._caches[0].permute(row, order)
 
-  def read(self, row: int, stream: int = 0) -> tuple[Held, np.ndarray]:
-    """What a row's slots hold, and the positions that keys are rotated to."""
+  def read(self, row: int) -> tuple[Held, np.ndarray]:
+    """What a window's slots hold, and the positions its keys are rotated to."""
     with self.turn:
-      return self._cache(stream).read(row)
+      return self._caches[0].read(row)
 
   def replace(self, row: int, held: Held, positions: np.ndarray) -> None:
     """Replaces what a row's slots hold in the first stream."""
@@ -220,28 +221,24 @@ class Decoder:
 
   def _is_far(self, job: Job) -> bool:
     return bool(job.window.visible[self.near :].any()
-                or (job.slots >= self.near).any())
+                or (job.window.slots >= self.near).any())
 
   def _decoded(self, jobs: list[Job], streams: int, far: bool) -> Block:
     sights = []
     for m in range(streams):
       cache, seen = self._cache(m), {}
-      if far:
-        cache.widen()
       for j in jobs:
         if (window := j.prior if m else j.window) is not None:
           cache.move(j.row, window.positions, window.visible)
           seen[j.row] = window
-      sights.append(self._sight(seen))
+      sights.append(self._sight(m, seen))
     limit = np.zeros(self.rows, np.int32)
-    slots = np.full((self.rows, BRANCHING), self._window, np.int32)
     numbers = np.tile(sampling.numbers_of(Sampling()), (self.rows, 1))
     drawn = np.zeros(self.rows, np.int32)
     weight, on = np.zeros(self.rows, np.float32), np.zeros(self.rows, bool)
     keys = [self._key] * self.rows
     for j in jobs:
       limit[j.row], drawn[j.row] = j.limit, j.draw.drawn
-      slots[j.row, : len(j.slots)] = j.slots
       numbers[j.row] = sampling.numbers_of(j.draw.sampling)
       keys[j.row], weight[j.row] = j.draw.key, j.weight
       on[j.row] = j.prior is not None
@@ -252,31 +249,34 @@ class Decoder:
     rows = sampling.Rows(
       numbers, decode_loop.stacked(keys), drawn, np.zeros((), bool))
     return self._loop(
-      sights, far, slots, limit, rows, weight, on,
+      sights, far, limit, rows, weight, on,
       np.int32(max(job.draw.told for job in jobs)))
 
-  def _loop(self, sights: list[Sight], far: bool, slots: np.ndarray,
-            limit: np.ndarray, rows: sampling.Rows, weight: np.ndarray,
-            on: np.ndarray, told: np.int32) -> Block:
+  def _loop(self, sights: list[Sight], far: bool, limit: np.ndarray,
+            rows: sampling.Rows, weight: np.ndarray, on: np.ndarray,
+            told: np.int32) -> Block:
     caches = self._caches[: len(sights)]
     streams, block = decode_loop.decode_rows(
       self._params, self._config, tuple(c.take(far) for c in caches),
-      tuple(sights), slots, limit, self._stop_ids, rows, self._seen, weight,
+      tuple(sights), limit, self._stop_ids, rows, self._seen, weight,
       on, told)
     for cache, pools in zip(caches, streams):
       cache.give(pools)
     self._seen = block.seen
     return block
 
-  def _sight(self, seen: dict[int, Seen]) -> Sight:
-    positions = np.zeros((self.rows, self._window), np.int32)
-    visible = np.zeros((self.rows, self._window), bool)
+  def _sight(self, stream: int, seen: dict[int, Seen]) -> Sight:
+    size = self._cache(stream).slots
+    positions = np.zeros((self.rows, size), np.int32)
+    visible = np.zeros((self.rows, size), bool)
+    slots = np.full((self.rows, BRANCHING), size, np.int32)
     first = np.zeros(self.rows, np.int32)
     logits = [self._none] * self.rows
-    for row, window in seen.items():
-      positions[row], visible[row] = window.positions, window.visible
-      first[row], logits[row] = window.first, window.logits
-    return Sight(positions, visible, first, decode_loop.stacked(logits))
+    for row, one in seen.items():
+      positions[row], visible[row] = one.positions, one.visible
+      slots[row, : len(one.slots)] = one.slots
+      first[row], logits[row] = one.first, one.logits
+    return Sight(positions, visible, first, decode_loop.stacked(logits), slots)
 
   def _shared_out(self, jobs: list[Job], block: Block) -> list[Said]:
     tokens, logprobs, likely, values, count, stopped = jax.device_get(
@@ -288,8 +288,8 @@ class Decoder:
       for m, seen in enumerate((j.window, j.prior)):
         if seen is not None:
           positions = seen.positions.copy()
-          positions[j.slots] = seen.first + np.arange(len(j.slots))
-          self._caches[m].mark(j.row, j.slots, positions)
+          positions[seen.slots] = seen.first + np.arange(len(seen.slots))
+          self._caches[m].mark(j.row, seen.slots, positions)
           logits.append(block.logits[m][j.row])
       j.draw.drawn += n
       k = j.draw.likely
@@ -312,34 +312,27 @@ class Decoder:
       nothing = Inputs(
         np.zeros(0, np.int32), np.zeros((0, self._config.d_model), np.float32),
         np.zeros(0, bool))
+      held, positions = self._caches[0].read(0)
+      out = [kv_slots.splice(
+        params, self._config, held, nowhere[:size],
+        *self._padded(nothing, size), places, hidden, self.sizes[-1])
+        for size in self.sizes][-1]
+      self._caches[0].replace(0, held, positions)
       for cache in map(self._cache, range(1 + contrast)):
-        held, positions = cache.read(0)
-        outs = [kv_slots.splice(
-          params, self._config, held, nowhere[:size],
-          *self._padded(nothing, size), places, hidden, self.sizes[-1])
-          for size in self.sizes]
-        cache.write(0, nowhere, outs[-1].keys, outs[-1].values, places)
-        cache.permute(0, np.arange(self._window))
-        if cache is self._caches[0]:
-          cache.replace(0, held, positions)
-      wide = [cache.is_wide for cache in self._caches]
+        cache.read(0, self._window)
+        cache.write(0, nowhere, out.keys, out.values, places[: cache.slots])
+        cache.permute(0, np.arange(cache.slots))
       self._warm_loop(contrast)
-      for cache, was_wide in zip(self._caches, wide):
-        if not was_wide:
-          cache.narrow()
 
   def _warm_loop(self, contrast: bool) -> None:
     rows = sampling.Rows(
       np.tile(sampling.numbers_of(Sampling()), (self.rows, 1)),
       decode_loop.stacked([self._key] * self.rows),
       np.zeros(self.rows, np.int32), np.zeros((), bool))
-    slots = np.full((self.rows, BRANCHING), self._window, np.int32)
     for streams in range(1, 2 + contrast):
       for far in (False, True):
-        for cache in self._caches[: streams * far]:
-          cache.widen()
         block = self._loop(
-          [self._sight({})] * streams, far, slots,
+          [self._sight(m, {}) for m in range(streams)], far,
           np.zeros(self.rows, np.int32), rows,
           np.zeros(self.rows, np.float32), np.zeros(self.rows, bool),
           np.int32(decode_loop.NOTHING))

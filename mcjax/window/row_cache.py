@@ -23,6 +23,8 @@ from mcjax.types import BRANCHING, Array
 
 _SHARE = 4  # the near pool is the window divided by this
 _LEAST = 256  # and at least so many slots
+_PRIOR_SHARE = 10  # slots of prompt and answer alone, the same way
+_PRIOR_LEAST = 160
 
 
 class Pool(NamedTuple):
@@ -53,6 +55,12 @@ class Held(NamedTuple):
 def near_slots(window: int) -> int:
   """Slots of the near pool in a window of so many."""
   return min(window, max(_LEAST, (window - BRANCHING) // _SHARE))
+
+
+def prior_slots(window: int) -> int:
+  """Slots for prompt and answer alone beside a window of so many."""
+  share = window // _PRIOR_SHARE // BRANCHING * BRANCHING
+  return min(window, max(_PRIOR_LEAST, share))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "slots",
@@ -157,38 +165,25 @@ class RowCache:
   """The cache of B rows; whoever uses it must hold the decoder's turn.
 
   Attributes:
-    near: slots of the near pool.
     slots: of a row.
-    is_wide: whether there is a far pool; without one far slots hold nothing.
+    near: slots of the near pool; a far one has the others, if there are any.
     lost: how often its contents were lost, in work that was cut off.
   """
 
   def __init__(self, config: DecoderConfig, rows: int, slots: int, dtype,
-               wide: bool):
-    """Args: wide: whether the far pool is wanted from the start."""
-    self.slots, self.near, self.lost = slots, near_slots(slots), 0
+               near: int):
+    self.slots, self.near, self.lost = slots, near, 0
     self._config, self._rows, self._dtype = config, rows, dtype
     self._positions = np.zeros((rows, slots), np.int32)
-    self._pools: dict[str, Pool] = {}
-    self._missing = set()
-    self._add("near", self.near)
-    self.is_wide = False
-    if wide:
-      self.widen()
+    self._pools = {name: self._empty(name) for name in self._names()}
+    self._missing: set[str] = set()
 
-  def _add(self, name: str, size: int) -> None:
-    self._pools[name] = _empty(self._config, self._rows, size, self._dtype)
+  def _names(self) -> tuple[str, ...]:
+    return ("near", "far")[: 1 + (self.slots > self.near)]
 
-  def widen(self) -> None:
-    """Makes the far pool, if there is none."""
-    if not self.is_wide and self.slots > self.near:
-      self._add("far", self.slots - self.near)
-    self.is_wide = True
-
-  def narrow(self) -> None:
-    """Gives the far pool up, and what it holds."""
-    self._pools.pop("far", None)
-    self.is_wide = False
+  def _empty(self, name: str) -> Pool:
+    size = self.near if name == "near" else self.slots - self.near
+    return _empty(self._config, self._rows, size, self._dtype)
 
   def notice(self) -> bool:
     """Begins anew where the pools were taken and never given back.
@@ -198,9 +193,7 @@ class RowCache:
     """
     if not self._missing:
       return False
-    for name, size in (("near", self.near), ("far", self.slots - self.near)):
-      if name in self._missing:
-        self._add(name, size)
+    self._pools |= {name: self._empty(name) for name in self._missing}
     self._missing.clear()
     self.lost += 1
     return True
@@ -212,7 +205,7 @@ class RowCache:
       far: whether the far one is wanted too, if there is one.
     """
     self.notice()
-    names = [n for n in ("near", "far")[: 1 + far] if n in self._pools]
+    names = self._names()[: 1 + far]
     self._missing.update(names)
     return tuple(self._pools.pop(name) for name in names)
 
@@ -221,12 +214,16 @@ class RowCache:
     self._pools.update(zip(("near", "far"), pools))
     self._missing.clear()
 
-  def read(self, row: int) -> tuple[Held, np.ndarray]:
-    """What a row holds, and the positions [S] that its keys are rotated to."""
+  def read(self, row: int, slots: int = 0) -> tuple[Held, np.ndarray]:
+    """What a row holds, and the positions [S] that its keys are rotated to.
+
+    Padded with empty slots to at least `slots`.
+    """
     pools = self.take()
     self.give(pools)
-    held = _read(pools, np.int32(row), self.slots)
-    return held, self._positions[row].copy()
+    size = max(slots, self.slots)
+    held = _read(pools, np.int32(row), size)
+    return held, np.pad(self._positions[row], (0, size - self.slots))
 
   def replace(self, row: int, held: Held, positions: np.ndarray) -> None:
     """Replaces all that a row holds; as `read` gave it."""
@@ -238,13 +235,11 @@ class RowCache:
     """Stores new entries.
 
     Args:
-      slots: [T] int32, padded with the number of slots.
+      slots: [T] int32, padded with the number of slots or more.
       keys, values: [L, K, H, T] rotated, [L, K, T, H].
       positions: [S] where the keys stand.
     """
     used = slots[slots < self.slots]
-    if np.any(used >= self.near):
-      self.widen()
     self.give(_write(self.take(), np.int32(row), slots, keys, values))
     self.mark(row, used, positions)
 
@@ -266,7 +261,6 @@ class RowCache:
 
   def _arranged(self, row: int, order: np.ndarray, offsets: np.ndarray
                 ) -> None:
-    size = self.slots if self.is_wide else self.near
     self.give(_arrange(
-      self._config, self.take(), np.int32(row), order[:size].astype(np.int32),
-      offsets[:size].astype(np.int32)))
+      self._config, self.take(), np.int32(row), order.astype(np.int32),
+      offsets.astype(np.int32)))

@@ -398,16 +398,21 @@ class WorkingContext:
     """Forgets all computed keys and values (exact mode, refresh)."""
     self.entries.ready[:] = False
 
-  def hidden(self) -> np.ndarray:
+  def hidden(self, attention: Attention | None = None) -> np.ndarray:
     """[E] bool: what the LM does not see: raw tokens outside of what it attends
-    to, gists out of sight, and all entries that hold anything forgotten."""
+    to, gists out of sight, and all entries that hold anything forgotten.
+
+    Args:
+      attention: what it would attend to, by default what it does.
+    """
     e = self.entries
     gone = overlaps(self.forgotten, e.start(), e.start() + e.width())
-    if self.attention is None:
+    attention = attention or self.attention
+    if attention is None:
       return gone | out_of_sight(e.level, self.gists_seen)
     if self.gists_seen is not None:  # nothing but what answers is read
       gone |= e.level > 0
-    return gone | self.attention.earlier(e)[1]
+    return gone | attention.earlier(e)[1]
 
   def positions(self, gist_stride: int, max_positions: int) -> np.ndarray:
     """Window-relative position of every entry, [E] int32."""

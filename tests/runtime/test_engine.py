@@ -12,7 +12,7 @@ from mcjax import Config, Engine, McjaxError, MegaContext
 from mcjax.runtime.telemetry import compile_count
 from mcjax.testing import tiny_base
 from mcjax.types import BRANCHING
-from mcjax.window.row_cache import near_slots
+from mcjax.window.row_cache import prior_slots
 
 
 def life_of(mc, i):
@@ -104,7 +104,7 @@ def test_nothing_compiles_once_it_is_warm(tiny_lm, tiny_gistnet, steps):
 
 
 def test_a_further_history_costs_its_keys_and_values(tiny_lm, tiny_gistnet):
-  """Those of its window, and the near ones that answers are held against."""
+  """Those of its window, and of the prompt that answers are held against."""
   def resident(slots):
     with Engine(tiny_lm, Config(**SMALL), slots=slots, gistnet=tiny_gistnet
                 ) as engine:
@@ -116,7 +116,7 @@ def test_a_further_history_costs_its_keys_and_values(tiny_lm, tiny_gistnet):
   c = tiny_lm.config
   slot = 2 * c.n_layers * c.n_kv_heads * c.head_dim * 4
   slots = SMALL["window"] + BRANCHING
-  own = slot * (slots + near_slots(slots))
+  own = slot * (slots + prior_slots(slots))
   assert own <= resident(4) - resident(3) <= 1.1 * own
 
 

@@ -1,9 +1,11 @@
 """The server through OpenAI's own client, over a socket."""
 
 import dataclasses
+import importlib.resources
 import threading
 import time
 
+from browser import needs_browser, visited
 import pytest
 
 from mcjax import Config, Engine
@@ -15,6 +17,22 @@ httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 
 KEY = "secret"
+READER = """<script>
+// The browser's clock is a virtual one, which stands still while it fetches.
+const shown = async (id, text) => {
+  while (!$(id).textContent.includes(text)) await fetch("/health");
+};
+(async () => {
+  $("key").value = "secret"; $("name").value = "browser";
+  const dropped = new DataTransfer();
+  dropped.items.add(new File([TEXT], "pump.md"));
+  $("memory").dispatchEvent(new DragEvent("drop", {dataTransfer: dropped}));
+  await shown("documents", "pump.md (");
+  $("prompt").value = "what is the PUMP CODE?";
+  $("ask").requestSubmit();
+  await shown("sources", "7314");
+})();
+</script>"""
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +46,9 @@ def served(tiny_lm, tiny_gistnet, tmp_path_factory):
   with Engine(lm, config, slots=2, gistnet=tiny_gistnet) as engine:
     engine.warm_up()  # clients do not wait for compilers
     server = Server(Histories(engine, str(root)), KEY, Limits(1 << 20, 64, 8))
-    runner = uvicorn.Server(uvicorn.Config(
-      server.app(), port=0, log_level="error"))
+    app = server.app()
+    app.add_route("/read", _read_page)
+    runner = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=runner.run)
     thread.start()
     while not runner.started:
@@ -39,6 +58,16 @@ def served(tiny_lm, tiny_gistnet, tmp_path_factory):
     runner.should_exit = True
     thread.join()
     server.close()
+
+
+async def _read_page(request):
+  """The page, and what a reader does on it."""
+  from starlette.responses import HTMLResponse
+  del request
+  page = importlib.resources.files("mcjax.serve") / "page.html"
+  text = tiny_base.text(700, 1).replace(".", " ") + ". THE PUMP CODE IS 7314."
+  return HTMLResponse(page.read_text("utf-8") + READER.replace(
+    "TEXT", repr(text)))
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +207,15 @@ def test_page_health_and_metrics(http, served):
   told = http.get("/metrics").text
   assert 'route="/v1/chat/completions",status="200"' in told
   assert "mcjax_tokens_decoded_total" in told
+
+
+@needs_browser
+def test_a_browser_drops_a_file_asks_and_sees_the_source(served, tmp_path):
+  document, complaints = visited(served + "/read", tmp_path)
+  assert "pump.md: read" in document and "pump.md (" in document
+  assert '<div class="source"><b>pump.md' in document
+  assert "THE PUMP CODE IS 7314" in document.split('id="sources"')[1]
+  assert "slots over" in document and "Uncaught" not in complaints
 
 
 def test_more_clients_than_slots_wait_their_turn(client):

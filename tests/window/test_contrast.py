@@ -7,6 +7,8 @@ from runtime_cases import QUESTION, spans, with_fact
 from mcjax import Config, McjaxError
 from mcjax.runtime.telemetry import compile_count
 from mcjax.testing import tiny_base
+from mcjax.types import BRANCHING
+from mcjax.window.row_cache import prior_slots
 
 
 @pytest.fixture
@@ -26,8 +28,11 @@ def plain(lm, ids):
   return log_softmax(tiny_base.plain_logits(lm, x, np.arange(len(ids)))[-1])
 
 
-def answer(mc, out, weight):
-  """The greedy answer by definition, from plain forwards alone."""
+def answer(mc, out, weight, room=1000):
+  """The greedy answer by definition, from plain forwards alone.
+
+  Without the text, at most `room` of the newest tokens are read.
+  """
   lm, tree = mc.lm, mc.tree
   count = len(out.token_ids)
   prompt = tree.tokens(mc.cursor - count - out.prompt_tokens,
@@ -38,7 +43,7 @@ def answer(mc, out, weight):
   told: list[int] = []
   for _ in range(count):
     beside = plain(lm, first + read + prompt + told)
-    without = plain(lm, first + prompt + told)
+    without = plain(lm, first + (prompt + told)[-room - len(told):])
     score = beside + weight * (beside - without)
     score[beside < beside.max() + np.log(0.1)] = -np.inf
     told.append(int(score.argmax()))
@@ -54,6 +59,17 @@ def test_an_answer_is_what_the_text_makes_likelier(make, kv, weight):
     out = mc.generate(question, max_new_tokens=45)  # over a refocus step
     assert out.sources
     assert out.token_ids.tolist() == answer(mc, out, weight)
+
+
+def test_of_a_long_prompt_the_newest_is_held_against(make):
+  mc = make(contrast=3.0)
+  out = mc.generate("?" * 150 + QUESTION, max_new_tokens=40)
+  count = BRANCHING - (mc.cursor - len(out.token_ids)) % BRANCHING
+  room = prior_slots(mc.config.window + BRANCHING) - BRANCHING - 1
+  assert room < 150 and out.sources
+  expected = answer(mc, out, 3.0, room)  # for as long as nothing leaves
+  assert out.token_ids.tolist()[:count] == expected[:count]
+  assert answer(mc, out, 3.0)[:count] != expected[:count]
 
 
 def test_without_weight_or_sources_nothing_changes(make):

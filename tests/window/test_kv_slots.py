@@ -15,7 +15,7 @@ def arrays(count=20, seed=0):
   """A cache whose first `count` timeline entries lie in shuffled slots."""
   rng = np.random.RandomState(seed)
   lm = tiny_base.make_lm()
-  cache = RowCache(lm.config, 1, SLOTS, lm.params["embed"].dtype, wide=True)
+  cache = RowCache(lm.config, 1, SLOTS, lm.params["embed"].dtype, SLOTS)
   slots = rng.permutation(SLOTS)[:count].astype(np.int32)
   ids = rng.randint(0, 256, count).astype(np.int32)
   positions = np.zeros(SLOTS, np.int32)
@@ -76,7 +76,7 @@ def test_a_splice_of_everything_is_a_plain_forward(size):
 def test_what_is_spliced_later_reads_what_was_stored():
   """First some entries, then the others: as all at once."""
   lm, empty, slots, ids, positions, visible = arrays()
-  cache = RowCache(lm.config, 2, SLOTS, jnp.float32, wide=True)
+  cache = RowCache(lm.config, 2, SLOTS, jnp.float32, SLOTS)
   shown, hidden = np.zeros(SLOTS, bool), []
   for part in (slice(13), slice(13, 20)):
     shown[slots[part]] = True

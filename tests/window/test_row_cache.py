@@ -7,8 +7,7 @@ import pytest
 
 from mcjax.base import rotation
 from mcjax.testing import tiny_base
-from mcjax.window import row_cache
-from mcjax.window.row_cache import Held, RowCache
+from mcjax.window.row_cache import Held, RowCache, near_slots, prior_slots
 
 SLOTS = 300  # 256 near ones
 
@@ -18,9 +17,9 @@ def config():
   return tiny_base.make_lm().config
 
 
-def filled(config, wide=True, **kwargs):
+def filled(config):
   """A cache of two rows of which the second holds random keys."""
-  cache = RowCache(config, 2, SLOTS, jnp.float32, wide, **kwargs)
+  cache = RowCache(config, 2, SLOTS, jnp.float32, near_slots(SLOTS))
   rng = np.random.RandomState(0)
   shape = config.n_layers, config.n_kv_heads
   held = Held(
@@ -61,22 +60,24 @@ def test_slots_change_places_between_the_pools(config):
   np.testing.assert_array_equal(stood, order)
 
 
-def test_a_narrow_cache_holds_near_slots_until_a_far_one_is_written(config):
-  cache, held = filled(config, wide=False)
-  near = row_cache.near_slots(SLOTS)
-  assert near == 256 and not cache.is_wide and len(cache.take()) == 1
-  cache, held = filled(config, wide=False)
-  after, _ = cache.read(1)
-  np.testing.assert_array_equal(after.keys[..., :near], held.keys[..., :near])
-  assert not np.asarray(after.keys)[..., near:].any()
-  slots = np.array([2, 299, SLOTS], np.int32)
-  cache.write(1, slots, held.keys[..., :3], held.values[:, :, :3],
-              np.full(SLOTS, 4, np.int32))
-  after, stood = cache.read(1)
-  assert cache.is_wide
+def test_a_cache_of_few_slots_is_read_as_one_of_many(config):
+  few = RowCache(config, 2, 160, jnp.float32, 160)
+  cache, held = filled(config)
+  assert cache.near == 256 and len(cache.take(far=False)) == 1
+  slots = np.array([2, 159, SLOTS], np.int32)
+  few.write(1, slots, held.keys[..., :3], held.values[:, :, :3],
+            np.full(160, 4, np.int32))
+  after, stood = few.read(1, SLOTS)
   np.testing.assert_array_equal(after.keys[..., slots[:2]],
                                 held.keys[..., :2])
+  assert not np.asarray(after.keys)[..., 160:].any()
   np.testing.assert_array_equal(np.flatnonzero(stood == 4), slots[:2])
+  assert len(stood) == SLOTS
+
+
+def test_prompt_and_answer_take_a_tenth_of_a_window_or_a_little(config):
+  assert [prior_slots(n) for n in (128, 544, 1056, 2080, 8224)] == [
+    128, 160, 160, 192, 800]
 
 
 def test_work_that_is_cut_off_loses_all_rows_and_says_so(config):

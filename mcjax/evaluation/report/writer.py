@@ -6,7 +6,7 @@ git commit and the device, so that a number can be traced to what made it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import datetime
 import importlib.metadata
@@ -17,14 +17,16 @@ import platform
 import statistics
 import subprocess
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+from tqdm import tqdm
 
 from mcjax.evaluation.report import charts, page
 from mcjax.evaluation.report.charts import Chart, HeatMap
 from mcjax.types import McjaxError
 
+Item = TypeVar("Item")
 SECTION = "section.json"  # what report.html shows, to be joined with others
 _PACKAGES = ("mcjax", "jax", "jaxlib", "numpy", "flax", "tensorstore",
              "transformers", "torch")
@@ -247,6 +249,11 @@ def ratio_median(above: Sequence[float], below: Sequence[float]) -> float:
 def progress(text: str) -> None:
   """Tells on standard error what a long evaluation does."""
   print(text, file=sys.stderr, flush=True)
+
+
+def watched(items: Iterable[Item]) -> Iterable[Item]:
+  """The items; a terminal shows how many are done, and the time left."""
+  return tqdm(items, leave=False, disable=None)
 
 
 def _cell(value) -> str:

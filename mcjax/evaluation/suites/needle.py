@@ -26,6 +26,7 @@ from mcjax.evaluation.report.writer import (
   cell,
   make_folder,
   progress,
+  watched,
 )
 from mcjax.evaluation.suites.side_by_side import Column, add_table
 from mcjax.evaluation.systems import make, system
@@ -152,7 +153,7 @@ def _cell(folder: pathlib.Path, s: Settings, lm: BaseLM, maker: make.Maker,
 def _ask_all(asked: System, lm: BaseLM, s: Settings, task: str, length: int
              ) -> list[dict]:
   out = []
-  for depth, sample in make_samples(lm, s, task, length):
+  for depth, sample in watched(list(make_samples(lm, s, task, length))):
     ids, evidence = encode(lm, sample)
     asked.ingest(ids)
     try:

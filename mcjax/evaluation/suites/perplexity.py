@@ -24,6 +24,7 @@ from mcjax.evaluation.report.writer import (
   Table,
   cell,
   make_folder,
+  watched,
 )
 from mcjax.evaluation.suites.side_by_side import Column, add_table
 from mcjax.evaluation.systems import make, static_window
@@ -301,7 +302,7 @@ def _system_cell(folder: pathlib.Path, models: Models, s: Settings, name: str,
 def _score_all(maker: make.Maker, s: Settings, name: str, ids: np.ndarray
                ) -> list[dict]:
   asked, out = maker.make(name), []
-  for document in ids:
+  for document in watched(ids):
     asked.ingest(document[-s.history - s.scored : -s.scored])
     before = asked.forwarded
     try:

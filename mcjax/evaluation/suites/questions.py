@@ -21,7 +21,7 @@ import numpy as np
 from mcjax.base.load import BaseLM
 from mcjax.evaluation.data import natural, scoring
 from mcjax.evaluation.data.natural import History, Question
-from mcjax.evaluation.report.writer import Report, cell, make_folder
+from mcjax.evaluation.report.writer import Report, cell, make_folder, watched
 from mcjax.evaluation.suites.side_by_side import Column, add_table
 from mcjax.evaluation.systems import make, system
 from mcjax.evaluation.systems.loop_system import LoopSystem
@@ -162,9 +162,9 @@ def _ask_all(asked: System, lm: BaseLM, s: Settings, history: History,
   asked.ingest(history.ids)
   try:
     rows = [_ask(asked, lm, s, history, i, budgets)
-            for i in range(len(history.questions))]
+            for i in watched(range(len(history.questions)))]
     others = [] if s.evidence_only else [
-      _ask_other(asked, s, q) for q in history.others]
+      _ask_other(asked, s, q) for q in watched(history.others)]
   finally:
     asked.close()
   return {"asked": rows, "others": others}

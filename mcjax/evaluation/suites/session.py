@@ -14,7 +14,13 @@ from typing import Any
 
 from mcjax.evaluation.data import sessions
 from mcjax.evaluation.data.sessions import Session
-from mcjax.evaluation.report.writer import Report, Table, cell, make_folder
+from mcjax.evaluation.report.writer import (
+  Report,
+  Table,
+  cell,
+  make_folder,
+  watched,
+)
 from mcjax.evaluation.suites.side_by_side import Column, add_table
 from mcjax.evaluation.systems import make, system
 from mcjax.evaluation.systems.models import Models, ModelSettings
@@ -123,7 +129,7 @@ def _hold(asked: System, s: Settings, session: Session) -> list[dict]:
   asked.ingest(session.ids)
   out = []
   try:
-    for number, turn in enumerate(session.turns[: s.turns]):
+    for number, turn in enumerate(watched(session.turns[: s.turns])):
       evidence = system.merged(session.evidence[number])
       reply = asked.answer(turn.question, s.answer_tokens, evidence=evidence,
                            remember=True)
