@@ -17,6 +17,8 @@ from mcjax.training.gist import trainer as gist_trainer
 _CONFIG = commands.ConfigFlag(__file__, "gistnet")
 _WORKDIR = commands.define_workdir("Checkpoints and metrics.")
 _EXPORT = flags.DEFINE_string("export", None, "Write the final weights there.")
+_PEFT = flags.DEFINE_string(
+  "peft", None, "Write the final LoRA there, a folder in PEFT's layout.")
 
 
 def main(argv) -> bool:
@@ -35,6 +37,8 @@ def main(argv) -> bool:
                      if train.validation_documents else None)
   if done and _EXPORT.value:
     trainer.export(_EXPORT.value, {"config": c.to_dict(), **lineage})
+  if done and _PEFT.value:
+    trainer.export_lora(_PEFT.value)
   return done
 
 

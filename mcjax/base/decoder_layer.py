@@ -103,14 +103,20 @@ def attend(config, query, segments, tables, q_positions, kind):
   return out.reshape(t, n, h)
 
 
-def project(config, layer, x):
-  """Un-rotated queries [T, N, H], keys and values [K, T, H] of x [T, D]."""
+def project(config, layer, x, lora=None, rows=None):
+  """Un-rotated queries [T, N, H], keys and values [K, T, H] of x [T, D].
+
+  `lora` adds low-rank maps at `rows` [T], see `low_rank`.
+  """
   y = x
   if config.pre_norm:
     y = rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
   q = product("td,dnh->tnh", y, layer["wq"])
   k = product("td,dkh->tkh", y, layer["wk"])
   v = product("td,dkh->tkh", y, layer["wv"])
+  if lora is not None:
+    q, k, v = (a + low_rank(lora[name], y, rows)
+               for name, a in (("q", q), ("k", k), ("v", v)))
   if config.qkv_bias:
     q = q + layer["bq"][None].astype(q.dtype)
     k = k + layer["bk"][None].astype(k.dtype)
@@ -134,11 +140,34 @@ def turn_queries(q, table, kind):
   return turn(q.transpose(1, 0, 2), table, kind).transpose(1, 0, 2)
 
 
-def finish(config, layer, x, mixed):
-  """The layer's output [T, D] from its input and attention [T, N, H]."""
+def low_rank(pair, x, rows):
+  """What a low-rank map adds (LoRA, arXiv:2106.09685).
+
+  Args:
+    pair: "a" [width, r] and "b" [r, …].
+    x: [T, width].
+    rows: [T] bool; zero at the others.
+
+  Returns:
+    [T, …] in the dtype of x.
+  """
+  a, b = pair["a"], pair["b"]
+  out = x.astype(a.dtype) @ a @ b.reshape(b.shape[0], -1)
+  out = jnp.where(rows[:, None], out, 0).astype(x.dtype)
+  return out.reshape(x.shape[:1] + b.shape[1:])
+
+
+def finish(config, layer, x, mixed, lora=None, rows=None):
+  """The layer's output [T, D] from its input and attention [T, N, H].
+
+  `lora` and `rows` are as for `project`.
+  """
   # One contracted axis: over two, XLA CPU transposes the weights every time.
   wo = layer["wo"].reshape(-1, config.d_model)
-  out = product("ta,ad->td", mixed.reshape(-1, wo.shape[0]), wo)
+  flat = mixed.reshape(-1, wo.shape[0])
+  out = product("ta,ad->td", flat, wo)
+  if lora is not None:
+    out = out + low_rank(lora["o"], flat, rows)
   if config.o_bias:
     out = out + layer["bo"][None].astype(out.dtype)
   if config.post_norm:
@@ -184,12 +213,17 @@ def adapt(adapter, x, gists):
   return jnp.where(gists[:, None], read.astype(x.dtype), x)
 
 
+def lora_of(adapter, gists):
+  """The adapter's low-rank maps of the attention; None where there are none."""
+  return None if adapter is None or gists is None else adapter.get("lora")
+
+
 def layer_forward(config, layer, kind, x, positions, own_table, segments,
-                  tables, own_visible):
+                  tables, own_visible, lora=None, rows=None):
   """One decoder layer on x [T, D]; returns x and its new keys and values."""
-  q, k, v = project(config, layer, x)
+  q, k, v = project(config, layer, x, lora, rows)
   own = (k, v, positions, own_visible, False)
   mixed = attend(
     config, turn_queries(q, own_table, kind), [*segments, own],
     [*tables, own_table], positions, kind)
-  return finish(config, layer, x, mixed), k, v
+  return finish(config, layer, x, mixed, lora, rows), k, v

@@ -22,6 +22,8 @@ Parameters (L layers stacked in front, scanned):
          [L, N, H], [L, K, H]                        if config.qk_norm_whole
   layers/attn_post_norm, mlp_post_norm [L, D]        if config.post_norm
   gist_adapter/gain, shift [L, D]                    if gists are read by one
+  gist_adapter/lora/q, k, v, o/a [L, width, r], b [L, r, …]   and by low-rank
+                                             maps of the attention, likewise
 
 `unstacked` gives the same with a tuple of L layers in place of the stack.
 """
@@ -136,7 +138,8 @@ def forward(
       for (k, v), s in zip(caches, segments)
     ]
     x, k, v = decoder_layer.layer_forward(
-      config, layer, on, x, positions, own_table, current, tables, visible
+      config, layer, on, x, positions, own_table, current, tables, visible,
+      decoder_layer.lora_of(adapter, gists), gists
     )
     return x, (k, v)
 
@@ -148,7 +151,7 @@ def forward(
     new = []
     for i, layer in enumerate(params["layers"]):
       on = kinds.at(i)
-      read = adapter and {name: a[i] for name, a in adapter.items()}
+      read = jax.tree.map(lambda a, i=i: a[i], adapter)
       x, own = step(x, (layer, on, [(k[i], v[i]) for k, v in caches], read))
       new.append(own)
     keys, values = (jnp.stack(parts) for parts in zip(*new))
@@ -196,12 +199,16 @@ def forward_branches(
   kinds = rotation.layer_kinds(config)
   whole = jnp.ones((size,), bool)
   own_visible = jnp.ones((t,), bool)
+  rows = None
+  if gists is not None:
+    rows = jnp.concatenate([gists, jnp.zeros((n * t,), bool)])
 
   def step(x, scanned):
     layer, on, adapter = scanned
     if adapter is not None and gists is not None:
       x = x.at[:size].set(decoder_layer.adapt(adapter, x[:size], gists))
-    q, k, v = decoder_layer.project(config, layer, x)
+    lora = decoder_layer.lora_of(adapter, gists)
+    q, k, v = decoder_layer.project(config, layer, x, lora, rows)
     keys, values = rotation.turn(k[:, :size], trunk_table, on), v[:, :size]
 
     def branch(q, k, v, positions, table, visible):
@@ -221,7 +228,8 @@ def forward_branches(
         for a in (k, v)))
     above = jax.vmap(branch)(q, k, v, positions, tables, visible)
     mixed = jnp.concatenate([below, above.reshape((n * t,) + below.shape[1:])])
-    return decoder_layer.finish(config, layer, x, mixed), (keys, values)
+    return (decoder_layer.finish(config, layer, x, mixed, lora, rows),
+            (keys, values))
 
   step = decoder_layer.checkpointed(step, remat)
   x = jnp.concatenate([trunk, branches.reshape(n * t, -1)])

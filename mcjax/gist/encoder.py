@@ -24,6 +24,7 @@ import numpy as np
 from mcjax import pretrained
 from mcjax.base import model
 from mcjax.base.load import BaseLM
+from mcjax.gist import lora as low_rank
 from mcjax.gist.network import GistNet, GistNetConfig
 from mcjax.parallel import sharding
 from mcjax.settings import check_names
@@ -63,6 +64,10 @@ def _init_adapter(config: GistNetConfig, seed) -> dict:
     adapter["down"] = jax.random.normal(
       key, (layers, d, rank), jnp.float32) / np.float32(np.sqrt(d))
     adapter["up"] = jnp.zeros((layers, rank, d), jnp.float32)
+  if config.lora_rank:
+    key = jax.random.fold_in(jax.random.key(seed), 2)
+    adapter[low_rank.SCOPES[config.lora_scope]] = low_rank.init(
+      layers, d, config.lora_shape, config.lora_rank, key)
   return adapter
 
 
@@ -80,7 +85,12 @@ def with_adapter(base_params, params) -> dict:
   """
   if "adapter" not in params:
     return base_params
-  return {**base_params, "gist_adapter": params["adapter"]}
+  adapter = params["adapter"]
+  if "lora_all" not in adapter:
+    return {**base_params, "gist_adapter": adapter}
+  adapter = dict(adapter)
+  layers = low_rank.merged(base_params["layers"], adapter.pop("lora_all"))
+  return {**base_params, "layers": layers, "gist_adapter": adapter}
 
 
 def _continued(params, config: GistNetConfig, seed: int) -> dict:
@@ -161,6 +171,8 @@ def default_config(base_params, base_config: model.DecoderConfig,
   sizes: dict[str, Any] = dict(
     d_model=d, heads=heads, width=32 * heads, mlp_width=36 * heads,
     slot_mlp_width=64 * heads, adapter_layers=base_config.n_layers)
+  if overrides.get("lora_rank"):
+    sizes["lora_shape"] = low_rank.shape_of(base_config)
   if "input_rms" not in overrides:
     sizes["input_rms"] = _input_rms(base_params["embed"])
   return GistNetConfig(**(sizes | overrides))
@@ -208,6 +220,10 @@ def flops_per_token(config: GistNetConfig,
   out = (p * w * config.slots_per_gist + copies) * config.d_model
   adapter = (config.adapter_layers * config.slots_per_gist
              * config.d_model * (1 + 2 * config.adapter_rank))
+  if config.lora_rank and config.lora_scope == "gists":
+    adapter += low_rank.weights_per_layer(
+      config.d_model, config.lora_shape, config.lora_rank
+    ) * config.adapter_layers * config.slots_per_gist
   total = 2 * (children + slot + out + adapter) // c
   if base_config is not None and config.input_layer:
     head = 2 * base_config.d_model * base_config.vocab_size
@@ -233,8 +249,8 @@ def fingerprint(params, config: GistNetConfig) -> str:
 
   The adapter reads gists, so it has no part in it.
   """
-  fields = dataclasses.asdict(config)
-  del fields["adapter_layers"], fields["adapter_rank"]
+  fields = {name: value for name, value in dataclasses.asdict(config).items()
+            if not name.startswith(("adapter_", "lora_"))}
   return pretrained.fingerprint(without_adapter(params), fields)
 
 
@@ -282,7 +298,10 @@ def start(lm: BaseLM, values: Mapping[str, Any], path: str = "", seed: int = 0
   if not path:
     return None, configure(lm.params, lm.config, values), {}
   params, config, card = read_gistnet(path)
-  config = dataclasses.replace(config, **_given(values))
+  given = _given(values)
+  if given.get("lora_rank"):
+    given["lora_shape"] = low_rank.shape_of(lm.config)
+  config = dataclasses.replace(config, **given)
   kept = {k: card[k] for k in ("gist_attention", "gists_seen") if k in card}
   return _continued(params, config, seed), config, {
     **kept, "initial_run": card}
@@ -349,6 +368,22 @@ class GistEncoder:
       return lm
     return dataclasses.replace(
       lm, params=with_adapter(lm.params, self.params))
+
+  def with_lora(self, lm: BaseLM, folder) -> GistEncoder:
+    """This GistNet, with the maps of a PEFT folder in its adapter.
+
+    Raises:
+      McjaxError: as `lora.load`; or this GistNet has no adapter.
+    """
+    scope, maps = low_rank.load(folder, lm.config)
+    config = dataclasses.replace(
+      self.config, lora_rank=maps["q"]["a"].shape[-1], lora_scope=scope,
+      lora_shape=low_rank.shape_of(lm.config))
+    adapter = {name: a for name, a in self.params["adapter"].items()
+               if name not in low_rank.SCOPES.values()}
+    params = {**self.params,
+              "adapter": {**adapter, low_rank.SCOPES[scope]: maps}}
+    return GistEncoder(lm, params, config, self.trained, self.card)
 
   def _in_batches(self, inputs: np.ndarray, run) -> np.ndarray:
     """Applies `run` to padded batches of fixed sizes; drops the padding."""
@@ -428,7 +463,7 @@ def shipped_for(lm: BaseLM) -> pathlib.Path | None:
   return path
 
 
-def load_gistnet(lm, path=None) -> GistEncoder:
+def load_gistnet(lm, path=None, lora=None) -> GistEncoder:
   """The GistNet of a base: the given weights, else the shipped, else fresh.
 
   Args:
@@ -436,16 +471,16 @@ def load_gistnet(lm, path=None) -> GistEncoder:
     path: of a `gistnet.safetensors`; None takes the weights shipped for
       a base of this name, or else an untrained, deterministic network that
       equals the last-token control (`trained` is False).
+    lora: a PEFT folder of low-rank maps to read its gists with, see `lora.py`.
 
   Raises:
-    McjaxError: the file is missing, unreadable or made for another width.
+    McjaxError: a file is missing, unreadable or made for another base.
   """
-  if path is not None:
+  path = path or shipped_for(lm)
+  if path:
     params, config, card = read_gistnet(path)
-    return GistEncoder(lm, params, config, trained=True, card=card)
-  shipped = shipped_for(lm)
-  if shipped is not None:
-    params, config, card = read_gistnet(shipped)
-    return GistEncoder(lm, params, config, trained=True, card=card)
-  config = default_config(lm.params, lm.config)
-  return GistEncoder(lm, init_params(config), config, trained=False)
+    encoder = GistEncoder(lm, params, config, trained=True, card=card)
+  else:
+    config = default_config(lm.params, lm.config)
+    encoder = GistEncoder(lm, init_params(config), config, trained=False)
+  return encoder.with_lora(lm, lora) if lora else encoder

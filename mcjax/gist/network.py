@@ -61,6 +61,11 @@ class GistNetConfig:
       see `model.forward`); 0 leaves it out.
     adapter_rank: rank of the map that the adapter adds in every layer; 0
       leaves gain and shift alone.
+    lora_rank: rank of low-rank maps beside the base's attention projections,
+      see `lora.py`; 0 leaves them out.
+    lora_scope: "gists", rows at which they act, or "all".
+    lora_shape: (query heads, key heads, channels a head) of the base, where
+      `lora_rank` is not 0.
   """
 
   d_model: int
@@ -80,12 +85,15 @@ class GistNetConfig:
   input_rms: float = 1.0
   adapter_layers: int = 0
   adapter_rank: int = 0
+  lora_rank: int = 0
+  lora_scope: str = "gists"
+  lora_shape: tuple[int, ...] = ()
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       optional = ("input_layer", "copy_heads", "adapter_layers",
-                  "adapter_rank")
+                  "adapter_rank", "lora_rank")
       lowest = 0 if field.name in optional else 1
       if field.type == "int" and value < lowest:
         raise McjaxError(f"GistNetConfig.{field.name} must be ≥ {lowest}, "
@@ -98,6 +106,14 @@ class GistNetConfig:
                        f"does not divide {BRANCHING}")
     if not self.input_rms > 0:
       raise McjaxError("GistNetConfig.input_rms must be positive")
+    object.__setattr__(self, "lora_shape", tuple(self.lora_shape))
+    if self.lora_scope not in ("gists", "all"):
+      raise McjaxError("GistNetConfig.lora_scope must be gists or all, got "
+                       f"{self.lora_scope!r}")
+    if self.lora_rank and not (self.adapter_layers
+                               and len(self.lora_shape) == 3):
+      raise McjaxError("GistNetConfig.lora_rank needs adapter_layers and "
+                       "lora_shape")
 
 
 def _norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:

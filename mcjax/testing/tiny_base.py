@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from mcjax.base.decoder_config import DecoderConfig
 from mcjax.base.load import BaseLM
 from mcjax.base.tokenizer import Tokenizer
+from mcjax.gist import lora
 from mcjax.gist.encoder import GistEncoder, default_config, init_params
 from mcjax.tree.tree import MegaContextTree
 
@@ -101,6 +102,9 @@ def adapted(lm: BaseLM, seed: int = 0) -> BaseLM:
   shapes = {"gain": (d,), "shift": (d,), "down": (d, 3), "up": (3, d)}
   adapter = {k: jnp.asarray(rng.normal(0, 0.3, (layers, *shape)), jnp.float32)
              for k, shape in shapes.items()}
+  adapter["lora"] = jax.tree.map(
+    lambda a: jnp.asarray(rng.normal(0, 0.3, a.shape), jnp.float32),
+    lora.init(layers, d, lora.shape_of(lm.config), 2, jax.random.key(0)))
   return dataclasses.replace(lm, params={**lm.params, "gist_adapter": adapter})
 
 
@@ -141,6 +145,15 @@ def _rotate(x, positions, theta):
   return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+def _low_rank(maps, name, x, rows):
+  """What LoRA adds to a projection of x [T, width] at `rows` [T]."""
+  if maps is None:
+    return 0.0
+  out = np.einsum("td,dr,r...->t...", x, maps[name]["a"], maps[name]["b"])
+  mask = np.asarray(rows).reshape(-1, *[1] * (out.ndim - 1))
+  return np.where(mask, out, 0.0)
+
+
 def plain_logits(lm: BaseLM, x, positions, gists=None) -> np.ndarray:
   """Causal logits [T, V] of inputs [T, D] in order at given positions.
 
@@ -156,24 +169,27 @@ def plain_logits(lm: BaseLM, x, positions, gists=None) -> np.ndarray:
   future = np.triu(np.ones((len(x), len(x)), bool), 1)
   group = c.n_heads // c.n_kv_heads
   for i in range(c.n_layers):
-    w = {k: v[i] for k, v in layers.items()}
+    w, own = {k: v[i] for k, v in layers.items()}, {}
     if adapter is not None and gists is not None:
-      own = {k: np.asarray(a[i], np.float64) for k, a in adapter.items()}
+      own = jax.tree.map(lambda a: np.asarray(a[i], np.float64), adapter)
       read = x * (1 + own["gain"]) + own["shift"]
       if "down" in own:
         read = read + _norm(x, 1, 1e-6) @ own["down"] @ own["up"]
       x = np.where(np.asarray(gists)[:, None], read, x)
     y = _norm(x, w["attn_norm"], c.rms_norm_eps)
-    q = _rotate(np.einsum("td,dnh->tnh", y, w["wq"]), positions, c.rope_theta)
-    k = _rotate(np.einsum("td,dkh->tkh", y, w["wk"]), positions, c.rope_theta)
-    v = np.einsum("td,dkh->tkh", y, w["wv"])
+    maps = own.get("lora") if own and gists is not None else None
+    q, k, v = (np.einsum("td,dnh->tnh", y, w[f"w{name}"])
+               + _low_rank(maps, name, y, gists) for name in "qkv")
+    q = _rotate(q, positions, c.rope_theta)
+    k = _rotate(k, positions, c.rope_theta)
     k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
     scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(c.head_dim)
     scores = np.where(future, -np.inf, scores)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     mixed = np.einsum("nts,snh->tnh", weights, v)
-    x = x + np.einsum("tnh,nhd->td", mixed, w["wo"])
+    x = x + np.einsum("tnh,nhd->td", mixed, w["wo"]) + _low_rank(
+      maps, "o", mixed.reshape(len(mixed), -1), gists)
     y = _norm(x, w["mlp_norm"], c.rms_norm_eps)
     gate = y @ w["w_gate"]
     gated = gate / (1 + np.exp(-gate)) * (y @ w["w_up"])

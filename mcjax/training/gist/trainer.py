@@ -16,6 +16,7 @@ import optax
 import tqdm
 
 from mcjax.gist import encoder as gistnet
+from mcjax.gist import lora
 from mcjax.parallel import processes, sharding
 from mcjax.parallel.checkpoints import Checkpoints
 from mcjax.parallel.places import place
@@ -273,6 +274,12 @@ class GistTrainer:
          "steps": self.step,
          "tokens": self.config.tokens(self.step),
          "phase": dataclasses.asdict(phase), **card})
+
+  def export_lora(self, folder) -> None:
+    """Writes the current LoRA in PEFT's layout, on process 0."""
+    params = self.params()
+    if processes.is_first():
+      lora.save(folder, params.get("adapter", {}), self._lm.name)
 
   def run(self, validation: Mapping[str, data.TokenStore] | None = None,
           report: Callable[[str], None] = tqdm.tqdm.write) -> bool:
