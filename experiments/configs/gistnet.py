@@ -34,7 +34,7 @@ def get_config(steps="3000"):
   c.initial = ""
   c.mixture = dict(prose=1.0, docs=1.0, wiki=1.0, code=1.0, chat=0.5)
   c.kinds = ()  # instead of mixture: --config.kinds=notes:2,prose
-  c.gistnet = configs.unset(GistNetConfig, without=("d_model", "lora_shape"))
+  c.gistnet = configs.unset(GistNetConfig, without=("d_model", "base_shape"))
   c.objective = configs.defaults(Objective)
   first = int(steps) // 2
   loop = dict(sink=True, near=64, kl_segments=6)

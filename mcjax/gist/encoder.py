@@ -24,6 +24,7 @@ import numpy as np
 from mcjax import pretrained
 from mcjax.base import model
 from mcjax.base.load import BaseLM
+from mcjax.gist import key_value
 from mcjax.gist import lora as low_rank
 from mcjax.gist.network import GistNet, GistNetConfig
 from mcjax.parallel import sharding
@@ -32,6 +33,9 @@ from mcjax.types import BRANCHING, Array, McjaxError
 
 # Padded batches, so that nothing recompiles; 64 blocks fit a CPU core's cache.
 BATCH_SIZES = (1, 64)
+_APART = {"lora_all", "key_value"}  # of an adapter: no part of its layers
+# Fields of the configuration that have no part in writing a gist's vector.
+_READING = ("adapter_", "lora_", "key_value", "base_shape")
 _SAMPLE = 4096  # embeddings whose size is measured
 # XLA's CPU backend runs these small products on one core, a batch each.
 _THREADS = min(8, os.cpu_count() or 1)
@@ -67,7 +71,9 @@ def _init_adapter(config: GistNetConfig, seed) -> dict:
   if config.lora_rank:
     key = jax.random.fold_in(jax.random.key(seed), 2)
     adapter[low_rank.SCOPES[config.lora_scope]] = low_rank.init(
-      layers, d, config.lora_shape, config.lora_rank, key)
+      layers, d, config.base_shape, config.lora_rank, key)
+  if config.key_value:
+    adapter["key_value"] = key_value.init(layers, config.base_shape)
   return adapter
 
 
@@ -85,11 +91,11 @@ def with_adapter(base_params, params) -> dict:
   """
   if "adapter" not in params:
     return base_params
-  adapter = params["adapter"]
-  if "lora_all" not in adapter:
-    return {**base_params, "gist_adapter": adapter}
-  adapter = dict(adapter)
-  layers = low_rank.merged(base_params["layers"], adapter.pop("lora_all"))
+  adapter, layers = params["adapter"], base_params["layers"]
+  if "lora_all" in adapter:
+    layers = low_rank.merged(layers, adapter["lora_all"])
+  if not _APART.isdisjoint(adapter):
+    adapter = {k: a for k, a in adapter.items() if k not in _APART}
   return {**base_params, "layers": layers, "gist_adapter": adapter}
 
 
@@ -171,8 +177,8 @@ def default_config(base_params, base_config: model.DecoderConfig,
   sizes: dict[str, Any] = dict(
     d_model=d, heads=heads, width=32 * heads, mlp_width=36 * heads,
     slot_mlp_width=64 * heads, adapter_layers=base_config.n_layers)
-  if overrides.get("lora_rank"):
-    sizes["lora_shape"] = low_rank.shape_of(base_config)
+  if overrides.get("lora_rank") or overrides.get("key_value"):
+    sizes["base_shape"] = low_rank.shape_of(base_config)
   if "input_rms" not in overrides:
     sizes["input_rms"] = _input_rms(base_params["embed"])
   return GistNetConfig(**(sizes | overrides))
@@ -222,7 +228,7 @@ def flops_per_token(config: GistNetConfig,
              * config.d_model * (1 + 2 * config.adapter_rank))
   if config.lora_rank and config.lora_scope == "gists":
     adapter += low_rank.weights_per_layer(
-      config.d_model, config.lora_shape, config.lora_rank
+      config.d_model, config.base_shape, config.lora_rank
     ) * config.adapter_layers * config.slots_per_gist
   total = 2 * (children + slot + out + adapter) // c
   if base_config is not None and config.input_layer:
@@ -250,7 +256,7 @@ def fingerprint(params, config: GistNetConfig) -> str:
   The adapter reads gists, so it has no part in it.
   """
   fields = {name: value for name, value in dataclasses.asdict(config).items()
-            if not name.startswith(("adapter_", "lora_"))}
+            if not name.startswith(_READING)}
   return pretrained.fingerprint(without_adapter(params), fields)
 
 
@@ -299,8 +305,8 @@ def start(lm: BaseLM, values: Mapping[str, Any], path: str = "", seed: int = 0
     return None, configure(lm.params, lm.config, values), {}
   params, config, card = read_gistnet(path)
   given = _given(values)
-  if given.get("lora_rank"):
-    given["lora_shape"] = low_rank.shape_of(lm.config)
+  if given.get("lora_rank") or given.get("key_value"):
+    given["base_shape"] = low_rank.shape_of(lm.config)
   config = dataclasses.replace(config, **given)
   kept = {k: card[k] for k in ("gist_attention", "gists_seen") if k in card}
   return _continued(params, config, seed), config, {
@@ -378,7 +384,7 @@ class GistEncoder:
     scope, maps = low_rank.load(folder, lm.config)
     config = dataclasses.replace(
       self.config, lora_rank=maps["q"]["a"].shape[-1], lora_scope=scope,
-      lora_shape=low_rank.shape_of(lm.config))
+      base_shape=low_rank.shape_of(lm.config))
     adapter = {name: a for name, a in self.params["adapter"].items()
                if name not in low_rank.SCOPES.values()}
     params = {**self.params,

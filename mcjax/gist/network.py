@@ -64,8 +64,10 @@ class GistNetConfig:
     lora_rank: rank of low-rank maps beside the base's attention projections,
       see `lora.py`; 0 leaves them out.
     lora_scope: "gists", rows at which they act, or "all".
-    lora_shape: (query heads, key heads, channels a head) of the base, where
-      `lora_rank` is not 0.
+    key_value: a small network writes every gist's keys and values from those
+      of its tokens, see `key_value.py`.
+    base_shape: (query heads, key heads, channels a head) of the base, where
+      `lora_rank` or `key_value` asks for it.
   """
 
   d_model: int
@@ -87,7 +89,8 @@ class GistNetConfig:
   adapter_rank: int = 0
   lora_rank: int = 0
   lora_scope: str = "gists"
-  lora_shape: tuple[int, ...] = ()
+  key_value: bool = False
+  base_shape: tuple[int, ...] = ()
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -106,14 +109,14 @@ class GistNetConfig:
                        f"does not divide {BRANCHING}")
     if not self.input_rms > 0:
       raise McjaxError("GistNetConfig.input_rms must be positive")
-    object.__setattr__(self, "lora_shape", tuple(self.lora_shape))
+    object.__setattr__(self, "base_shape", tuple(self.base_shape))
     if self.lora_scope not in ("gists", "all"):
       raise McjaxError("GistNetConfig.lora_scope must be gists or all, got "
                        f"{self.lora_scope!r}")
-    if self.lora_rank and not (self.adapter_layers
-                               and len(self.lora_shape) == 3):
-      raise McjaxError("GistNetConfig.lora_rank needs adapter_layers and "
-                       "lora_shape")
+    if (self.lora_rank or self.key_value) and not (
+        self.adapter_layers and len(self.base_shape) == 3):
+      raise McjaxError("GistNetConfig.lora_rank and key_value need "
+                       "adapter_layers and base_shape")
 
 
 def _norm(module: nn.Module, name: str, x: jax.Array) -> jax.Array:

@@ -101,7 +101,7 @@ _GISTNET = (  # the width of the network or of the base is split, over fsdp
   (r"adapter/(gain|shift)", P(None, FSDP)),
   (r"adapter/down", P(None, FSDP, None)),
   (r"adapter/up", P(None, None, FSDP)),
-  (r"adapter/lora\w*/[qkvo]/[ab]", P()),
+  (r"adapter/(lora\w*/[qkvo]|key_value)/\w+", P()),
   (r"(.*/)?norm\w*|scale|ns_coeffs", P()),  # the last belongs to Muon
   (r"position|level|slot", P(None, FSDP)),
   (r"copy_gain", P(None, None, FSDP)),

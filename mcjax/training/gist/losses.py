@@ -51,6 +51,7 @@ class Objective:
       it, see `foreign_loss.py`.
     loop: the window is one of the loop, see `loop_loss.py`: a sink, `upper`
       gists of 1,024 tokens, gists of blocks, `near` raw tokens and a segment.
+    key_value: the gists are keys and values, see `key_value_loss.py`.
     upper: such gists.
     expanded: blocks of the others that are raw.
     floor: weight of a token that far text does not help, in nats.
@@ -78,6 +79,7 @@ class Objective:
   level: int = 1
   foreign: bool = False
   loop: bool = False
+  key_value: bool = False
   upper: int = 0
   expanded: int = 0
   floor: float = 0.1
@@ -110,6 +112,9 @@ class Objective:
       if getattr(self, name) not in known:
         raise McjaxError(f"Objective.{name} must be one of "
                          f"{', '.join(known)}, got {getattr(self, name)!r}")
+    if self.key_value and (self.level != 1 or self.sink or self.foreign
+                           or self.loop):
+      raise McjaxError("Objective.key_value goes with level 1 and no sink")
     if self.loop:
       self._check_loop()
       return

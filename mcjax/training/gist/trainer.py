@@ -24,6 +24,7 @@ from mcjax.parallel.sharding import RULES
 from mcjax.training.common import data, loop, speed
 from mcjax.training.gist import (
   foreign_loss,
+  key_value_loss,
   level_loss,
   loop_loss,
   losses,
@@ -63,6 +64,8 @@ def train_step(state, base_params, ids, *, config: TrainConfig, gist_config,
   loss = level_loss if objective.level == 2 else losses
   if objective.loop:
     loss = loop_loss
+  if objective.key_value:
+    loss = key_value_loss
   if objective.foreign:
     loss, ids = foreign_loss, foreign_loss.exchange(ids, objective)
   root = jax.random.fold_in(jax.random.key(config.seed), state["step"])
@@ -257,8 +260,13 @@ class GistTrainer:
       self._bench = recovery.Bench(on_mesh, recovery.pick_excerpts(
         stores, setting.length, self.config.validation_documents), setting,
         cache=self.controls)
-    losses = recovery.over_horizon(self._bench.measure(self.encoder()))
-    return losses, self._bench.excerpts.kinds
+    found = self._bench.measure(self.encoder())
+    if self.gist_config.key_value:
+      found["key_value"] = key_value_loss.score(
+        self._base, self._lm.config,
+        self.state["params"]["adapter"]["key_value"], self._bench.excerpts,
+        self._bench.setting)
+    return recovery.over_horizon(found), self._bench.excerpts.kinds
 
   def evaluate(self, stores: Mapping[str, data.TokenStore]) -> dict:
     """`recovery.summarise` of `measure`."""
@@ -313,11 +321,12 @@ class GistTrainer:
     path = self.workdir / "best.json"
     best = json.loads(path.read_text()) if path.exists() else {}
     processes.barrier("the best so far is read")
-    if found["gist"] > best.get("recovered", -np.inf):
+    kind = "key_value" if self.gist_config.key_value else "gist"
+    if found[kind] > best.get("recovered", -np.inf):
       self.export(self.workdir / "best.safetensors", {"validation": summary})
       if processes.is_first():
         path.write_text(json.dumps(
-          {"step": step, "recovered": found["gist"]}))
+          {"step": step, "recovered": found[kind]}))
     return {f"recovered/{k}": v for k, v in found.items()}, (
-      f"recovered {found['gist']:.3f} (last token {found['last']:.3f}, mean "
+      f"recovered {found[kind]:.3f} (last token {found['last']:.3f}, mean "
       f"{found['mean']:.3f}, shuffled {found['shuffled']:.3f})")
