@@ -24,7 +24,7 @@ import numpy as np
 from mcjax import pretrained
 from mcjax.base import model
 from mcjax.base.load import BaseLM
-from mcjax.gist import key_value
+from mcjax.gist import adapters
 from mcjax.gist import lora as low_rank
 from mcjax.gist.network import GistNet, GistNetConfig
 from mcjax.parallel import sharding
@@ -33,7 +33,6 @@ from mcjax.types import BRANCHING, Array, McjaxError
 
 # Padded batches, so that nothing recompiles; 64 blocks fit a CPU core's cache.
 BATCH_SIZES = (1, 64)
-_APART = {"lora_all", "key_value"}  # of an adapter: no part of its layers
 # Fields of the configuration that have no part in writing a gist's vector.
 _READING = ("adapter_", "lora_", "key_value", "base_shape")
 _SAMPLE = 4096  # embeddings whose size is measured
@@ -55,48 +54,8 @@ def init_params(config: GistNetConfig, seed: int = 0):
   if config.per_level:
     params = jax.tree.map(lambda a: jnp.stack([a] * config.levels), params)
   if config.adapter_layers:
-    params = {**params, "adapter": _init_adapter(config, seed)}
+    params = {**params, "adapter": adapters.init(config, seed)}
   return params
-
-
-def _init_adapter(config: GistNetConfig, seed) -> dict:
-  layers, d, rank = config.adapter_layers, config.d_model, config.adapter_rank
-  zeros = jnp.zeros((layers, d), jnp.float32)
-  adapter = {"gain": zeros, "shift": zeros}
-  if rank:
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    adapter["down"] = jax.random.normal(
-      key, (layers, d, rank), jnp.float32) / np.float32(np.sqrt(d))
-    adapter["up"] = jnp.zeros((layers, rank, d), jnp.float32)
-  if config.lora_rank:
-    key = jax.random.fold_in(jax.random.key(seed), 2)
-    adapter[low_rank.SCOPES[config.lora_scope]] = low_rank.init(
-      layers, d, config.base_shape, config.lora_rank, key)
-  if config.key_value:
-    adapter["key_value"] = key_value.init(layers, config.base_shape)
-  return adapter
-
-
-def without_adapter(params) -> dict:
-  """The parameters of the network alone, which writes the gists."""
-  return {name: stage for name, stage in params.items() if name != "adapter"}
-
-
-def with_adapter(base_params, params) -> dict:
-  """A base's parameters, with which it reads the gists of this GistNet.
-
-  Args:
-    base_params: see `model.py`.
-    params: of a GistNet; without an adapter the base's come back as they are.
-  """
-  if "adapter" not in params:
-    return base_params
-  adapter, layers = params["adapter"], base_params["layers"]
-  if "lora_all" in adapter:
-    layers = low_rank.merged(layers, adapter["lora_all"])
-  if not _APART.isdisjoint(adapter):
-    adapter = {k: a for k, a in adapter.items() if k not in _APART}
-  return {**base_params, "layers": layers, "gist_adapter": adapter}
 
 
 def _continued(params, config: GistNetConfig, seed: int) -> dict:
@@ -119,7 +78,7 @@ def apply(params, config: GistNetConfig, children: Float[Array, "n 32 D"],
           level: Int[Array, ""] | int = 1) -> Float[jax.Array, "n M D"]:
   """Gists [n, m, D] float32 of children [n, 32, D]; `level` is the gists'."""
   level = jnp.asarray(level, jnp.int32)
-  params = without_adapter(params)
+  params = adapters.without_adapter(params)
   if config.per_level:
     own = jnp.clip(level - 1, 0, config.levels - 1)
     params = jax.tree.map(lambda a: a[own], params)
@@ -257,7 +216,7 @@ def fingerprint(params, config: GistNetConfig) -> str:
   """
   fields = {name: value for name, value in dataclasses.asdict(config).items()
             if not name.startswith(_READING)}
-  return pretrained.fingerprint(without_adapter(params), fields)
+  return pretrained.fingerprint(adapters.without_adapter(params), fields)
 
 
 def save_gistnet(path, params, config: GistNetConfig, card: dict) -> None:
@@ -373,7 +332,7 @@ class GistEncoder:
     if not self.config.adapter_layers:
       return lm
     return dataclasses.replace(
-      lm, params=with_adapter(lm.params, self.params))
+      lm, params=adapters.with_adapter(lm.params, self.params))
 
   def with_lora(self, lm: BaseLM, folder) -> GistEncoder:
     """This GistNet, with the maps of a PEFT folder in its adapter.

@@ -171,7 +171,7 @@ def plain_logits(lm: BaseLM, x, positions, gists=None) -> np.ndarray:
   for i in range(c.n_layers):
     w, own = {k: v[i] for k, v in layers.items()}, {}
     if adapter is not None and gists is not None:
-      own = jax.tree.map(lambda a: np.asarray(a[i], np.float64), adapter)
+      own = jax.tree.map(lambda a, i=i: np.asarray(a[i], np.float64), adapter)
       read = x * (1 + own["gain"]) + own["shift"]
       if "down" in own:
         read = read + _norm(x, 1, 1e-6) @ own["down"] @ own["up"]

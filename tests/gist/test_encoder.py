@@ -11,6 +11,7 @@ import pytest
 from mcjax import pretrained
 from mcjax.base.decoder_config import DecoderConfig
 from mcjax.base.load import BaseLM
+from mcjax.gist import adapters
 from mcjax.gist import encoder as gistnet
 from mcjax.types import BRANCHING, McjaxError
 
@@ -286,7 +287,7 @@ def test_training_on_adds_what_the_trained_weights_lack(tmp_path):
   assert card == {"gist_attention": "masked", "initial_run": old}
   assert config == dataclasses.replace(_SMALL, adapter_layers=2)
   jax.tree.map(np.testing.assert_array_equal,
-               gistnet.without_adapter(params), trained)
+               adapters.without_adapter(params), trained)
   assert params["adapter"]["gain"].shape == (2, 24)
   assert not np.asarray(params["adapter"]["gain"]).any()
   gistnet.save_gistnet(path, params, config, {})

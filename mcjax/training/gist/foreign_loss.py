@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax.base import model
+from mcjax.gist import adapters
 from mcjax.gist import encoder as gistnet
 from mcjax.training.gist import losses
 from mcjax.types import BRANCHING
@@ -43,7 +44,7 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
     base_params, base_config, ids[:-own].reshape(-1, BRANCHING),
     gist_config.input_layer)
   gists = gistnet.apply(gist_params, gist_config, features, 1)
-  reader = gistnet.with_adapter(base_params, gist_params)
+  reader = adapters.with_adapter(base_params, gist_params)
   far, start = losses.gist_segment(
     reader, base_config,
     gists.reshape(-1, gists.shape[-1]).astype(o.activations), o.gist_stride,

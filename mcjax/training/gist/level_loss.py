@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax.base import model
+from mcjax.gist import adapters
 from mcjax.gist import encoder as gistnet
 from mcjax.training.gist import losses
 from mcjax.types import BRANCHING
@@ -47,7 +48,7 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
   parents = gistnet.apply(
     gist_params, gist_config, children.transpose(1, 0, 2), 2)
   flat = parents.reshape(-1, parents.shape[-1])
-  reader = gistnet.with_adapter(base_params, gist_params)
+  reader = adapters.with_adapter(base_params, gist_params)
   teacher = jax.lax.stop_gradient(_after(
     reader, base_config, o,
     children.reshape(-1, children.shape[-1]), tokens))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax.base import model
+from mcjax.gist import adapters
 from mcjax.gist import encoder as gistnet
 from mcjax.training.gist import losses
 from mcjax.types import BRANCHING
@@ -122,7 +123,7 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
   upper, lower = written(
     gist_params, gist_config, base_params, base_config, stretches, blocks)
   seen = arrange(base_params, o, ids, upper, lower, key)
-  reader = gistnet.with_adapter(base_params, gist_params)
+  reader = adapters.with_adapter(base_params, gist_params)
 
   def read(params, x, places, **more):
     return model.forward(

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax.base import decoder_layer, model, rotation
+from mcjax.gist import adapters
 from mcjax.gist import encoder as gistnet
 from mcjax.training.gist import attention_match
 from mcjax.types import BRANCHING, McjaxError
@@ -392,7 +393,7 @@ def window_loss(gist_params, gist_config: gistnet.GistNetConfig, base_params,
     base_params, base_config, ids.reshape(-1, BRANCHING),
     gist_config.input_layer)
   gists = gistnet.apply(gist_params, gist_config, features, 1)
-  reader = gistnet.with_adapter(base_params, gist_params)
+  reader = adapters.with_adapter(base_params, gist_params)
 
   seen = layout(base_params, o, ids, gists)
   x = embed(base_params, o, ids)
