@@ -5,20 +5,13 @@
 
 from ml_collections import config_dict
 
-from mcjax.cli import configs
-from mcjax.config import Config
+from experiments.configs import run
 
 
 def get_config(base: str = "smollm2-135m") -> config_dict.ConfigDict:
-  """`--config=serve:NAME` takes another base model.
-
-  `loop` has the fields of `mcjax.Config`.
-  """
-  c = config_dict.ConfigDict()
-  c.base = base
-  c.dtype = "float32"
-  c.gistnet = ""  # weights of your own; the shipped ones of the base
-  c.lensnet = ""  # weights of your own; the shipped ones of the base
+  """As `run.py`, and what a server needs; `serve:NAME` takes another base."""
+  c = run.get_config(base)
+  del c.max_new_tokens  # a request says
   c.host = "127.0.0.1"  # elsewhere MCJAX_API_KEY must be set
   c.port = 8080
   c.root = "runs/histories"  # a folder for every history
@@ -30,5 +23,4 @@ def get_config(base: str = "smollm2-135m") -> config_dict.ConfigDict:
     "requests_per_minute": 0,  # of one client; 0 is any number
     "wait_seconds": 600.0,  # for a free slot
   })
-  c.loop = configs.defaults(Config)
   return c
