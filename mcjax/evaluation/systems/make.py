@@ -15,7 +15,7 @@ from mcjax.evaluation.systems.system import System
 from mcjax.types import McjaxError
 
 LOOP = "megacontext"
-_VISIBLE = re.compile(r"\+gists(\d*)$")
+_GISTS = re.compile(r"\+(hidden|gists(\d*))$")
 _TURN = "+turn"
 _PLAIN = (text_systems.TextSystem, text_systems.Evidence,
           text_systems.FullAttention, text_systems.SlidingWindow,
@@ -49,9 +49,9 @@ class Maker:
 
     Args:
       name: one of NAMES; a text system with "+turn" puts its text inside the
-        user's turn; "megacontext" may name a policy, as "megacontext/recency",
-        and with "+gists" the LM attends to its gists, with "+gists8" to the
-        newest 8 of them, else to none.
+        user's turn; "megacontext" may name a policy, as "megacontext/recency".
+        Its LM attends to as many gists as the card of its GistNet says; with
+        "+hidden" to none, with "+gists8" to the newest 8, with "+gists" to all.
 
     Raises:
       McjaxError: no such system.
@@ -77,23 +77,25 @@ class Maker:
     return self._models.lm.fingerprint
 
   def _config(self, name: str) -> Config:
-    visible = _VISIBLE.search(name)
-    policy = _VISIBLE.sub("", name).partition("/")[2] or "auto"
+    asked = _GISTS.search(name)
+    attention = "auto"
+    if asked:
+      attention = "masked" if asked[1] == "hidden" else "visible"
     return Config(
-      window=self._window, policy=policy, seed=self._seed,
-      gist_attention="visible" if visible else "masked",
-      gists_seen=int(visible[1] or 0) if visible else 0)
+      window=self._window, seed=self._seed, gist_attention=attention,
+      policy=_GISTS.sub("", name).partition("/")[2] or "auto",
+      gists_seen=int(asked[2] or 0) if asked else 0)
 
 
 def check(name: str) -> None:
   """Raises a McjaxError if no system has this name."""
-  base, _, policy = _VISIBLE.sub("", name).partition("/")
+  base, _, policy = _GISTS.sub("", name).partition("/")
   if base == LOOP and (policy or "auto") in POLICIES:
     return
   if name.removesuffix(_TURN) not in NAMES[:-1]:
     raise McjaxError(
       f"no system {name!r}; known: {', '.join(NAMES)}, the last with a policy, "
-      f"as {LOOP}/recency, and +gists; the others with {_TURN}")
+      f"as {LOOP}/recency, +gists or +hidden; the others with {_TURN}")
 
 
 def check_all(names: Sequence[str], reference: str) -> None:

@@ -182,7 +182,8 @@ def test_looking_runs_no_lm(maker, ids, monkeypatch):
 
 
 def test_gists_are_shown_where_the_name_says(maker, ids):
-  for name, shown in (("megacontext", False), ("megacontext+gists", True)):
+  for name, shown in (("megacontext+hidden", False), ("megacontext", False),
+                      ("megacontext+gists", True)):
     asked = maker.make(name)
     asked.ingest(ids)
     assert asked._mc._loop.context.show_gists == shown
@@ -190,7 +191,8 @@ def test_gists_are_shown_where_the_name_says(maker, ids):
 
 
 def test_wrong_names_and_wishes_are_told(maker, ids, chat_lm):
-  for name in ("rag", "megacontext/best", "bm25+gists", "full/recency"):
+  for name in ("rag", "megacontext/best", "bm25+gists", "megacontext+seen",
+               "full/recency"):
     with pytest.raises(McjaxError, match="no system"):
       maker.make(name)
   full = maker.make("full")
