@@ -4,10 +4,10 @@
 
 The text is drawn in passages of 512 tokens from the training store of the
 default base (experiments/prepare_data.py), so that words are as frequent as in
-real text; one made-up fact lies in the middle. Gists are plain means of
-embeddings and the tree is filled directly: what is measured is the storage and
-the loop, not GistNet. At 1M, 10M, ... tokens the history is closed, opened in a
-process of its own, and asked for the fact.
+real text; made-up facts lie anywhere in it. Gists are plain means of embeddings
+and the tree is filled directly: what is measured is the storage and the loop,
+not GistNet. At 1M, 10M, ... tokens the history is closed, opened in a process
+of its own, asked for a fact, and searched for all of them.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from mcjax.base import hub
 from mcjax.base.gguf_file import GgufFile
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.config import Config
+from mcjax.evaluation.data import planted
 from mcjax.evaluation.report.writer import Table, markdown_table
 from mcjax.gist.encoder import GistEncoder
 from mcjax.runtime.megacontext import MegaContext
@@ -32,13 +33,12 @@ from mcjax.testing import tiny_base
 
 _FOLDER = flags.DEFINE_string("folder", None, "Written anew.", required=True)
 _TOKENS = flags.DEFINE_integer("tokens", 100_000_000, "Of the whole history.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the text and the facts.")
 _STEP = 1_000_000  # tokens of an ingest, and of the first look
 _PASSAGE = 512
 _VOCAB = 49_152
 _CONFIG = Config(window=512, policy="similarity", chat="plain")
-_FACT = ("\nThe zephyrwood quartzometer of Professor Okonkwo-Fitzgerald is kept"
-         " in the blue cupboard of the observatory.\n")
-_QUESTION = "Where is the zephyrwood quartzometer of Okonkwo-Fitzgerald kept?"
+_FACTS = 40  # in the tokens that are new at each look
 
 
 class _Means(GistEncoder):
@@ -75,26 +75,32 @@ def _passages(rng: np.random.Generator):
     yield text[start[:, None] + np.arange(_PASSAGE)].reshape(-1)[:_STEP]
 
 
-def _ingest(url: str, first: int, last: int, pipe) -> None:
-  """Appends tokens [first, last); sends seconds and peak MiB."""
+def _ingest(url: str, first: int, last: int, seed: int, pipe) -> None:
+  """Appends tokens [first, last) drawn by a seed; sends seconds and MiB."""
   lm, gistnet = _models()
-  batches = _passages(np.random.default_rng(first))
+  rng = np.random.default_rng(seed)
+  batches = _passages(rng)
+  facts = {int(at): lm.tokenizer.encode(f"\n{need.fact}\n")
+           for at, need in zip(rng.integers(first, last - 100, _FACTS),
+                               planted.draw(_FACTS, seed), strict=True)}
   opener = MegaContext.open if first else MegaContext.create
-  fact = lm.tokenizer.encode(_FACT)
   with opener(url, lm, _CONFIG, gistnet) as mc:
     seconds = -time.perf_counter()
     while mc.cursor < last:
       ids = next(batches)
-      if mc.cursor == first and not first:
-        ids[_STEP // 2 : _STEP // 2 + len(fact)] = fact
+      for at, fact in facts.items():
+        start = min(at - mc.cursor, _STEP - len(fact))
+        if 0 <= start and at < mc.cursor + _STEP:
+          ids[start : start + len(fact)] = fact
       mc.tree.append(ids)
       mc.tree.commit()
     seconds += time.perf_counter()
   pipe.send((seconds, time.process_time(), peak_memory_mib()))
 
 
-def _look(url: str, pipe) -> None:
+def _look(url: str, seeds: list[int], pipe) -> None:
   """Opens, asks twice (the first time compiles); sends what it took."""
+  needs = [need for s in seeds for need in planted.draw(_FACTS, s)]
   lm, gistnet = _models()
   before = peak_memory_mib()
   begin = time.perf_counter()
@@ -102,10 +108,7 @@ def _look(url: str, pipe) -> None:
   opened = time.perf_counter() - begin
   for _ in range(2):
     mc.telemetry.counters.clear()
-    said = mc.generate(_QUESTION, 32, remember=False)
-  begin = time.perf_counter()
-  passages = mc.search(_QUESTION)
-  searched = time.perf_counter() - begin
+    said = mc.generate(needs[0].question, 32, remember=False)
   counters, steps = mc.telemetry.counters, max(
     1, mc.telemetry.counters["refocus_steps"])
   refocus = [sum(r["seconds"].get(k, 0) for k in ("lens", "allocate", "fetch"))
@@ -117,12 +120,25 @@ def _look(url: str, pipe) -> None:
     "refocus_ms": 1e3 * float(np.median(refocus)) if refocus else 0.0,
     "nodes": counters["nodes_touched"] / steps,
     "bytes": counters["bytes_read"] / steps,
-    "search_s": searched,
-    "found": "cupboard" in passages[0].text,
+    **_search(mc, needs),
     "stored": mc.tree.nbytes_on_disk(),
     "levels": mc.tree.top_level,
   })
   mc.close()
+
+
+def _search(mc: MegaContext, needs: list[planted.Need]) -> dict[str, float]:
+  """How many facts are the best passages for their questions."""
+  begin, found = time.process_time(), []
+  reads = mc.tree.reads["keys"]
+  for need in needs:
+    found.append(any(need.fact in passage.text
+                     for passage in mc.search(need.question, k=5)))
+  return {
+    "search_cpu_s": (time.process_time() - begin) / len(needs),
+    "search_nodes": (mc.tree.reads["keys"] - reads) / len(needs),
+    "facts": len(needs), "found": float(np.mean(found)),
+  }
 
 
 def _apart(work, *args):
@@ -143,12 +159,14 @@ def main(argv) -> None:
   shutil.rmtree(folder / "tree", ignore_errors=True)
   folder.mkdir(parents=True, exist_ok=True)
   url, cursor, rows = str(folder / "tree"), 0, []
+  seeds: list[int] = []
   stops = [_STEP]
   while stops[-1] < _TOKENS.value:
     stops.append(min(10 * stops[-1], _TOKENS.value))
   for stop in stops:
-    seconds, cpu, peak = _apart(_ingest, url, cursor, stop)
-    seen = _apart(_look, url)
+    seeds.append(1000 * _SEED.value + len(seeds))
+    seconds, cpu, peak = _apart(_ingest, url, cursor, stop, seeds[-1])
+    seen = _apart(_look, url, seeds)
     files = sum(p.is_file() for p in pathlib.Path(url).rglob("*"))
     stored = seen.pop("stored")
     rows.append({

@@ -15,9 +15,8 @@ import numpy as np
 from mcjax.answer.matching import MARKS, Matcher, QueryWords, WordTable
 from mcjax.answer.reading import Reader, joined
 from mcjax.focus.policy import WISH, HostPolicy, age_scores, with_payment
-from mcjax.tree import lexical_keys
 from mcjax.tree.journal import overlaps
-from mcjax.tree.search import TreeSearch
+from mcjax.tree.search import TreeSearch, by_words
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING
 from mcjax.window.focus_view import FocusView
@@ -139,7 +138,6 @@ class Similarity(HostPolicy):
     self._query_ids, self._blocks, self._search = view.query_ids, blocks, None
     weights = self._query.token_weights
     if np.any(weights > 0) and view.query_start >= BRANCHING:
-      self._search = TreeSearch(
-        view.tree, lexical_keys.scorer(
-          self._query.token_ids, weights),
+      self._search = by_words(
+        view.tree, self._query.token_ids, weights,
         stop_block=view.query_start // BRANCHING)

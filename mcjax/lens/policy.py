@@ -25,9 +25,9 @@ from mcjax.lens.keyer import TABLE, LensKeyer
 from mcjax.lens.sentence_features import candidates, sentence_features
 from mcjax.lens.weights import read_weights
 from mcjax.pretrained import cards
-from mcjax.tree import learned_keys, lexical_keys
+from mcjax.tree import learned_keys
 from mcjax.tree.journal import overlaps
-from mcjax.tree.search import TreeSearch, brute_force
+from mcjax.tree.search import TreeSearch, brute_force, by_keys, by_words
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING
 from mcjax.window.context_lm import ContextLM
@@ -48,18 +48,14 @@ class Finder:
     words = query.words
     self._words: TreeSearch | None = None
     if np.any(words.token_weights > 0) and last:
-      self._words = TreeSearch(
-        tree, lexical_keys.scorer(words.token_ids, words.token_weights),
-        k=FOUND, stop_block=last)
+      self._words = by_words(tree, words.token_ids, words.token_weights,
+                             k=FOUND, stop_block=last)
     score = learned_keys.scorer(query.key)
     width = len(query.key)
     self._keys: TreeSearch | None = None
     self._nearest: list[int] = []
     if last > _SCAN:
-      self._keys = TreeSearch(
-        tree, score, k=FOUND, stop_block=last, floor=-np.inf,
-        read_keys=tree.lens_keys,
-        read_bytes=lambda level, n: n * learned_keys.key_width(level, width))
+      self._keys = by_keys(tree, query.key, k=FOUND, stop_block=last)
     elif last:
       found = brute_force(tree, score, k=FOUND, stop_block=last)
       self._nearest = [b for b, _ in found]

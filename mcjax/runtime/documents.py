@@ -20,9 +20,8 @@ from mcjax.answer.matching import Matcher, QueryWords, WordTable
 from mcjax.answer.reading import Reader
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.lens.keyer import LensKeyer
-from mcjax.tree import learned_keys, lexical_keys
 from mcjax.tree.journal import FORGOTTEN
-from mcjax.tree.search import TreeSearch
+from mcjax.tree.search import by_keys, by_words
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
 
@@ -191,16 +190,13 @@ class Finder:
     tree, keyer = self._tree, self._keyer
     blocks: list[int] = []
     if np.any(query.token_weights > 0):
-      search = TreeSearch(
-        tree, lexical_keys.scorer(query.token_ids, query.token_weights),
-        k=count)
+      search = by_words(
+        tree, query.token_ids, query.token_weights, k=count)
       search.run(self._max_nodes)
       blocks += [b for b, _ in search.best(count)]
     if keyer is not None and tree.lens_fingerprint == keyer.fingerprint:
       key = keyer.query(query_ids, np.ones(len(query_ids), np.float32))
-      search = TreeSearch(
-        tree, learned_keys.scorer(key), k=count, floor=-np.inf,
-        read_keys=tree.lens_keys, read_bytes=lambda level, n: n)
+      search = by_keys(tree, key, k=count)
       search.run(self._max_nodes)
       blocks += [b for b, _ in search.best(count)]
     if tree.cursor % BRANCHING:

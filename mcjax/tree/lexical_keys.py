@@ -15,7 +15,7 @@ boundary is seen whole by one block.
 
 from __future__ import annotations
 
-from jaxtyping import Float64, Int, UInt8
+from jaxtyping import Bool, Float64, Int, UInt8
 import numpy as np
 
 from mcjax.types import BRANCHING
@@ -104,12 +104,17 @@ class LexicalScorer:
     # Integers in float64 add up exactly: bounds hold and ties are ties.
     self._weights = np.rint([_SCALE * w for _, w in kept]).astype(np.float64)
 
+  def held(self, keys: UInt8[np.ndarray, "n bytes"]
+           ) -> Bool[np.ndarray, "n F"]:
+    """Which features each may hold; uint8 [n, key_dim of any level]."""
+    bucket = self._hashes & np.uint32(8 * keys.shape[1] - 1)
+    bits = keys[:, bucket >> 3] >> (bucket & 7).astype(np.uint8) & 1
+    return bits.astype(bool)
+
   def __call__(self, keys: UInt8[np.ndarray, "n bytes"]
                ) -> Float64[np.ndarray, " n"]:
     """uint8 [n, key_dim of any level] -> float64 [n]."""
-    bucket = self._hashes & np.uint32(8 * keys.shape[1] - 1)
-    held = keys[:, bucket >> 3] >> (bucket & 7).astype(np.uint8) & 1
-    return held.astype(np.float64) @ self._weights / _SCALE
+    return self.held(keys) @ self._weights / _SCALE
 
 
 def scorer(query_ids: np.ndarray, weights: np.ndarray) -> LexicalScorer:

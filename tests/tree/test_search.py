@@ -17,7 +17,7 @@ from mcjax.testing.tree_reference import (
 from mcjax.tree import learned_keys as lens_keys
 from mcjax.tree import lexical_keys as keys
 from mcjax.tree import lexical_rank
-from mcjax.tree.search import TreeSearch
+from mcjax.tree.search import TreeSearch, by_keys, by_words
 from mcjax.tree.search import brute_force as scan
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import McjaxError
@@ -64,9 +64,13 @@ def brute_force(tree, score, blocks):
   return [(int(b), float(scores[b])) for b in order]
 
 
-def query_of(seed, n=6):
+def words_of(seed, n=6):
   rng = np.random.default_rng(seed)
-  return keys.scorer(rng.integers(0, VOCAB, n), rng.integers(0, 4, n))
+  return rng.integers(0, VOCAB, n), rng.integers(0, 4, n)
+
+
+def query_of(seed, n=6):
+  return keys.scorer(*words_of(seed, n))
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,7 +82,7 @@ def query_of(seed, n=6):
 )
 def test_equals_brute_force_when_it_may_go_on(n, seed, k, max_nodes):
   tree, score = tree_of(n), query_of(seed)
-  search = TreeSearch(tree, score, k=k)
+  search = by_words(tree, *words_of(seed), k=k)
   runs = 0
   while not search.certified:
     search.run(max_nodes)
@@ -110,7 +114,7 @@ def test_a_search_that_is_widened_goes_on_where_it_was(first, then):
 @given(st.integers(0, 10_000), st.integers(0, 1300))
 def test_stop_block_hides_the_newest_blocks(seed, stop):
   tree, score = tree_of(40_000), query_of(seed)
-  search = TreeSearch(tree, score, k=8, stop_block=stop)
+  search = by_words(tree, *words_of(seed), k=8, stop_block=stop)
   search.run(10**6)
   stop = min(stop, 1250)
   every = brute_force(tree, score, stop)
@@ -130,7 +134,7 @@ def test_work_per_run_is_bounded_and_the_same_for_any_history():
   for n in (10_000, 300_000):
     tree, most = tree_of(n), []
     for seed in range(5):
-      search = TreeSearch(tree, query_of(seed, 20), k=1000)
+      search = by_words(tree, *words_of(seed, 20), k=1000)
       for _ in range(2):
         before = search.touched, search.bytes_read, tree.reads
         search.run(256)
@@ -154,10 +158,33 @@ def test_finds_a_planted_fact_within_a_run_and_reads_no_more_once_certain():
   tree.append(ids)
   query = np.array([1, 270, 280, 290, 2])
   weights = lexical_rank.query_weights(tree, query, np.ones(5))
-  search = TreeSearch(tree, keys.scorer(query, weights), k=1)
+  search = by_words(tree, query, weights, k=1)
   search.run(256)
   assert search.best(1)[0][0] == 71_300 // 32
   assert search.certified and search.touched < 256
+
+
+def test_what_few_nodes_hold_leads_the_way():
+  """High up nearly all words are everywhere, and bounds lead nowhere."""
+  tree, found = tree_of(40_000), np.zeros(2, int)
+  for seed in range(10):
+    rng, blocks = np.random.default_rng(seed), tree.num_nodes(1)
+    planted = int(rng.integers(1024))
+    own = rng.random((blocks, 32)) < 0.05
+    own[:, -2:] = False
+    own[planted, -2:] = True  # rare, and of no more weight than the others
+
+    def read(level, first, last, own=own):
+      width = 32 ** (level - 1)
+      rows = own[first * width : last * width]
+      return rows.reshape(-1, width, rows.shape[1]).any(1)
+
+    for way, features in enumerate((lambda held: held, None)):
+      search = TreeSearch(
+        tree, lambda held: held.sum(1), features=features, read_keys=read)
+      search.run(224)
+      found[way] += planted in [b for b, _ in search.best(blocks)]
+  assert found[0] == 10 > found[1] + 7
 
 
 def test_a_query_that_nothing_holds_costs_one_look_at_the_roots():
@@ -188,14 +215,6 @@ def lens_tree_of(n, spread):
   return _TREES[n, "lens", spread]
 
 
-def lens_search(tree, score, **kwargs):
-  return TreeSearch(
-    tree, score, floor=-np.inf, read_keys=tree.lens_keys,
-    read_bytes=lambda level, n: n * lens_keys.key_width(level, _KEY_DIM),
-    **kwargs,
-  )  # fmt: skip
-
-
 @settings(max_examples=80, deadline=None)
 @given(
   st.sampled_from([0, 31, 32, 500, 1500, 5000, 33_000, 40_000]),
@@ -208,7 +227,7 @@ def lens_search(tree, score, **kwargs):
 def test_lens_search_equals_brute_force(n, spread, query, k, stop, max_nodes):
   tree = lens_tree_of(n, spread)
   score = lens_keys.scorer(np.array(query))
-  search, runs = lens_search(tree, score, k=k, stop_block=stop), 0
+  search, runs = by_keys(tree, np.array(query), k=k, stop_block=stop), 0
   while not search.certified:
     search.run(max_nodes)
     runs += 1
@@ -234,7 +253,7 @@ def test_brute_force_in_several_chunks(monkeypatch):
 
 def test_lens_search_counts_the_bytes_of_lens_keys():
   tree = lens_tree_of(1024 * 32, 127)  # one root of level 3
-  search = lens_search(tree, lens_keys.scorer(np.arange(-2, 2)), k=1)
+  search = by_keys(tree, np.arange(-2, 2), k=1)
   search.run(33)
   assert search.touched == 33 and search.bytes_read == 33 * 2 * _KEY_DIM
 
