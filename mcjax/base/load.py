@@ -148,10 +148,10 @@ def load_decoder_config(source: str | os.PathLike) -> DecoderConfig:
   path = pathlib.Path(os.fspath(source)).expanduser()
   try:
     if path.name == "config.json" and path.is_file():
-      return decoder_config_from_hf(files.read_json(path))
+      return _sizes(files.read_json(path))
     path = _resolve(os.fspath(source))
     if path.is_dir():
-      return decoder_config_from_hf(files.read_json(path / "config.json"))
+      return _sizes(files.read_json(path / "config.json"))
     with _open_gguf(path) as (config, *_):
       return config
   except McjaxError as e:
@@ -206,6 +206,13 @@ def _resolve(source: str) -> pathlib.Path:
 # --- Hugging Face folders ----------------------------------------------------
 
 
+def _sizes(hf: dict) -> DecoderConfig:
+  try:
+    return decoder_config_from_hf(hf)
+  except McjaxError as e:
+    raise McjaxError(f"config.json: {e}") from e
+
+
 @contextlib.contextmanager
 def _open_folder(path: pathlib.Path) -> Iterator[tuple]:
   hf = files.read_json(path / "config.json")
@@ -213,7 +220,7 @@ def _open_folder(path: pathlib.Path) -> Iterator[tuple]:
     raise McjaxError(
       "config.json describes a model of several kinds of input; take its "
       "text-only folder")
-  config, folds = decoder_config_from_hf(hf), folds_from_hf(hf)
+  config, folds = _sizes(hf), folds_from_hf(hf)
   tokenizer = Tokenizer.from_folder(path)
   with contextlib.ExitStack() as stack:
     tensors = _safetensors(path, stack)

@@ -5,9 +5,11 @@ import pathlib
 import subprocess
 import sys
 
+from marks import further
 import numpy as np
 import pytest
 
+from mcjax.testing import hostile
 from mcjax.testing.tiny_base import memory_url
 from mcjax.testing.tree_reference import (
   BASE,
@@ -19,6 +21,7 @@ from mcjax.testing.tree_reference import (
   random_ids,
   reopen,
 )
+from mcjax.tree import check as tree_check
 from mcjax.tree.store import RECORD_KEY, decode_record, encode_record
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import McjaxError
@@ -215,3 +218,21 @@ def test_a_disk_that_is_full(tmp_path):
   assert done.returncode == 0, done.stdout + done.stderr
   assert len(done.stdout.splitlines()) == 2
   assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+@pytest.mark.parametrize("part", [3, *further(0, 1, 2, 4, 5, 6)])
+def test_malformed_records_are_told_in_one_line(tmp_path, part):
+  """Every field lost, or of another kind, under a checksum that is right."""
+  place = hostile.make_tree(tmp_path)
+  bad = list(hostile.malformed(hostile.record_of(place)))[part::7]
+  assert len(bad) > 60
+  told = 0
+  for what, record in bad:
+    hostile.write_record(place, record)
+    for use in (hostile.read_tree, tree_check.check):
+      try:
+        use(place)
+      except McjaxError as error:
+        assert "\n" not in str(error), what
+        told += use is hostile.read_tree
+  assert told > 0.8 * len(bad)
