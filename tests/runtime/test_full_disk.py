@@ -1,9 +1,8 @@
 """A disk that is full or out of reach, at every write of a call."""
 
 import contextlib
-import os
-import resource
 
+from kernel_faults import file_limit, no_permission
 import numpy as np
 import pytest
 from runtime_cases import SMALL, settled_logits, state_of
@@ -70,37 +69,6 @@ def test_a_write_that_fails_changes_nothing_and_can_be_tried_again(
   mc = opened()
   assert mc.text(0, mc.cursor) == held
   mc.close()
-
-
-@contextlib.contextmanager
-def file_limit(size):
-  """No file may grow beyond so many bytes, as if the disk were full there."""
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@contextlib.contextmanager
-def no_permission(folder):
-  """Nothing can be written into a folder any more."""
-  if os.geteuid():
-    places = [folder, *(p for p in folder.rglob("*") if p.is_dir())]
-    for place in places:
-      place.chmod(0o500)
-    try:
-      yield
-    finally:
-      for place in places:
-        place.chmod(0o700)
-  else:  # root may do all, until it is somebody else
-    os.seteuid(65_534)
-    try:
-      yield
-    finally:
-      os.seteuid(0)
 
 
 def test_the_kernel_refuses_writes(opened, tmp_path):
