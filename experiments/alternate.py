@@ -6,7 +6,6 @@ At the end results.md tells, per cycle, what both networks reach on the same
 validation text and windows: whether alternating helped.
 """
 
-from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands, training
 from mcjax.gist import encoder as gistnet
@@ -26,7 +25,7 @@ def main(argv) -> bool:
   del argv
   c = _CONFIG.value
   workdir = place(_WORKDIR.value)
-  use_compilation_cache(workdir / "compiled")
+  training.keep_programs(_WORKDIR.value)
   g = c.gist
   train = gist_trainer.read_config(g.train, g.objective, g.phases)
   lens = lens_run.read_config(c.lens.to_dict())

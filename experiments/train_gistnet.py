@@ -6,11 +6,9 @@ checkpoint and exits with status 75. With --distributed one of many processes.
 
 from absl import flags
 
-from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands, training
 from mcjax.gist import encoder as gistnet
-from mcjax.parallel.places import place
 from mcjax.training.common import data
 from mcjax.training.gist import trainer as gist_trainer
 
@@ -24,7 +22,7 @@ _PEFT = flags.DEFINE_string(
 def main(argv) -> bool:
   del argv
   c = _CONFIG.value
-  use_compilation_cache(place(_WORKDIR.value) / "compiled")
+  training.keep_programs(_WORKDIR.value)
   train = gist_trainer.read_config(c.train, c.objective, c.phases)
   mesh = gist_trainer.make_mesh(train)
   lm = load_base_lm(c.base, dtype=c.dtype, mesh=mesh if mesh.size > 1 else None)

@@ -3,8 +3,7 @@
 The teacher's vectors (`mcjax.evaluation.systems.rag`) stay in the workdir, so
 the same command resumes, and processes (--distributed) share them. All else of
 the LensNet stays; see `tools/rekey`.
-With --config.carry_from=BASE the keys of that base's LensNet are carried over
-to another vocabulary instead; the teacher only judges.
+--config.carry_from=BASE carries that base's keys over; the teacher only judges.
 """
 
 import dataclasses
@@ -29,6 +28,7 @@ _EXPORT = flags.DEFINE_string("export", None, "The LensNet.", required=True)
 def main(argv) -> bool:
   del argv
   c = _CONFIG.value
+  training.keep_programs(_WORKDIR.value)
   config = key_distil.read_config(c.distil)
   lm = load_base_lm(c.base, dtype=c.dtype)
   params, fields, card = key_transfer.started(
@@ -44,10 +44,10 @@ def main(argv) -> bool:
       texts, held, config, np.asarray(lm.params["embed"], np.float32)))
   if processes.is_first():
     print(key_distil.told(facts, c.held_blocks))
-    pretrained.save_weights(
-      _EXPORT.value, "lensnet", {**params, lens_keyer.TABLE: table}, fields,
-      card | {"keys": {"distil": dataclasses.asdict(config), **facts,
-                       "carried_from": c.carry_from, "teacher": rag.MODEL}})
+    card["keys"] = {"distil": dataclasses.asdict(config), **facts,
+                    "carried_from": c.carry_from, "teacher": rag.MODEL}
+    pretrained.save_weights(_EXPORT.value, "lensnet", {
+      **params, lens_keyer.TABLE: table}, fields, card)
   processes.barrier("exported")
   return True
 

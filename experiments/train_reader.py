@@ -7,7 +7,6 @@ the answer. Candidates are kept in the workdir, so the same command resumes.
 
 from absl import flags
 
-from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands, training
 from mcjax.gist.encoder import load_gistnet
@@ -24,7 +23,7 @@ def main(argv) -> bool:
   del argv
   c = _CONFIG.value
   workdir = place(_WORKDIR.value)
-  use_compilation_cache(workdir / "compiled")
+  training.keep_programs(_WORKDIR.value)
   settings = reader_run.read_config(c.to_dict())
   lm = load_base_lm(c.base, dtype=c.dtype)
   stores = {split: data.open_split(c.data, split, lm=lm)

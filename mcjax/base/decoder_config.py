@@ -46,6 +46,7 @@ class DecoderConfig:
   pre_norm: bool = True  # a block's input is normalised
   post_norm: bool = False  # a block's output is (Gemma 3, OLMo 2)
   act: str = "silu"  # or gelu_tanh
+  attention: str = "plain"  # how it is computed, see fused_attention
 
   @property
   def flops_per_token(self) -> int:

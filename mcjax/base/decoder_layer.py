@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from mcjax.base import fused_attention
 from mcjax.base.rotation import turn
 from mcjax.types import Array
 
@@ -72,8 +73,12 @@ def attend(config, query, segments, tables, q_positions, kind):
   `segments` are (keys [K, S, H], values [K, S, H], positions, visible,
   rotated) for this layer; `tables` the matching rope tables (None if rotated).
   The products are plain batched matrix products over [T * G] rows, the form
-  that XLA compiles best on every platform, one row included.
+  that XLA compiles best on every platform, one row included. Another way is
+  `config.attention`, see `fused_attention`.
   """
+  if config.attention != "plain":
+    return fused_attention.attend(
+      config, query, segments, tables, q_positions, kind)
   t, n, h = query.shape
   k_heads = config.n_kv_heads
   groups = n // k_heads

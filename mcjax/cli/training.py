@@ -9,9 +9,12 @@ import signal
 import sys
 
 from absl import flags, logging
+import jax
 
+from mcjax.base.compilation_cache import use_compilation_cache
 from mcjax.cli import commands
 from mcjax.parallel import processes
+from mcjax.parallel.places import place
 from mcjax.types import McjaxError
 
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -23,6 +26,18 @@ _COUNT = flags.DEFINE_integer(
   "num_processes", None, "How many processes the run has.", 1)
 _PROCESS = flags.DEFINE_integer(
   "process_id", None, "The number of this one, from 0.", 0)
+_COMPILE_CACHE = flags.DEFINE_string(
+  "compile_cache", "", "Where compiled programs are kept, a folder or gs://…; "
+  "the workdir's folder compiled if empty, nowhere if off.")
+
+
+def keep_programs(workdir: str) -> None:
+  """Keeps compiled programs where --compile_cache says."""
+  said = _COMPILE_CACHE.value
+  if said == "off":
+    jax.config.update("jax_enable_compilation_cache", False)
+  else:
+    use_compilation_cache(place(said) if said else place(workdir) / "compiled")
 
 
 def run(main: Callable[[list[str]], bool], config: commands.ConfigFlag

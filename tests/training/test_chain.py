@@ -8,8 +8,11 @@ import json
 import os
 import pathlib
 import re
+import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 
 import numpy as np
 import pytest
@@ -37,11 +40,50 @@ def documented() -> list[str]:
           for line in lines]
 
 
+def _server() -> str:
+  """The documented command that serves one's own weights."""
+  text = _DOCUMENT.read_text(encoding="utf-8")
+  block = re.search(r"```\n(python -m experiments.serve .*?)```", text,
+                    re.DOTALL)
+  assert block
+  return block[1].replace("\\\n", "").strip()
+
+
+def _answer_of_a_server(cwd, environment) -> dict:
+  """What it says to one question; it ends on SIGTERM."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  server = subprocess.Popen(
+    ["bash", "-c", f"exec {_server()} --config.port={port}"], cwd=cwd,
+    env=environment, stderr=subprocess.PIPE, text=True)
+  assert server.stderr is not None
+  try:
+    said = ""
+    while not said.startswith("Serving"):
+      said = server.stderr.readline()
+      assert said, "the server ended"
+    request = urllib.request.Request(
+      f"http://127.0.0.1:{port}/v1/chat/completions",
+      json.dumps({"model": "own", "max_tokens": 8, "messages": [
+        {"role": "user", "content": "What did I decide?"}]}).encode(),
+      {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=600) as reply:
+      answer = json.load(reply)
+    server.send_signal(signal.SIGTERM)
+    server.communicate(timeout=300)
+    assert server.returncode == 0
+    return answer
+  finally:
+    server.kill()
+
+
 def test_every_step_is_documented():
   programs = [line.split()[2].removeprefix("experiments.")
               for line in documented()]
   assert programs == ["prepare_data", "train_gistnet", "train_lensnet",
                       "train_keys", "alternate", "evaluate", "run"]
+  assert "--config.gistnet=" in _server() and "--config.lensnet=" in _server()
 
 
 def _tokenizer(files: list[str]) -> tokenizers.Tokenizer:
@@ -82,6 +124,8 @@ def test_an_unseen_base_is_taken_all_the_way(family, tmp_path):
                           capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (line, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr, (line, done.stderr)
+  answer = _answer_of_a_server(tmp_path, environment)
+  assert answer["usage"]["completion_tokens"] > 0
   assert (runs / "evaluation" / "results.json").exists()
   assert (runs / "alternate" / "results.md").exists()
   lm = mcjax.load_base_lm(base)

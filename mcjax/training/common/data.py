@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import re
 import struct
@@ -23,6 +22,7 @@ import sys
 
 import numpy as np
 
+from mcjax.base import hub
 from mcjax.parallel import places
 from mcjax.types import McjaxError
 
@@ -31,10 +31,8 @@ _TRIED = 512  # tokens by which a tokenizer is told from another
 
 
 def default_folder() -> pathlib.Path:
-  """The text store in the user's cache: $MCJAX_CACHE or ~/.cache/mcjax."""
-  cache = os.environ.get("MCJAX_CACHE")
-  root = pathlib.Path(cache) if cache else pathlib.Path.home() / ".cache/mcjax"
-  return root / "data"
+  """The text store in the user's cache, see `hub.cache_dir`."""
+  return hub.cache_dir() / "data"
 
 
 def _stable_hash(text: str) -> int:

@@ -62,6 +62,8 @@ class Objective:
       "none", "dots" (all but the matrix products) or "layer".
     activations: dtype of the decoder's activations, "float32" or "bfloat16";
       norms, softmax, losses and all of GistNet stay float32.
+    attention: of the decoder: "plain", "xla" or "cudnn", see
+      `mcjax.base.fused_attention`.
   """
 
   window: int = 512
@@ -88,6 +90,7 @@ class Objective:
   chunk: int = 256
   remat: str = "none"
   activations: str = "float32"
+  attention: str = "plain"
 
   def __post_init__(self):
     for name in ("window", "segment"):

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import tqdm
 
+from mcjax.base import fused_attention
 from mcjax.gist import encoder as gistnet
 from mcjax.gist import lora
 from mcjax.parallel import processes, sharding
@@ -132,7 +133,11 @@ class GistTrainer:
     if config.micro_batch % spread:
       raise McjaxError(f"micro_batch={config.micro_batch} does not divide "
                        f"among data × fsdp = {spread} devices")
-    windows = {o.window for p in config.phases for o in p.turns}
+    objectives = [o for p in config.phases for o in p.turns]
+    platform = self.mesh.devices.flat[0].platform
+    for o in objectives:
+      fused_attention.check(o.attention, lm.config, o.activations, platform)
+    windows = {o.window for o in objectives}
     self._samplers = {w: data.WindowSampler(stores, w, weights, config.seed)
                       for w in windows}
     start = gistnet.init_params(gist_config, config.seed)
@@ -184,7 +189,9 @@ class GistTrainer:
       self._steps[objective] = jax.jit(
         functools.partial(
           train_step, config=self.config, gist_config=self.gist_config,
-          base_config=self._lm.config, objective=objective),
+          base_config=dataclasses.replace(
+            self._lm.config, attention=objective.attention),
+          objective=objective),
         donate_argnums=0, out_shardings=(self._state_sharding, whole))
     return self._steps[objective]
 

@@ -200,6 +200,27 @@ def test_any_mesh_gives_the_same_losses(make, tmp_path, data, fsdp, tensor):
       assert many[name] == pytest.approx(one[name], rel=1e-5)
 
 
+def _attending(name):
+  turn = dataclasses.replace(_OBJECTIVE, attention=name)
+  return dataclasses.replace(_CONFIG, phases=(gist_trainer.Phase(8, turn),))
+
+
+@pytest.mark.slow
+def test_attention_of_a_library_gives_the_same_losses(make, tmp_path):
+  plain, fused = make(tmp_path / "a"), make(tmp_path / "b", _attending("xla"))
+  for _ in range(2):
+    one, other = plain.one_step(), fused.one_step()
+    for name in ("loss", "kl", "gradient_norm"):
+      assert other[name] == pytest.approx(one[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "splash"])
+def test_attention_that_cannot_run_is_told_before_the_first_step(
+    make, tmp_path, name):
+  with pytest.raises(McjaxError, match=f"attention .*{name}"):
+    make(tmp_path, _attending(name))
+
+
 @pytest.mark.parametrize("field, value", [
   ("micro_batch", 3), ("batch", 0), ("decay_fraction", 0.0), ("phases", ())])
 def test_configuration_errors_name_the_field(field, value):
