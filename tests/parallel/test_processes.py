@@ -47,7 +47,21 @@ def get_config():
   c.windows.update(facts=2, cloze=0, text=1, length=2048)
   c.train.update({lens})
   return c
+""", "alternate": """
+from experiments.configs import alternate_tiny
+
+def get_config():
+  c = alternate_tiny.get_config(2)
+  c.base, c.data, c.cycles = {lm!r}, {data!r}, 1
+  c.gist.mixture = {{}}
+  c.gist.phases = [dict(steps=3, turns=[{{}}])]
+  c.gist.objective.update({objective})
+  c.gist.train.update({train})
+  c.lens.windows.update(facts=2, cloze=0, text=1, length=2048)
+  c.lens.train.update({lens})
+  return c
 """}
+_MAINS = {"gistnet": "train_gistnet", "lensnet": "train_lensnet"}
 _ALONE: list[float] = []  # losses of one device, as far as they were needed
 
 
@@ -78,7 +92,7 @@ def _start(base, workdir, mesh, count=2, devices=2, program="gistnet"):
     lm=str(base / "lm"), data=str(base), steps=_STEPS, objective=_OBJECTIVE,
     train=_TRAIN | mesh, lens=_LENS | mesh))
   command = [
-    sys.executable, "-m", f"experiments.train_{program}",
+    sys.executable, "-m", f"experiments.{_MAINS.get(program, program)}",
     f"--workdir={workdir}", f"--config={settings}", "--distributed",
     f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
   flags = " ".join([
@@ -205,6 +219,24 @@ def lens_alone(base, tmp_path_factory):
   files = {p.relative_to(folder): dict(np.load(p))
            for p in (folder / "windows").rglob("*.npz")}
   return files, _losses(folder / "training")
+
+
+@pytest.mark.slow
+def test_processes_alternate_as_one_does(base, tmp_path):
+  """Both networks, one cycle: the losses and the report of one process."""
+  folders = tmp_path / "one", tmp_path / "two"
+  for count, folder in enumerate(folders, 1):
+    members = _start(
+      base, folder, dict(mesh_data=count), count, 1, "alternate")
+    status, said = _ends(members)
+    assert status == [0] * count, said
+  for part in ("gistnet", "lensnet/training"):
+    one, two = (_losses(f / "cycle-0" / part) for f in folders)
+    assert one and one.keys() == two.keys()
+    for step, loss in two.items():
+      assert loss == pytest.approx(one[step], rel=1e-5), (part, step)
+  one, two = (json.loads((f / "results.json").read_text()) for f in folders)
+  assert one["cycles"][0].keys() == two["cycles"][0].keys()
 
 
 @pytest.mark.slow
