@@ -15,7 +15,8 @@ from mcjax.base import hub
 _MOST = 1 << 31  # bytes; what was used longest ago makes room
 _LONG = 1.0  # seconds for a program, from which the user is told
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-_told = False
+_MISSED = "/jax/compilation_cache/cache_misses"
+_told = _missed = False
 
 
 def keep_programs() -> None:
@@ -37,13 +38,23 @@ def keep_programs() -> None:
     # Where its size is limited, JAX locks the cache: processes may share it.
     jax.config.update("jax_compilation_cache_max_size", _MOST)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.monitoring.register_event_listener(_note)
     jax.monitoring.register_event_duration_secs_listener(_tell)
 
 
+def _note(event: str, **_: str | int) -> None:
+  global _missed
+  _missed |= event == _MISSED
+
+
 def _tell(event: str, duration_secs: float, **_: str | int) -> None:
-  """Says once that programs are being compiled, when one has taken long."""
+  """Says once that programs are being compiled, when one has taken long.
+
+  What is found in the cache counts as compiled too, so one must be missing.
+  """
   global _told
-  if event == _COMPILED and duration_secs > _LONG and not _told:
+  if (event == _COMPILED and duration_secs > _LONG and _missed
+      and not _told):
     _told = True
     print("mcjax: compiling for this machine; the next start will find the "
           f"programs in {hub.cache_dir()}", file=sys.stderr)

@@ -26,6 +26,7 @@ MAX_TENSORS = 1 << 16
 MAX_NAME = 1 << 10  # bytes of a key or of a tensor's name
 _MAX_HEADER = 1 << 26  # bytes of all strings
 _STRING, _ARRAY = 8, 9
+_TOGETHER = 16  # rows that gguf takes as one: it works in groups of 16
 _ALIGNMENTS = [1 << i for i in range(21)]
 _SCALARS = {
   0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4",
@@ -92,8 +93,10 @@ class GgufFile:
     rows = math.prod(tensor.shape[:-1])
 
     def dequantise(rows: np.ndarray) -> np.ndarray:
+      wide = rows.reshape(-1, rows.shape[1] * math.gcd(len(rows), _TOGETHER))
       try:
-        return gguf.quants.dequantize(rows, tensor.kind)
+        found = gguf.quants.dequantize(wide, tensor.kind)
+        return found.reshape(len(rows), -1)
       except NotImplementedError as e:
         raise McjaxError(
           f"{name!r} is quantised as {tensor.kind.name}, which the gguf "

@@ -8,6 +8,7 @@ array after the other, and hashes a sample of every tensor on the way.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent import futures
 import dataclasses
 import hashlib
 import json
@@ -24,6 +25,7 @@ from mcjax.types import McjaxError
 
 _FIRST_FIELDS = 17  # of DecoderConfig, which enter every fingerprint
 _SAMPLES = 256  # values of each tensor that enter the fingerprint
+_THREADS = 2  # parameters read at a time
 _ALIGNMENT = 64  # bytes; device_put adopts such arrays on CPU, uncopied
 _SINGLE = ("embed", "unembed", "final_norm")  # not a tensor a layer
 _PARAMETERS = _SINGLE + (
@@ -352,33 +354,48 @@ def read_params(
 ) -> tuple[dict, Any]:
   """Reads all leaves; returns the parameters and a hash of what was read."""
   for leaf in leaves.values():  # before memory is taken for all layers
-    for i in range(config.n_layers if "{i}" in leaf.source else 1):
-      tensors.check(leaf.source.replace("{i}", str(i)), leaf.whole)
-  known = set()
+    for source in _sources(leaf, config.n_layers):
+      tensors.check(source, leaf.whole)
   digest = hashlib.sha256(_config_text(config).encode())
   params: dict[str, Any] = {"layers": {}}
-  for key, leaf in leaves.items():
-    stacked = "{i}" in leaf.source
-    layers = range(config.n_layers) if stacked else range(1)
-    out = value = np.empty(0, dtype)
-    for i in layers:
-      source = leaf.source.replace("{i}", str(i))
-      known.add(source)
-      value = leaf.taken(tensors.read(source, leaf.whole))
-      digest.update(f"{key} {i} {value.shape}".encode())
-      digest.update(_sample(value))
-      if stacked and i == 0:
-        out = aligned_empty((len(layers), *value.shape), dtype)
-      if stacked:
-        out[i] = value
-    _check_finite(leaf.source, out if stacked else value)
-    if stacked:
-      params["layers"][key] = jax.device_put(out)
-    else:
-      params[key] = jax.device_put(np.ascontiguousarray(value, dtype))
-    del value, out
+
+  def read(item: tuple[str, Leaf]) -> tuple[np.ndarray, bytes]:
+    return _read_leaf(*item, tensors, config.n_layers, dtype)
+
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    for (key, leaf), (value, facts) in zip(
+        leaves.items(), pool.map(read, leaves.items())):
+      digest.update(facts)
+      into = params["layers"] if "{i}" in leaf.source else params
+      into[key] = jax.device_put(value)
+  known = {source for leaf in leaves.values()
+           for source in _sources(leaf, config.n_layers)}
   _check_all_used(tensors.shapes, known, leaves)
   return params, digest
+
+
+def _sources(leaf: Leaf, layers: int) -> list[str]:
+  """The tensors of a leaf: one, or one of each layer."""
+  if "{i}" not in leaf.source:
+    return [leaf.source]
+  return [leaf.source.replace("{i}", str(i)) for i in range(layers)]
+
+
+def _read_leaf(key: str, leaf: Leaf, tensors: Tensors, layers: int,
+               dtype: np.dtype) -> tuple[np.ndarray, bytes]:
+  """A leaf [L, ...], or without L, and what enters the fingerprint of it."""
+  facts, out = b"", np.empty(0, dtype)
+  for i, source in enumerate(_sources(leaf, layers)):
+    value = leaf.taken(tensors.read(source, leaf.whole))
+    facts += f"{key} {i} {value.shape}".encode() + _sample(value)
+    if "{i}" not in leaf.source:
+      out = np.ascontiguousarray(value, dtype)
+      break
+    if i == 0:
+      out = aligned_empty((layers, *value.shape), dtype)
+    out[i] = value
+  _check_finite(leaf.source, out)
+  return out, facts
 
 
 def _config_text(config: DecoderConfig) -> str:

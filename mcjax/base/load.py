@@ -1,7 +1,7 @@
 """Loads a frozen base LM from Hugging Face files or a GGUF file.
 
 Tensors are read one by one into the stacked layout of `model.py`, so that the
-peak is about the size of the final parameters plus one tensor.
+peak is about the size of the final parameters plus two tensors.
 """
 
 from __future__ import annotations

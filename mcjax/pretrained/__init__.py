@@ -119,6 +119,8 @@ def laid_out(
       if kind in (bool, int, float) and type(value) not in (kind, int):
         raise TypeError(f"{field.name} is {value!r}")
     config = settings(**fields)
+    if pathlib.Path(path).is_relative_to(_ROOT):  # tests hold these to it
+      return config
     expected = _shapes(jax.eval_shape(lambda: make(config)))
   except Exception as error:  # what JAX and Flax raise of absurd sizes
     why = " ".join(str(error).split())[:200]

@@ -7,6 +7,8 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 
 import jax
@@ -15,8 +17,9 @@ import numpy as np
 from mcjax.config import Config
 from mcjax.focus import allocator as focus_allocator
 from mcjax.focus.policy import Policy
-from mcjax.gist.encoder import BATCH_SIZES, GistEncoder
+from mcjax.gist.encoder import GistEncoder
 from mcjax.runtime.telemetry import Telemetry, compile_count, peak_memory_mib
+from mcjax.runtime.warm_up import WarmUp, programs_of
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
 from mcjax.window import invariants
@@ -31,6 +34,7 @@ from mcjax.window.working_context import (
 )
 
 _DEEPER = 3  # refocus steps that follow a wish down, while text is read on
+_LAYERS = 8  # a base of no more compiles soon enough in a first call
 _QUERY = 64  # newest tokens that act as the query where there is no prompt
 
 
@@ -89,6 +93,8 @@ class Focus:
     self._config = config
     self._key = jax.random.key(config.seed)
     self._warm = False
+    self._compiling: contextlib.AbstractContextManager = (
+      contextlib.nullcontext())
     self._expanded = False  # since the LM last ran
     self._deeper = False  # the last refocus step expanded something
 
@@ -360,23 +366,35 @@ class Focus:
 
   def warm_up(self) -> None:
     """Compiles every shape once, so that nothing compiles in the loop."""
-    if self._warm:
-      return
-    self.context.warm_up()
-    legal = focus_allocator.Legal(
-      *np.zeros((2, self.context.window.window), bool))
-    focus_allocator.plan_edits(
-      np.zeros(0, np.float32), legal, free=0, need=0,
-      threshold=self._config.threshold, max_edits=self._config.max_edits,
-    )
-    for size in BATCH_SIZES:
-      blocks = np.zeros((size, BRANCHING), np.int32)
-      gists = self._encoder.encode_tokens(blocks)
-      self._encoder.encode_gists(
-        np.broadcast_to(gists[:, None], (size, BRANCHING, gists.shape[1])), 2
-      )
-    self._policy.warm_up(self.context)
-    self._warm = True
+    if not self._warm:
+      self._warm = True
+      for _ in self._programs(self.context):
+        pass
+
+  def warm_up_beside(self) -> contextlib.AbstractContextManager:
+    """As `warm_up`, for one call; that of a large base waits for little.
+
+    Only what this call uses is compiled, the rest in a thread, see `WarmUp`.
+    """
+    lm = self.context.lm
+    split = len(lm.params["embed"].devices()) > 1  # its threads would meet
+    if self.context.is_alone and lm.config.n_layers > _LAYERS and not split:
+      if not self._warm:
+        self._warm, twin = True, self.context.twin()
+        self._compiling = WarmUp(lambda: self._programs(twin))
+      return self._compiling
+    self.warm_up()
+    return contextlib.nullcontext()
+
+  def stop_compiling(self) -> None:
+    """Lets a thread that still compiles end soon."""
+    if isinstance(self._compiling, WarmUp):
+      self._compiling.stop()
+
+  def _programs(self, context: ContextLM) -> Iterator[None]:
+    return programs_of(
+      context, self._config, self._encoder, self._policy,
+      reads_little=self.tree.cursor > self._config.window)
 
   def spans(self) -> dict[str, list]:
     """The focus for a record, blocks of raw tokens as one."""

@@ -83,6 +83,7 @@ class Handle:
       if self._closed:
         return
       self._closed = True
+      self._loop.stop_compiling()
       try:
         if not self.tree.read_only:
           self._commit()
@@ -175,9 +176,9 @@ class Handle:
     self._check_open()
     if not self.tree.cursor:
       raise McjaxError("the history is empty: nothing to predict from")
-    self._loop.warm_up()
-    self._loop.sync()
-    return self._loop.context.logits()
+    with self._loop.warm_up_beside():
+      self._loop.sync()
+      return self._loop.context.logits()
 
   @locked
   def documents(self) -> list[Document]:

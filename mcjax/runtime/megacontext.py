@@ -304,24 +304,31 @@ class MegaContext(Handle):
       top_logprobs, on_piece, on_text)
     with self._lock:
       self._check_prompt(prompt)
-      self._loop.warm_up()
-      if not remember:
-        try:
-          with self._loop.undone():
-            return self._answered(prompt, request, template, system)
-        except Stopped as stopped:
-          raise stopped.cause from None
-      out, stopped_by = None, None
-      with self._all_or_nothing():
-        try:
-          out = self._answered(prompt, request, template, system)
-        except Stopped as stopped:  # by the consumer: the turn is closed
-          stopped_by = stopped.cause
-        self._commit()
-      if stopped_by is not None:
-        raise stopped_by
-      assert out is not None
-      return out
+      with self._loop.warm_up_beside():
+        answer = self._remembered if remember else self._forgotten
+        return answer(prompt, request, template, system)
+
+  def _forgotten(self, *asked) -> Generation:
+    """An answer after which all is as before."""
+    try:
+      with self._loop.undone():
+        return self._answered(*asked)
+    except Stopped as stopped:
+      raise stopped.cause from None
+
+  def _remembered(self, *asked) -> Generation:
+    """An answer that is committed with its prompt."""
+    out, stopped_by = None, None
+    with self._all_or_nothing():
+      try:
+        out = self._answered(*asked)
+      except Stopped as stopped:  # by the consumer: the turn is closed
+        stopped_by = stopped.cause
+      self._commit()
+    if stopped_by is not None:
+      raise stopped_by
+    assert out is not None
+    return out
 
   def stream(self, prompt: Prompt, max_new_tokens: int = 64, **settings
              ) -> Iterator[str]:
@@ -381,8 +388,8 @@ class MegaContext(Handle):
       McjaxError: the text is empty or not a string.
     """
     self._check_text(text, "text")
-    self._loop.warm_up()
-    return self._loop.score(self.lm.tokenizer.encode(text))
+    with self._loop.warm_up_beside():
+      return self._loop.score(self.lm.tokenizer.encode(text))
 
   def _check_prompt(self, prompt: Prompt) -> None:
     self._check_open()

@@ -8,6 +8,8 @@ edits planned and undone in between cost nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -407,17 +409,39 @@ class ContextLM(SlotInputs):
     if self._contrast is not None:
       self._contrast.clear()
 
+  @property
+  def is_alone(self) -> bool:
+    """Whether no other windows are decoded with this one."""
+    return self.decoder.rows == 1
+
+  def twin(self) -> ContextLM:
+    """An empty window of the same shapes, with a cache of its own."""
+    return ContextLM(
+      self.lm, self._config, self.show_gists, self.window.gists_seen)
+
   def warm_up(self) -> None:
     """Compiles every shape the loop can meet, on an empty cache."""
+    for _ in self.programs():
+      pass
+
+  def programs(self, reads_little: bool = False) -> Iterator[None]:
+    """Compiles them one at a time.
+
+    Args:
+      reads_little: an answer that is held against what the LM says without
+        the text comes first.
+    """
     # Compiled programs live as long as the process: once a shape is enough.
-    dtype = self.lm.params["embed"].dtype
-    shapes = (self.lm.config, self._slots, self._sizes, str(dtype),
-              self._contrast is not None, self.decoder.rows)
+    dtype, contrast = self.lm.params["embed"].dtype, self._contrast is not None
+    shapes = (self.lm.config, self._slots, self._sizes, str(dtype), contrast,
+              self.decoder.rows)
     if shapes in _WARM:
       return
+    yield from self.decoder.programs(
+      self.lm.params, contrast, first=1 + (contrast and reads_little))
     for size in self._sizes:
       hidden = jnp.zeros((size, self.lm.config.d_model), dtype)
       kv_slots.nll(self.lm.params, hidden, np.zeros(size, np.int32))
       kv_slots.next_logits(self.lm.params, hidden, np.int32(0))
-    self.decoder.warm_up(self.lm.params, self._contrast is not None)
+      yield
     _WARM.add(shapes)

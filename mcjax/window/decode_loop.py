@@ -21,6 +21,7 @@ from mcjax.window.row_cache import Pool, stored
 
 LIKELY = 20  # tokens listed beside the one drawn, at most
 NOTHING, LOGPROBS, LIKELIEST = range(3)  # of the chances that are told
+_PARTS = 64  # of the vocabulary, at most
 _PLAUSIBLE = 0.1  # of the likeliest token's probability, to be picked at all
 
 
@@ -174,6 +175,21 @@ def _mix(config, kind, q, segments, sees):
   return functools.reduce(operator.add, out).reshape(rows, heads, size)
 
 
+def _unembed(params, hidden):
+  """Logits [B, V] float32 of hidden [B, D]; see `model.unembed`.
+
+  By parts of the vocabulary: XLA's CPU backend takes up to half as long again
+  for one product of a few rows with so many columns.
+  """
+  if "unembed" in params:
+    return model.unembed(params, hidden)
+  table = params["embed"]
+  parts = table.reshape(math.gcd(len(table), _PARTS), -1, table.shape[1])
+  logits = jnp.einsum("bd,pvd->pbv", hidden.astype(table.dtype), parts,
+                      preferred_element_type=jnp.float32)
+  return logits.transpose(1, 0, 2).reshape(len(hidden), -1)
+
+
 def _against(logits, prior, weight, on):
   """Logits [B, V] by context-aware decoding, in rows that are `on`: those of
   plausible tokens, and the more the likelier the text makes them."""
@@ -241,7 +257,7 @@ def decode_rows(params, config: model.DecoderConfig,
     hidden, own = _forward(
       params, config, jnp.concatenate([x] * len(streams)),
       list(zip(streams, sights)), c["own"], i)
-    logits = model.unembed(params, hidden).reshape(len(streams), count, -1)
+    logits = _unembed(params, hidden).reshape(len(streams), count, -1)
     fresh = tuple(jnp.where(going[:, None], new, old)
                   for new, old in zip(logits, c["logits"]))
     at = jnp.arange(count)
@@ -269,9 +285,8 @@ def decode_rows(params, config: model.DecoderConfig,
     & (jnp.arange(size)[None, :] < c["count"][:, None])[:, :, None],
     axis=(1, 2))
 
-  every = jnp.arange(count, dtype=jnp.int32)
   streams = tuple(
-    stored(pools, every, sight.slots, *zip(*own))
+    stored(pools, sight.slots, *zip(*own))
     for pools, sight, own in zip(streams, sights, c["own"]))
   return streams, Block(
     c["tokens"], c["logprobs"], c["likely"], c["likely_logprobs"], c["count"],

@@ -8,6 +8,7 @@ asking: so prompts are spliced between the blocks that are decoded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import dataclasses
 from typing import NamedTuple
 
@@ -300,42 +301,57 @@ class Decoder:
 
   # --- compiling ----------------------------------------------------------
 
-  def warm_up(self, params, contrast: bool) -> None:
-    """Compiles what rows need, with and without a second stream, once."""
-    with self.turn:
-      if contrast in self._warm:
-        return
-      self._warm.add(contrast)
-      nowhere = np.full(self.sizes[-1], self._window, np.int32)
-      places = np.zeros(self._window, np.int32)
-      hidden = np.zeros(self._window, bool)
-      nothing = Inputs(
-        np.zeros(0, np.int32), np.zeros((0, self._config.d_model), np.float32),
-        np.zeros(0, bool))
-      held, positions = self._caches[0].read(0)
-      out = [kv_slots.splice(
-        params, self._config, held, nowhere[:size],
-        *self._padded(nothing, size), places, hidden, self.sizes[-1])
-        for size in self.sizes][-1]
+  def programs(self, params, contrast: bool, first: int = 1
+               ) -> Iterator[None]:
+    """Compiles what rows need, one program at a time, once.
+
+    Args:
+      params: as `model.forward` takes them.
+      contrast: whether with a second stream too.
+      first: so many streams are decoded first of all.
+    """
+    if contrast in self._warm:
+      return
+    self._warm.add(contrast)
+    counts = sorted(range(1, 2 + contrast), key=lambda n: n != first)
+    for far in (False, True):
+      for streams in counts:
+        with self.turn:
+          self._compile_loop(streams, far)
+        yield
+    for size in self.sizes:
+      with self.turn:
+        self._compile_splice(params, size, contrast)
+      yield
+
+  def _compile_splice(self, params, size: int, contrast: bool) -> None:
+    nowhere = np.full(self.sizes[-1], self._window, np.int32)
+    places = np.zeros(self._window, np.int32)
+    nothing = Inputs(
+      np.zeros(0, np.int32), np.zeros((0, self._config.d_model), np.float32),
+      np.zeros(0, bool))
+    held, positions = self._caches[0].read(0)
+    out = kv_slots.splice(
+      params, self._config, held, nowhere[:size],
+      *self._padded(nothing, size), places, places.astype(bool),
+      self.sizes[-1])
+    if size == self.sizes[-1]:
       self._caches[0].replace(0, held, positions)
       for cache in map(self._cache, range(1 + contrast)):
         cache.read(0, self._window)
         cache.write(0, nowhere, out.keys, out.values, places[: cache.slots])
         cache.permute(0, np.arange(cache.slots))
-      self._warm_loop(contrast)
 
-  def _warm_loop(self, contrast: bool) -> None:
+  def _compile_loop(self, streams: int, far: bool) -> None:
     rows = sampling.Rows(
       np.tile(sampling.numbers_of(Sampling()), (self.rows, 1)),
       decode_loop.stacked([self._key] * self.rows),
       np.zeros(self.rows, np.int32), np.zeros((), bool))
-    for streams in range(1, 2 + contrast):
-      for far in (False, True):
-        block = self._loop(
-          [self._sight(m, {}) for m in range(streams)], far,
-          np.zeros(self.rows, np.int32), rows,
-          np.zeros(self.rows, np.float32), np.zeros(self.rows, bool),
-          np.int32(decode_loop.NOTHING))
-        jax.block_until_ready([logits[0] for logits in block.logits])
+    block = self._loop(
+      [self._sight(m, {}) for m in range(streams)], far,
+      np.zeros(self.rows, np.int32), rows,
+      np.zeros(self.rows, np.float32), np.zeros(self.rows, bool),
+      np.int32(decode_loop.NOTHING))
+    jax.block_until_ready([logits[0] for logits in block.logits])
     self._seen = decode_loop.with_row(
       self._seen, np.zeros(self._seen.shape[1], bool), np.int32(0))

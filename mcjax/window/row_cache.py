@@ -84,22 +84,6 @@ def _of_row(pools, row):
   return keys, values
 
 
-def _with_row(pools, keys, values, row):
-  """The pools with the keys and values of one row replaced."""
-  out, start = [], 0
-  for pool in pools:
-    stop = start + pool.keys[0].shape[-1]
-    out.append(Pool(
-      tuple(jax.lax.dynamic_update_slice(
-        a, k[None, :, :, start:stop], (row, 0, 0, 0))
-        for a, k in zip(pool.keys, keys)),
-      tuple(jax.lax.dynamic_update_slice(
-        a, v[None, :, start:stop], (row, 0, 0, 0))
-        for a, v in zip(pool.values, values))))
-    start = stop
-  return tuple(out)
-
-
 @functools.partial(jax.jit, static_argnames="slots")
 def _read(pools, row, slots):
   keys, values = (jnp.stack(part) for part in _of_row(pools, row))
@@ -108,57 +92,98 @@ def _read(pools, row, slots):
               jnp.pad(values, (*((0, 0),) * 2, spare, (0, 0))))
 
 
+# A row is changed layer by layer: of all layers together these programs took
+# seconds to compile.
+
+
+def _layers(pools):
+  """Of each layer the keys and values of every pool."""
+  return list(zip(*(zip(pool.keys, pool.values) for pool in pools)))
+
+
+def _pools(layers) -> tuple[Pool, ...]:
+  return tuple(Pool(*map(tuple, zip(*pool))) for pool in zip(*layers))
+
+
+def _with_row(layer, keys, values, row):
+  """A layer's pools with the keys and values of one row replaced."""
+  out, start = [], 0
+  for a, v in layer:
+    stop = start + a.shape[-1]
+    out.append((
+      jax.lax.dynamic_update_slice(
+        a, keys[None, :, :, start:stop], (row, 0, 0, 0)),
+      jax.lax.dynamic_update_slice(
+        v, values[None, :, start:stop], (row, 0, 0, 0))))
+    start = stop
+  return tuple(out)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _replace(pools, held, row):
-  return _with_row(pools, held.keys, held.values, row)
+def _replace(layer, held, number, row):
+  return _with_row(layer, held.keys[number], held.values[number], row)
 
 
-def _turned(config, keys, offsets):
-  """Keys [L, K, H, S] moved on by offsets [S]; exact where these are 0."""
-  tables = rotation.offset_tables(config, offsets)
-  turned = jax.vmap(rotation.turn, in_axes=(0, None, 0))(
-    keys.swapaxes(2, 3), tables, rotation.layer_kinds(config))
-  return turned.swapaxes(2, 3)
+@functools.partial(jax.jit, static_argnames="config")
+def _tables(config, offsets):
+  return rotation.offset_tables(config, offsets)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
-def _arrange(config, pools, row, order, offsets):
-  """A row's slots in another order, then moved on by offsets."""
-  keys, values = _of_row(pools, row)
-  keys = jnp.take(jnp.stack(keys), order, axis=-1, mode="clip")
-  values = [jnp.take(v, order, axis=-2, mode="clip") for v in values]
-  return _with_row(pools, _turned(config, keys, offsets), values, row)
+def _arrange(config, layer, number, row, order, tables):
+  """A row's slots in another order, its keys then turned by tables [S, R]."""
+  keys, values = (jnp.take(jnp.concatenate([
+    jax.lax.dynamic_index_in_dim(part, row, 0, False) for part in parts
+  ], axis=axis), order, axis=axis, mode="clip")
+    for parts, axis in zip(zip(*layer), (-1, -2)))
+  kind = rotation.layer_kinds(config).at(number)
+  keys = rotation.turn(keys.swapaxes(1, 2), tables, kind).swapaxes(1, 2)
+  return _with_row(layer, keys, values, row)
 
 
-def stored(pools: tuple[Pool, ...], rows: Array, slots: Array, keys, values
+def stored(pools: tuple[Pool, ...], slots: Array, keys, values
            ) -> tuple[Pool, ...]:
   """The pools with new entries in their slots.
 
+  Each slot takes what goes there, if anything does: a scatter into these
+  shapes copies the pools twice on a CPU.
+
   Args:
     pools: near, or near and far.
-    rows: [B] int32, or [] for one row.
-    slots: [B, T] int32, or [T]; beyond the last one is padding.
-    keys: of each layer [B, K, H, T], or [K, H, T]; rotated.
-    values: of each layer [B, K, T, H], or [K, T, H].
+    slots: [B, T] int32; beyond the last one is padding.
+    keys: of each layer [B, K, H, T]; rotated.
+    values: of each layer [B, K, T, H].
   """
   out, start = [], 0
   for pool in pools:
     size = pool.keys[0].shape[-1]
-    at = jnp.where((slots >= start) & (slots < start + size),
-                   slots - start, size)
-    row = jnp.expand_dims(rows, -1)
+    place = jnp.arange(start, start + size, dtype=slots.dtype)
+    hits = slots[..., None] == place[None, None]
+    new, source = jnp.any(hits, axis=1), jnp.argmax(hits, axis=1)
     out.append(Pool(
-      tuple(a.at[row, :, :, at].set(jnp.moveaxis(k, -1, -3), mode="drop")
-            for a, k in zip(pool.keys, keys)),
-      tuple(a.at[row, :, at].set(jnp.moveaxis(v, -2, -3), mode="drop")
+      tuple(jnp.where(new[:, None, None], _taken(k, source[:, None, None], -1),
+                      a) for a, k in zip(pool.keys, keys)),
+      tuple(jnp.where(new[:, None, :, None],
+                      _taken(v, source[:, None, :, None], -2), a)
             for a, v in zip(pool.values, values))))
     start += size
   return tuple(out)
 
 
+def _taken(entries, source, axis):
+  return jnp.take_along_axis(
+    entries, source, axis=axis, mode="promise_in_bounds")
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(pools, row, slots, keys, values):
-  return stored(pools, row, slots, keys, values)
+def _write(layer, spliced, number, row, slots):
+  one = _pools([[[jax.lax.dynamic_slice_in_dim(a, row, 1) for a in part]
+                 for part in layer]])
+  keys, values = (a[number][None] for a in spliced)
+  one = stored(one, slots[None], [keys], [values])
+  return jax.tree.map(
+    lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, row, 0),
+    layer, _layers(one)[0])
 
 
 class RowCache:
@@ -227,7 +252,7 @@ class RowCache:
 
   def replace(self, row: int, held: Held, positions: np.ndarray) -> None:
     """Replaces all that a row holds; as `read` gave it."""
-    self.give(_replace(self.take(), held, np.int32(row)))
+    self._each(lambda layer, n: _replace(layer, held, n, np.int32(row)))
     self._positions[row] = positions
 
   def write(self, row: int, slots: np.ndarray, keys: jax.Array,
@@ -240,7 +265,8 @@ class RowCache:
       positions: [S] where the keys stand.
     """
     used = slots[slots < self.slots]
-    self.give(_write(self.take(), np.int32(row), slots, keys, values))
+    self._each(lambda layer, n: _write(
+      layer, (keys, values), n, np.int32(row), slots))
     self.mark(row, used, positions)
 
   def mark(self, row: int, slots: np.ndarray, positions: np.ndarray) -> None:
@@ -261,6 +287,13 @@ class RowCache:
 
   def _arranged(self, row: int, order: np.ndarray, offsets: np.ndarray
                 ) -> None:
-    self.give(_arrange(
-      self._config, self.take(), np.int32(row), order.astype(np.int32),
-      offsets.astype(np.int32)))
+    order = order.astype(np.int32)
+    tables = _tables(self._config, offsets.astype(np.int32))
+    self._each(lambda layer, n: _arrange(
+      self._config, layer, n, np.int32(row), order, tables))
+
+  def _each(self, change) -> None:
+    """Changes the pools of every layer, given with its number."""
+    layers = _layers(self.take())
+    self.give(_pools([
+      change(layer, np.int32(n)) for n, layer in enumerate(layers)]))

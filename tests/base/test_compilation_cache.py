@@ -53,7 +53,11 @@ def test_a_cache_that_cannot_be_written_is_left_alone(unset, monkeypatch):
 
 
 def test_the_user_is_told_once(monkeypatch, capsys):
-  monkeypatch.setattr(compilation_cache, "_told", False)
+  for name in ("_told", "_missed"):
+    monkeypatch.setattr(compilation_cache, name, False)
+  compilation_cache._tell(compilation_cache._COMPILED, 9.0)  # it was found
+  assert not capsys.readouterr().err
+  compilation_cache._note(compilation_cache._MISSED)
   for event, seconds in (("else", 9.0), (compilation_cache._COMPILED, 0.1),
                          (compilation_cache._COMPILED, 3.0),
                          (compilation_cache._COMPILED, 4.0)):

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from mcjax import Config, McjaxError, MegaContext, pretrained
+from mcjax.gist import encoder
+from mcjax.lens import network
 from mcjax.pretrained import cards
 from mcjax.testing import tiny_base
 
@@ -33,6 +35,22 @@ def test_every_shipped_card_is_whole_and_says_how_it_was_chosen():
     card = cards.find(path.parent.name)
     assert card is not None and card.chosen, path
     assert not card.nets or (cards._ROOT / card.nets).is_dir(), path
+
+
+@pytest.mark.parametrize("kind, make, settings", [
+  ("gistnet", encoder.init_params, encoder.GistNetConfig),
+  ("lensnet", network.init_params, network.LensNetConfig)])
+def test_shipped_weights_fit_their_configuration(kind, make, settings,
+                                                 tmp_path):
+  """They are not held to it at every start."""
+  paths = sorted(cards._ROOT.glob(f"*/{kind}.safetensors"))
+  assert paths
+  for path in paths:
+    params, fields, _ = pretrained.read_weights(path, kind)
+    exact = kind == "gistnet"
+    assert pretrained.laid_out(path, params, make, settings, fields, exact
+                               ) == pretrained.laid_out(
+      tmp_path / "elsewhere", params, make, settings, fields, exact)
 
 
 def test_nets_that_bases_share_read_nothing_of_one_base():
