@@ -7,9 +7,22 @@ import pytest
 from mcjax.base.decoder_config import DecoderConfig
 from mcjax.base.load import BaseLM
 from mcjax.gist import encoder as gistnet
+from mcjax.testing import tiny_base
 from mcjax.training.common import data
 
 VOCAB = 64
+
+
+@pytest.fixture(scope="session")
+def lm():
+  """The tiny base of all other tests, with a tokenizer."""
+  return tiny_base.make_lm()
+
+
+@pytest.fixture(scope="session")
+def encoder(lm):
+  """A GistNet of `lm`, away from its start."""
+  return tiny_base.gistnet(lm, spread=0.05)
 
 
 @pytest.fixture(scope="session")

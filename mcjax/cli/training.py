@@ -7,14 +7,18 @@ import contextlib
 import functools
 import signal
 import sys
+from typing import Any
 
 from absl import flags, logging
 import jax
 
 from mcjax.base.compilation_cache import use_compilation_cache
+from mcjax.base.load import load_base_lm
 from mcjax.cli import commands
+from mcjax.gist.encoder import load_gistnet
 from mcjax.parallel import processes
 from mcjax.parallel.places import place
+from mcjax.training.common import data
 from mcjax.types import McjaxError
 
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -73,6 +77,33 @@ def run(main: Callable[[list[str]], bool], config: commands.ConfigFlag
       processes.leave(status)
 
   commands.run(guarded, config, flags_of=(__name__,))
+
+
+def run_lens(config, workdir: str, read_config: Callable[[dict], Any],
+             start: Callable[..., Any], export: str | None) -> bool:
+  """Runs a part of LensNet's training and writes what has become of it.
+
+  Args:
+    config: ConfigDict with base, dtype, gistnet and data.
+    workdir: of the run.
+    read_config: the run's settings, of the plain values.
+    start: makes the run of base, GistNet, settings, stores and workdir.
+    export: where the final weights go, if anywhere.
+
+  Returns:
+    Whether the run is finished.
+  """
+  keep_programs(workdir)
+  settings = read_config(config.to_dict())
+  lm = load_base_lm(config.base, dtype=config.dtype)
+  stores = {split: data.open_split(config.data, split, lm=lm)
+            for split in ("train", "validation")}
+  gistnet = load_gistnet(lm, config.gistnet or None)
+  training = start(lm, gistnet, settings, stores, place(workdir))
+  done = training.run()
+  if done and export:
+    training.export(export, {"config": config.to_dict()})
+  return done
 
 
 def _status(main: Callable[[list[str]], bool], argv: list[str]) -> int:

@@ -17,16 +17,6 @@ from mcjax.types import McjaxError
 _QUICK = Settings(continuations=2, held_out=2, continued=16, batch=2, steps=2)
 
 
-@pytest.fixture(scope="module")
-def lm():
-  return tiny_base.make_lm()
-
-
-@pytest.fixture(scope="module")
-def encoder(lm):
-  return tiny_base.gistnet(lm, spread=0.05)
-
-
 def _tree(encoder, tokens=2 * 1024 + 300):
   return tiny_base.random_tree(encoder, tokens, seed=1)
 

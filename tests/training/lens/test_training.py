@@ -27,16 +27,6 @@ SIZES = dict(width=8, heads=2, layers=1, feature_width=8, match_dim=8,
 
 
 @pytest.fixture(scope="module")
-def lm():
-  return tiny_base.make_lm()
-
-
-@pytest.fixture(scope="module")
-def encoder(lm):
-  return tiny_base.gistnet(lm, spread=0.05)
-
-
-@pytest.fixture(scope="module")
 def stores(tmp_path_factory, lm):
   folder = tmp_path_factory.mktemp("text")
   rng = np.random.default_rng(0)
