@@ -43,8 +43,9 @@ def settings(body: Mapping[str, Any], most: int) -> dict[str, Any]:
   wanted = body.get("max_completion_tokens", body.get("max_tokens"))
   out = {name: body[name] for name in _PLAIN if body.get(name) is not None}
   out["max_new_tokens"] = most if wanted is None else wanted
-  if not isinstance(out["max_new_tokens"], int):
-    raise McjaxError(f"max_tokens must be a whole number, got {wanted!r:.80}")
+  if type(out["max_new_tokens"]) is not int or out["max_new_tokens"] < 0:
+    raise McjaxError(
+      f"max_tokens must be a whole number >= 0, got {wanted!r:.80}")
   out["max_new_tokens"] = min(most, out["max_new_tokens"])
   out["stop"] = _stops(body.get("stop"))
   out["remember"] = bool(body.get("remember", True))

@@ -189,7 +189,8 @@ def test_mistakes_are_told(client, http, served):
   chunked = http.post("/v1/histories/a/documents",
                       content=(b" " * (1 << 16) for _ in range(20)))
   assert chunked.status_code == 413  # told no length
-  for wrong in (dict(max_tokens="a"), dict(stop=5), dict(seed=-4),
+  for wrong in (dict(max_tokens="a"), dict(max_tokens=-1), dict(stop=5),
+                dict(seed=-4),
                 dict(logprobs=True, top_logprobs=99), dict(presence_penalty=1),
                 dict(logit_bias={"5": 1}), dict(tools=[{"type": "function"}]),
                 dict(response_format={"type": "json_object"})):
