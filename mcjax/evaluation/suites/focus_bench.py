@@ -51,6 +51,7 @@ class Settings(TextSettings):
     long_history: planted: tokens of one more, long history; 0 skips it.
     long_needs: planted: facts in the long history.
     answers: planted: generate answers too, not only focus.
+    answer_tokens: planted: tokens of an answer, the same for every arm.
     in_a_row: planted: one conversation, every exchange joins the history; else
       every question is asked from the same window.
     rounds: planted, in a row: how often every question is asked; the last time
@@ -82,6 +83,7 @@ class Settings(TextSettings):
   long_history: int = 0
   long_needs: int = 20
   answers: bool = True
+  answer_tokens: int = 48
   in_a_row: bool = False
   rounds: int = 1
   reworded: bool = False

@@ -22,7 +22,6 @@ from mcjax.types import Entry
 
 CHUNK = 64  # tokens of a retriever's chunk
 KEY_FLOPS = 128  # per node: a dot product with a key of 64 dimensions
-_ANSWER = 24  # tokens generated
 _COLUMNS = ("policy", "hit@budget", "answered", "of those answered in front",
             "nodes / step", "bytes read / step", "edits / step",
             "search ÷ decode step, FLOPs")
@@ -98,7 +97,7 @@ def _story(bench: Bench, length: int, count: int, number: int,
   story = Story(f"{name}-{length}-{number}", bench.timeline(ids), needs,
                 places)
   key = {"history": length, "number": number, "needs": count,
-         "answers": s.answers, "in a row": s.in_a_row,
+         "answers": s.answers and s.answer_tokens, "in a row": s.in_a_row,
          **({"reworded": True} if s.reworded else {}),
          **({"rounds": s.rounds} if s.rounds > 1 else {})}
   out = {}
@@ -127,7 +126,7 @@ def _story(bench: Bench, length: int, count: int, number: int,
 def _ask_all(bench: Bench, story: Story, policy) -> dict:
   s, asked = bench.settings, list(zip(story.needs, story.places))
   hits, answers, raw = [], [], []
-  limit = _ANSWER if s.answers else 1
+  limit = s.answer_tokens if s.answers else 1
   with bench.opened(bench.tree(story.timeline), policy) as mc:
     mc._loop.warm_up()
     for need, place in asked * (s.rounds if s.in_a_row else 1):
@@ -182,7 +181,8 @@ def _ask_with(bench: Bench, context: str, need: planted.Need) -> bool:
   with MegaContext.create(url, bench.lm, bench.config("recency"),
                           bench.encoder) as mc:
     mc.ingest(context + "\n")
-    return _holds(mc.generate(need.question, _ANSWER).text, need.answer)
+    out = mc.generate(need.question, bench.settings.answer_tokens)
+    return _holds(out.text, need.answer)
 
 
 def _holds(text: str, answer: str) -> bool:
