@@ -10,6 +10,7 @@ from mcjax.base.load import load_base_lm
 from mcjax.cli import commands, training
 from mcjax.gist import encoder as gistnet
 from mcjax.training.common import data
+from mcjax.training.gist import key_value_loss
 from mcjax.training.gist import trainer as gist_trainer
 
 _CONFIG = commands.ConfigFlag(__file__, "gistnet")
@@ -29,6 +30,9 @@ def main(argv) -> bool:
   initial, gist_config, lineage = gistnet.start(
     lm, c.gistnet, c.initial, train.seed)
   stores, mixture = data.open_mixture(c.data, c.mixture, c.kinds, lm)
+  if gist_config.key_value:
+    initial = key_value_loss.started(
+      lm, gist_config, initial, stores, train.seed)
   trainer = gist_trainer.GistTrainer(
     lm, gist_config, train, stores, _WORKDIR.value, mixture, initial)
   done = trainer.run(data.open_split(c.data, "validation")

@@ -71,7 +71,8 @@ def attend(config, query, segments, tables, q_positions, kind):
   """Softmax attention of query [T, N, H] over all segments; returns [T, N, H].
 
   `segments` are (keys [K, S, H], values [K, S, H], positions, visible,
-  rotated) for this layer; `tables` the matching rope tables (None if rotated).
+  rotated, bias [K, S] or None) for this layer; `tables` the matching rope
+  tables (None if rotated).
   The products are plain batched matrix products over [T * G] rows, the form
   that XLA compiles best on every platform, one row included. Another way is
   `config.attention`, see `fused_attention`.
@@ -85,7 +86,7 @@ def attend(config, query, segments, tables, q_positions, kind):
   q = query.reshape(t, k_heads, groups, h).transpose(1, 0, 2, 3)
   q = q.reshape(k_heads, t * groups, h)
   scores = []
-  for (keys, _, positions, visible, _), table in zip(segments, tables):
+  for (keys, _, positions, visible, _, bias), table in zip(segments, tables):
     if table is not None:
       keys = turn(keys, table, kind)
     s = jnp.einsum("kmh,ksh->kms", q, keys, preferred_element_type=jnp.float32)
@@ -94,6 +95,8 @@ def attend(config, query, segments, tables, q_positions, kind):
     if kind.local is not None:
       allowed &= (ahead < config.local_window) | ~kind.local
     s = s.reshape(k_heads, t, groups, keys.shape[1]) / math.sqrt(h)
+    if bias is not None:
+      s = s + bias[:, None, None]
     scores.append(jnp.where(allowed[None, :, None], s, NEGATIVE))
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
   weights = weights.reshape(k_heads, t * groups, weights.shape[-1])
@@ -227,7 +230,7 @@ def layer_forward(config, layer, kind, x, positions, own_table, segments,
                   tables, own_visible, lora=None, rows=None):
   """One decoder layer on x [T, D]; returns x and its new keys and values."""
   q, k, v = project(config, layer, x, lora, rows)
-  own = (k, v, positions, own_visible, False)
+  own = (k, v, positions, own_visible, False, None)
   mixed = attend(
     config, turn_queries(q, own_table, kind), [*segments, own],
     [*tables, own_table], positions, kind)

@@ -55,6 +55,8 @@ class Segment(NamedTuple):
     visible: [S] bool; False hides the key from every query.
     rotated: whether keys already carry their rotation (a Python bool).
     channels_first: whether keys are [..., K, H, S] instead (a Python bool).
+    bias: [L, K, S] added to the attention logits of each key, for keys that
+      stand for many; none by default.
   """
 
   keys: jax.Array | tuple[jax.Array, ...]
@@ -63,6 +65,7 @@ class Segment(NamedTuple):
   visible: Bool[Array, " S"]
   rotated: bool = False
   channels_first: bool = False
+  bias: jax.Array | None = None
 
 
 def embed(
@@ -126,7 +129,7 @@ def forward(
     for s in segments
   ]
   kinds = rotation.layer_kinds(config)
-  caches = [(s.keys, s.values) for s in segments]
+  caches = [(s.keys, s.values, s.bias) for s in segments]
   adapter = params.get("gist_adapter")
 
   def step(x, scanned):
@@ -134,8 +137,8 @@ def forward(
     x = decoder_layer.adapt(adapter, x, gists)
     current = [
       (k.swapaxes(1, 2) if s.channels_first else k, v, s.positions,
-       s.visible, s.rotated)
-      for (k, v), s in zip(caches, segments)
+       s.visible, s.rotated, bias)
+      for (k, v, bias), s in zip(caches, segments)
     ]
     x, k, v = decoder_layer.layer_forward(
       config, layer, on, x, positions, own_table, current, tables, visible,
@@ -152,7 +155,8 @@ def forward(
     for i, layer in enumerate(params["layers"]):
       on = kinds.at(i)
       read = jax.tree.map(lambda a, i=i: a[i], adapter)
-      x, own = step(x, (layer, on, [(k[i], v[i]) for k, v in caches], read))
+      held = jax.tree.map(lambda a, i=i: a[i], caches)
+      x, own = step(x, (layer, on, held, read))
       new.append(own)
     keys, values = (jnp.stack(parts) for parts in zip(*new))
   hidden = decoder_layer.rms_norm(x, params["final_norm"], config.rms_norm_eps)
@@ -214,13 +218,13 @@ def forward_branches(
     def branch(q, k, v, positions, table, visible):
       return decoder_layer.attend(
         config, decoder_layer.turn_queries(q, table, on),
-        [(keys, values, trunk_positions, visible, True),
-         (k, v, positions, own_visible, False)],
+        [(keys, values, trunk_positions, visible, True, None),
+         (k, v, positions, own_visible, False, None)],
         [None, table], positions, on)
 
     below = decoder_layer.attend(
       config, decoder_layer.turn_queries(q[:size], trunk_table, on),
-      [(keys, values, trunk_positions, whole, True)], [None],
+      [(keys, values, trunk_positions, whole, True, None)], [None],
       trunk_positions, on)
     q, k, v = (
       q[size:].reshape((n, t) + q.shape[1:]),

@@ -49,6 +49,13 @@ def _attention(query, keys, values, allowed):
                     values).reshape(t, n, h)
 
 
+def covers(config: model.DecoderConfig) -> bool:
+  """Whether `trace` computes this decoder: a plain Llama."""
+  return not (
+    config.nope_layers or config.qkv_bias or config.qk_norm or config.o_bias
+    or config.local_layers or config.post_norm or config.act != "silu")
+
+
 def trace(params, config: model.DecoderConfig, x: jax.Array
           ) -> tuple[jax.Array, Trace]:
   """Causal pass over embeddings [T, D]: final hidden [T, D] and its trace.
@@ -56,8 +63,7 @@ def trace(params, config: model.DecoderConfig, x: jax.Array
   Raises:
     McjaxError: layers without rotation, biases or query norms.
   """
-  if (config.nope_layers or config.qkv_bias or config.qk_norm or config.o_bias
-      or config.local_layers or config.post_norm or config.act != "silu"):
+  if not covers(config):
     raise McjaxError("Objective.attend covers plain Llama layers only, not "
                      f"those of a {config.family}; leave it at 0")
   places = jnp.arange(x.shape[0], dtype=jnp.int32)

@@ -9,6 +9,7 @@ import pytest
 from mcjax.gist import encoder as gistnet
 from mcjax.gist import key_value, lora
 from mcjax.parallel import sharding
+from mcjax.training.gist import key_value_loss
 from mcjax.training.gist import trainer as gist_trainer
 from mcjax.training.gist.losses import Objective
 from mcjax.types import McjaxError
@@ -25,12 +26,46 @@ def _rows(seed, blocks=3):
   return rng.normal(size=(2, 2, 32 * blocks, 8)).astype(np.float32)
 
 
-def test_the_start_is_the_mean_of_the_block():
+def test_without_queries_it_starts_as_the_mean_of_the_block():
   keys, values = _rows(0), _rows(1)
   found = key_value.write(key_value.init(2, (4, 2, 8)), keys, values)
   for got, rows in zip(found, (keys, values)):
     np.testing.assert_allclose(
       got, rows.reshape(2, 2, 3, 32, 8).mean(axis=3), atol=1e-6)
+  np.testing.assert_allclose(found.bias, np.log(32), atol=1e-6)
+
+
+def test_a_slot_answers_its_query_as_the_block_did():
+  keys, values = _rows(0), _rows(1)
+  queries = np.random.default_rng(3).normal(size=(2, 2, 8)).astype(np.float32)
+  found = key_value.write(
+    key_value.init(2, (4, 2, 8), queries), keys, values)
+  logits = np.einsum("lkbsh,lkh->lkbs", keys.reshape(2, 2, 3, 32, 8),
+                     queries) / np.sqrt(8)
+  mass = np.log(np.exp(logits).sum(axis=-1))
+  slot = np.einsum("lkbh,lkh->lkb", found.keys, queries) / np.sqrt(8)
+  np.testing.assert_allclose(slot + found.bias, mass, atol=1e-5)
+  weights = np.exp(logits - mass[..., None])
+  np.testing.assert_allclose(
+    found.values, np.einsum(
+      "lkbs,lkbsh->lkbh", weights, values.reshape(2, 2, 3, 32, 8)), atol=1e-5)
+
+
+def test_it_starts_at_the_mean_queries_of_the_text(
+    tiny_lm, tiny_gist_config, tiny_stores):
+  config = _with_writer(tiny_lm, tiny_gist_config)
+  params = key_value_loss.started(tiny_lm, config, None, tiny_stores)
+  pick = np.asarray(params["adapter"]["key_value"]["pick"])
+  assert pick.shape == (2, tiny_lm.config.n_kv_heads, tiny_lm.config.head_dim)
+  assert np.abs(pick).max() > 0
+  again = key_value_loss.started(tiny_lm, config, params, tiny_stores, seed=1)
+  assert again is params
+
+
+def _with_writer(lm, config):
+  return dataclasses.replace(
+    config, adapter_layers=lm.config.n_layers, key_value=True,
+    base_shape=lora.shape_of(lm.config))
 
 
 def test_a_gist_depends_on_all_of_its_block_and_on_no_other():
@@ -50,9 +85,7 @@ def test_a_gist_depends_on_all_of_its_block_and_on_no_other():
 
 def test_training_moves_the_writer_alone_and_lowers_its_loss(
     tiny_lm, tiny_gist_config, tiny_stores, tmp_path):
-  config = dataclasses.replace(
-    tiny_gist_config, adapter_layers=tiny_lm.config.n_layers, key_value=True,
-    base_shape=lora.shape_of(tiny_lm.config))
+  config = _with_writer(tiny_lm, tiny_gist_config)
   trainer = gist_trainer.GistTrainer(
     tiny_lm, config, _CONFIG, tiny_stores, tmp_path,
     mesh=sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
