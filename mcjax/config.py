@@ -10,6 +10,7 @@ POLICIES = ("auto", "lensnet", "similarity", "recency", "random", "oracle")
 KV_MODES = ("splice", "exact")
 GIST_ATTENTION = ("auto", "visible", "masked")
 RAW_ATTENTION = ("sentences", "blocks", "all")
+READ_PLACES = ("turn", "before")
 MIN_WINDOW = 256
 
 
@@ -47,6 +48,8 @@ class Config:
     read_share: how likely another sentence must be to tell the answer, as a
       share of the best one's, to be read (of its match with the question, where
       nothing was learned); 0 is what the card has.
+    read_place: where such sentences stand: "turn", inside the user's turn, or
+      "before" it; "" is what the card has.
     contrast: how much an answer that is read from such text alone leans on
       what it adds to what the base says without it (context-aware decoding,
       two forward passes a token); 0 leaves it out, None is what the card has.
@@ -89,6 +92,7 @@ class Config:
   raw_attention: str = "sentences"
   read_tokens: int = 0
   read_share: float = 0.0
+  read_place: str = ""
   contrast: float | None = None
   gist_stride: int = 1
   sink_tokens: int = 32
@@ -112,6 +116,8 @@ class Config:
     self._one_of("gist_attention", GIST_ATTENTION)
     self._one_of("raw_attention", RAW_ATTENTION)
     self._one_of("chat", ("auto", "plain"))
+    self._require("read_place", self.read_place in ("", *READ_PLACES),
+                  "turn, before or empty")
     for name in ("window", "refocus_every", "sink_tokens", "recent_tokens",
                  "protect_tokens"):
       self._require(

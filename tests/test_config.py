@@ -51,6 +51,7 @@ def test_every_policy_is_accepted(policy):
   ("chat", "always"), ("temperature", -0.1), ("temperature", float("nan")),
   ("seed", -1), ("seed", 1.5), ("check_invariants", 1),
   ("read_share", 1.5), ("read_share", None), ("contrast", "much"),
+  ("read_place", "after"), ("read_place", None),
   ("contrast", True), ("telemetry_path", 3), ("telemetry_path", True),
 ])
 def test_a_bad_value_names_its_field_in_one_line(field, value):

@@ -110,7 +110,8 @@ class LensNetPolicy:
     self._encoder = encoder
     self._max_nodes = max_nodes
     settings = cards.settled(Config(
-      read_tokens=read_tokens, read_share=read_share, contrast=0.0), lm.name)
+      read_tokens=read_tokens, read_share=read_share, read_place="turn",
+      contrast=0.0), lm.name)
     self._read_tokens = settings.read_tokens
     self._read_share = settings.read_share
     self._tree: MegaContextTree | None = None

@@ -287,8 +287,9 @@ class Focus:
       spans = self.sources
       if self._config.raw_attention == "blocks":
         spans = [_whole_blocks(a, b) for a, b in spans]
-      attention = Attention(
-        (FIRST, *spans), self.query.prompt, self.query.head)
+      inside = self._config.read_place == "turn"
+      attention = Attention((FIRST, *spans), self.query.prompt,
+                            self.query.head if inside else 0)
     if self.context.attend(attention) and self._config.kv == "exact":
       self.context.forget()
 
