@@ -155,7 +155,8 @@ def forward(
     for i, layer in enumerate(params["layers"]):
       on = kinds.at(i)
       read = jax.tree.map(lambda a, i=i: a[i], adapter)
-      held = jax.tree.map(lambda a, i=i: a[i], caches)
+      held = [(k[i], v[i], None if bias is None else bias[i])
+              for k, v, bias in caches]
       x, own = step(x, (layer, on, held, read))
       new.append(own)
     keys, values = (jnp.stack(parts) for parts in zip(*new))

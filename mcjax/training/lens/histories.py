@@ -7,6 +7,7 @@
              does a heading or docstring for what stands below it
   facts      made-up facts, asked for in other words, among distractors, in
              plain text and in turns of a chat; prompts that ask for nothing
+  reworded   everyday facts in plain text, asked for in other words throughout
   text       text that is read on: what stands far back is worth as much as it
              foretells of the next tokens
 
@@ -27,6 +28,7 @@ import numpy as np
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.training.common.data import TokenStore
 from mcjax.training.lens import facts as made_up
+from mcjax.training.lens import other_words
 from mcjax.types import BRANCHING, McjaxError
 
 LENGTH = 32768  # tokens of a history, about
@@ -210,14 +212,16 @@ class TextHistories:
     tokenizer: of the base.
     seed: of everything drawn.
     length: tokens of a history.
+    split: of the facts that are asked for in other words.
 
   Raises:
     McjaxError: there is no text.
   """
 
   def __init__(self, stores: Mapping[str, TokenStore], tokenizer: Tokenizer,
-               seed: int = 0, length: int = LENGTH):
+               seed: int = 0, length: int = LENGTH, split: str = "train"):
     self._stores, self._tokenizer = dict(stores), tokenizer
+    self._reworded = other_words.facts(split)
     self._seed, self._length = seed, length
     self._long = self._documents(_LONG) or self._documents(1)
     self._kinds = sorted(self._long)
@@ -273,6 +277,27 @@ class TextHistories:
         examples.append(Example("nothing", np.asarray(idle, np.int32), True,
                                 (), len(ids), np.zeros(0, np.int32)))
     return History(ids, tuple(examples))
+
+  def reworded(self, number: int, count: int = 24) -> History:
+    """Everyday facts among text, and questions in other words."""
+    rng = np.random.default_rng([self._seed, 5, number])
+    host = np.concatenate([self._document(rng, self._length // 3)
+                           for _ in range(3)])
+    chosen = rng.permutation(len(self._reworded))[:count].tolist()
+    cuts = np.sort(rng.integers(0, len(host), len(chosen))).tolist()
+    parts, asked, at, total = [], [], 0, 0
+    for cut, i in zip(cuts, chosen):
+      fact, question = self._reworded[i]
+      end = str(rng.choice(("\n", "", " ")))
+      piece = self._tokenizer.encode(f" {fact}{end}")
+      parts += [host[at:cut], piece]
+      total += cut - at
+      asked.append((question, (total, total + len(piece))))
+      total, at = total + len(piece), cut
+    ids = np.concatenate([*parts, host[at:]]).astype(np.int32)
+    return History(ids, tuple(
+      _asking("reworded", question, [place], len(ids), self._tokenizer, rng)
+      for question, place in asked))
 
   def text(self, number: int, count: int = 24) -> History:
     """Text that is read on from several places."""

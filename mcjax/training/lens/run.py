@@ -29,7 +29,7 @@ from mcjax.training.lens.trainer import LensTrainConfig, LensTrainer, evaluate
 from mcjax.training.lens.windows import WindowMaker, WindowSet
 from mcjax.types import McjaxError
 
-TEXT_KINDS = ("facts", "cloze", "text")
+TEXT_KINDS = ("facts", "cloze", "reworded", "text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class LensWindows:
     questions: files of natural questions with the text that answers them, a
       kind of window each, named by the file.
     passes: how often every question is put, among other documents each time.
-    facts, cloze, text: histories of each kind, see `histories`.
+    facts, cloze, reworded, text: histories of each kind, see `histories`.
     validation: histories of each kind, and of the questions, at most.
     length: tokens of a history.
     most: histories of each file of questions at most; 0 takes all.
@@ -50,6 +50,7 @@ class LensWindows:
   passes: int = 2
   facts: int = 48
   cloze: int = 40
+  reworded: int = 40
   text: int = 48
   validation: int = 8
   length: int = histories.LENGTH
@@ -243,7 +244,7 @@ def made_histories(
     kind = pathlib.Path(path).name.split("-")[0].split(".")[0]
     for i, history in enumerate(itertools.islice(every, asked)):
       yield kind, i, _given(history)
-  source = TextHistories(stores, tokenizer, seed, c.length)
+  source = TextHistories(stores, tokenizer, seed, c.length, split)
   for kind in TEXT_KINDS:
     for i in range(min(getattr(c, kind), most or getattr(c, kind))):
       yield kind, i, _drawn(source, kind, i)
