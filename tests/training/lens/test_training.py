@@ -4,6 +4,7 @@ import dataclasses
 import json
 import lzma
 import os
+import re
 
 import jax
 import numpy as np
@@ -15,7 +16,13 @@ from mcjax.lens.features import BURIED, RAW, Rows
 from mcjax.lens.keyer import LensKeyer
 from mcjax.testing import tiny_base
 from mcjax.training.common import data
-from mcjax.training.lens import facts, histories, losses, windows
+from mcjax.training.lens import (
+  facts,
+  histories,
+  losses,
+  other_words,
+  windows,
+)
 from mcjax.training.lens import run as lens_run
 from mcjax.training.lens import trainer as lens_trainer
 from mcjax.training.lens.losses import LensObjective
@@ -60,10 +67,13 @@ def questions(tmp_path_factory):
 
 def config_of(questions, **train):
   return lens_run.LensRunConfig(
-    lens_run.LensWindows((str(questions),), 1, 1, 1, 1, 1, 2048),
+    lens_run.LensWindows(
+      (str(questions),), passes=1, facts=1, cloze=1, reworded=1, text=1,
+      validation=1, length=2048),
     LensObjective(), LensTrainConfig(**{**dict(
       steps=6, batch=8, warmup=1, save_every=2, evaluate_every=3), **train}),
-    (("tales", 2.0), ("facts", 1.0), ("cloze", 1.0), ("text", 1.0)),
+    (("tales", 2.0), ("facts", 1.0), ("cloze", 1.0), ("reworded", 1.0),
+     ("text", 1.0)),
     tuple(sorted(SIZES.items())))
 
 
@@ -123,6 +133,27 @@ def test_facts_and_questions_come_in_many_wordings():
   assert len({" ".join(d.question.split()[:3]) for d in drawn}) > 25
 
 
+def test_facts_in_other_words_share_no_telling_word_with_their_questions(
+    lm, stores):
+  common = set("s its a an and after any at before did does do for from how in "
+               "is it "
+               "of on or the their there to was were what when where which who "
+               "whose why with his her man woman made people every".split())
+  for split in ("train", "validation"):
+    for fact, question in other_words.facts(split):
+      told, asked = (set(re.findall(r"\w+", t.casefold()))
+                     for t in (fact, question))
+      assert not (told & asked) - common, (fact, question)
+  assert not set(other_words.facts("train")) & set(
+    other_words.facts("validation"))
+  source = histories.TextHistories(stores["train"], lm.tokenizer, 3, 2048)
+  history = source.reworded(0, 5)
+  for example in history.examples:
+    (a, b), = example.gold
+    assert lm.tokenizer.decode(history.ids[a:b]).strip() in {
+      fact for fact, _ in other_words.facts("train")}
+
+
 def test_a_block_is_worth_what_it_foretells(encoder):
   class Tree:
     ids = np.concatenate([np.arange(1, 97), np.arange(200, 296)])
@@ -144,7 +175,7 @@ def test_windows_are_made_once_and_hold_what_the_policy_reads(
     finished, lm, encoder):
   files = sorted((finished.workdir / "windows" / "train").glob("*.npz"))
   assert {p.name.split("-")[0] for p in files} == {
-    "tales", "facts", "cloze", "text"}
+    "tales", "facts", "cloze", "reworded", "text"}
   some = windows.WindowSet.load([p for p in files if "tales" in p.name])
   embed = np.asarray(lm.params["embed"], np.float32)
   inputs, targets = some.inputs(np.arange(2), embed), some.targets(
