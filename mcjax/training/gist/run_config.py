@@ -124,7 +124,11 @@ class TrainConfig:
             "save_every", "validation_documents", "mesh_data", "mesh_fsdp",
             "mesh_tensor", "keep", "keep_every", "peak_tflops", "wandb",
             "accept_changes")
-    return {k: v for k, v in dataclasses.asdict(self).items() if k not in idle}
+    plain = dataclasses.asdict(self)
+    for phase in plain["phases"]:
+      for turn in phase["turns"]:
+        del turn["attention"]  # computes the same
+    return {k: v for k, v in plain.items() if k not in idle}
 
   def tokens(self, steps: int) -> int:
     """Tokens read in the first `steps` steps."""

@@ -240,6 +240,10 @@ def test_another_schedule_or_data_is_named_and_refused(
     make(tmp_path, weights={"code": 2.0, "prose": 1.0})
   assert make(
     tmp_path, dataclasses.replace(other, accept_changes=True)).step == 1
+  by_library = dataclasses.replace(_CONFIG, phases=tuple(
+    gist_trainer.Phase(p.steps, *(dataclasses.replace(t, attention="xla")
+                                  for t in p.turns)) for p in _CONFIG.phases))
+  assert make(tmp_path, by_library).step == 1
 
 
 def test_schedule_rises_stays_and_falls():
