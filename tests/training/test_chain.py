@@ -12,6 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 
 import numpy as np
@@ -49,6 +51,18 @@ def _server() -> str:
   return block[1].replace("\\\n", "").strip()
 
 
+def _reply(request: urllib.request.Request):
+  """What comes back, once the server listens, just after it says so."""
+  for _ in range(600):
+    try:
+      return urllib.request.urlopen(request, timeout=600)
+    except urllib.error.HTTPError as error:
+      pytest.fail(error.read().decode())
+    except urllib.error.URLError:
+      time.sleep(0.1)
+  pytest.fail("the server does not listen")
+
+
 def _answer_of_a_server(cwd, environment) -> dict:
   """What it says to one question; it ends on SIGTERM."""
   with socket.socket() as free:
@@ -59,23 +73,23 @@ def _answer_of_a_server(cwd, environment) -> dict:
     env=environment, stderr=subprocess.PIPE, text=True)
   assert server.stderr is not None
   try:
-    said = ""
-    while not said.startswith("Serving"):
-      said = server.stderr.readline()
-      assert said, "the server ended"
+    said = [""]
+    while not said[-1].startswith("Serving"):
+      said.append(server.stderr.readline())
+      assert said[-1], said
     request = urllib.request.Request(
       f"http://127.0.0.1:{port}/v1/chat/completions",
       json.dumps({"model": "own", "max_tokens": 8, "messages": [
         {"role": "user", "content": "What did I decide?"}]}).encode(),
       {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=600) as reply:
-      answer = json.load(reply)
+    answer = json.load(_reply(request))
     server.send_signal(signal.SIGTERM)
-    server.communicate(timeout=300)
-    assert server.returncode == 0
+    said.append(server.communicate(timeout=300)[1])
+    assert server.returncode == 0, said
     return answer
   finally:
     server.kill()
+    server.communicate()
 
 
 def test_every_step_is_documented():
