@@ -151,6 +151,8 @@ class GistTrainer:
     # The teacher's pass; the student's, and back through its activations.
     self._flops_per_token = 3 * (
       lm.config.flops_per_token + gistnet.flops_per_token(gist_config))
+    # Communication waits 30 s for those who load longer; the barrier for hours.
+    processes.barrier("the base is loaded")
     self._checkpoints = self._open_checkpoints(stores, weights)
     self.step = int(self.state["step"])
     self._bench: recovery.Bench | None = None
