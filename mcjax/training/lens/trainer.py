@@ -44,6 +44,9 @@ class LensTrainConfig:
     warmup: steps.
     weight_decay, clip: of AdamW and the global norm.
     seed: of order and initialisation.
+    blend: share of what was trained in the weights that are exported; the rest
+      is what the run started from, whose skills a short run keeps that way
+      (arXiv:2109.01903).
     mesh_data, mesh_fsdp: mesh sizes; data -1 takes what is left.
     log_every, evaluate_every, save_every: steps between records.
     keep, keep_every, wandb, accept_changes: as of GistNet's `TrainConfig`.
@@ -56,6 +59,7 @@ class LensTrainConfig:
   weight_decay: float = 0.03
   clip: float = 1.0
   seed: int = 0
+  blend: float = 1.0
   mesh_data: int = -1
   mesh_fsdp: int = 1
   log_every: int = 20
@@ -72,6 +76,9 @@ class LensTrainConfig:
       if getattr(self, name) < 1:
         raise McjaxError(f"config.train.{name} must be ≥ 1, got "
                          f"{getattr(self, name)}")
+    if not 0 < self.blend <= 1:
+      raise McjaxError(
+        f"config.train.blend must be in (0, 1], got {self.blend}")
 
 
 def optimizer(c: LensTrainConfig) -> optax.GradientTransformation:
@@ -234,7 +241,12 @@ class LensTrainer:
     Returns:
       the parameters written.
     """
-    params = {**self._start, **self.score_params}
+    taught, share = self.score_params, self.config.blend
+    if share < 1:
+      taught = jax.tree.map(
+        lambda new, old: np.asarray(share * new + (1 - share) * old, new.dtype),
+        taught, {name: self._start[name] for name in taught})
+    params = {**self._start, **taught}
     params["apart"] = fit_apart(
       params, self.lens, self._embed, self._windows, self.config.seed)
     if processes.is_first():

@@ -262,6 +262,21 @@ def test_a_bad_setting_is_named(values, message):
     lens_run.read_config(plain)
 
 
+def test_a_blend_lies_between_the_start_and_what_was_trained(
+    finished, tmp_path, monkeypatch):
+  trainer = finished._trainer
+  monkeypatch.setattr(trainer, "config", dataclasses.replace(
+    trainer.config, blend=0.25))
+  half = trainer.export(tmp_path / "blend.safetensors", {})
+  for name, new in trainer.score_params.items():
+    jax.tree.map(
+      lambda got, new, old: np.testing.assert_allclose(
+        got, 0.25 * np.asarray(new) + 0.75 * np.asarray(old), atol=1e-6),
+      half[name], new, trainer._start[name])
+  with pytest.raises(McjaxError, match="blend"):
+    LensTrainConfig(blend=0.0)
+
+
 def test_a_missing_file_of_questions_is_named(lm, tmp_path):
   with pytest.raises(McjaxError, match="nothing.xz"):
     histories.read_questions(tmp_path / "nothing.xz", "train", lm.tokenizer)
