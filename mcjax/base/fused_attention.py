@@ -60,9 +60,10 @@ def check(kind: str, config: DecoderConfig, activations: str,
 
 def attend(config, query, segments, tables, q_positions, kind):
   """As `decoder_layer.attend`, over all segments at one time."""
-  keys, values, allowed = [], [], []
-  for (k, v, positions, visible, _), table in zip(
+  keys, values, allowed, biases = [], [], [], []
+  for (k, v, positions, visible, _, bias), table in zip(
       segments, tables, strict=True):
+    biases.append(bias)
     keys.append(k if table is None else turn(k, table, kind))
     values.append(v)
     ahead = q_positions[:, None] - positions[None, :]
@@ -74,6 +75,17 @@ def attend(config, query, segments, tables, q_positions, kind):
           for x in (keys, values))
   mask = jnp.concatenate(allowed, axis=1)
   return jax.nn.dot_product_attention(
-    query, k.swapaxes(0, 1), v.swapaxes(0, 1), mask=mask[None],
-    implementation=config.attention)
+    query, k.swapaxes(0, 1), v.swapaxes(0, 1), _bias(config, biases, keys),
+    mask=mask[None], implementation=config.attention)
+
+
+def _bias(config, biases, keys):
+  """Biases [1, N, 1, S] of all keys, for every query head; None if none."""
+  if all(bias is None for bias in biases):
+    return None
+  parts = [jnp.zeros(k.shape[:2], k.dtype) if bias is None else bias
+           for bias, k in zip(biases, keys)]
+  joined = jnp.concatenate(parts, axis=1)
+  return jnp.repeat(
+    joined, config.n_heads // config.n_kv_heads, axis=0)[None, :, None]
 

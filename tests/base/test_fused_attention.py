@@ -49,6 +49,21 @@ def test_xla_equals_the_plain_form_and_so_does_its_gradient(
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
+def test_xla_adds_the_bias_of_keys_that_stand_for_many(tiny_lm, window):
+  x, places, (cache,), visible = window
+  shape = (tiny_lm.config.n_layers, tiny_lm.config.n_kv_heads, 7)
+  bias = jnp.asarray(np.random.default_rng(1).normal(
+    size=shape).astype(np.float32))
+  biased = (x, places, (cache._replace(bias=bias),), visible)
+  plain = _outputs(tiny_lm, tiny_lm.config, biased)
+  fused = _outputs(tiny_lm, dataclasses.replace(
+    tiny_lm.config, attention="xla"), biased)
+  for found, expected in zip(fused, plain, strict=True):
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+  assert np.abs(plain[0] - _outputs(tiny_lm, tiny_lm.config, window)[0]
+                ).max() > 1e-2
+
+
 @pytest.mark.parametrize("kind, activations, platform, words", [
   ("flash", "bfloat16", "gpu", "plain, xla, cudnn, got 'flash'"),
   ("cudnn", "bfloat16", "cpu", "a CUDA GPU; 'xla'"),

@@ -335,8 +335,8 @@ def test_a_mask_that_ignores_positions_is_noticed(mc, tiny_lm, monkeypatch):
   def top_left(config, query, segments, tables, q_positions, rope_on):
     rows = jnp.arange(query.shape[0], dtype=q_positions.dtype)
     segments = [
-      (k, v, jnp.arange(k.shape[1], dtype=p.dtype), shown, rotated)
-      for k, v, p, shown, rotated in segments
+      (k, v, jnp.arange(k.shape[1], dtype=p.dtype), *rest)
+      for k, v, p, *rest in segments
     ]
     return real(config, query, segments, tables, rows, rope_on)
 
