@@ -90,10 +90,8 @@ def attend(config, query, segments, tables, q_positions, kind):
     if table is not None:
       keys = turn(keys, table, kind)
     s = jnp.einsum("kmh,ksh->kms", q, keys, preferred_element_type=jnp.float32)
-    ahead = q_positions[:, None] - positions[None, :]
-    allowed = (ahead >= 0) & visible[None, :]
-    if kind.local is not None:
-      allowed &= (ahead < config.local_window) | ~kind.local
+    allowed = fused_attention.sees(
+      config, kind, q_positions, positions, visible)
     s = s.reshape(k_heads, t, groups, keys.shape[1]) / math.sqrt(h)
     if bias is not None:
       s = s + bias[:, None, None]

@@ -58,6 +58,15 @@ def check(kind: str, config: DecoderConfig, activations: str,
       " everywhere")
 
 
+def sees(config, kind, q_positions, positions, visible):
+  """Whether queries at positions [T] attend to keys at [S]: bool [T, S]."""
+  ahead = q_positions[:, None] - positions[None, :]
+  allowed = (ahead >= 0) & visible[None, :]
+  if kind.local is not None:
+    allowed &= (ahead < config.local_window) | ~kind.local
+  return allowed
+
+
 def attend(config, query, segments, tables, q_positions, kind):
   """As `decoder_layer.attend`, over all segments at one time."""
   keys, values, allowed, biases = [], [], [], []
@@ -66,11 +75,7 @@ def attend(config, query, segments, tables, q_positions, kind):
     biases.append(bias)
     keys.append(k if table is None else turn(k, table, kind))
     values.append(v)
-    ahead = q_positions[:, None] - positions[None, :]
-    sees = (ahead >= 0) & visible[None, :]
-    if kind.local is not None:
-      sees &= (ahead < config.local_window) | ~kind.local
-    allowed.append(sees)
+    allowed.append(sees(config, kind, q_positions, positions, visible))
   k, v = (jnp.concatenate(x, axis=1).astype(query.dtype)
           for x in (keys, values))
   mask = jnp.concatenate(allowed, axis=1)
@@ -88,4 +93,3 @@ def _bias(config, biases, keys):
   joined = jnp.concatenate(parts, axis=1)
   return jnp.repeat(
     joined, config.n_heads // config.n_kv_heads, axis=0)[None, :, None]
-

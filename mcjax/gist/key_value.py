@@ -86,15 +86,3 @@ def write(params, keys: Float[Array, "L K S H"],
     return a + params[f"shift_{name}"][:, :, None]
   return Written(mapped(key, "key"), mapped(value, "value"),
                  bias + params["bias"][:, :, None])
-
-
-def flops_per_token(layers: int, shape: tuple[int, ...]) -> int:
-  """Multiply-adds x 2 a token, without the base's own pass."""
-  _, heads, size = shape
-  return 2 * layers * heads * (3 * size + 2 * size * size // BRANCHING)
-
-
-def bytes_per_token(layers: int, shape: tuple[int, ...]) -> float:
-  """Stored bytes a token in bfloat16."""
-  _, heads, size = shape
-  return layers * heads * (2 * size + 1) * 2 / BRANCHING

@@ -14,7 +14,6 @@ import numpy as np
 from mcjax.answer.matching import Matcher, WordTable
 from mcjax.answer.reading import Reader, chosen
 from mcjax.base.load import BaseLM
-from mcjax.config import Config
 from mcjax.focus.policy import WISH, age_scores, with_payment
 from mcjax.gist.encoder import GistEncoder, load_gistnet
 from mcjax.lens import features as lens_features
@@ -109,11 +108,11 @@ class LensNetPolicy:
     self._read = params.get(sentence_net.PART)
     self._encoder = encoder
     self._max_nodes = max_nodes
-    settings = cards.settled(Config(
-      read_tokens=read_tokens, read_share=read_share, read_place="turn",
-      contrast=0.0), lm.name)
-    self._read_tokens = settings.read_tokens
-    self._read_share = settings.read_share
+    if not (read_tokens and read_share):
+      card_of_base = cards.of(lm.name)
+      read_tokens = read_tokens or card_of_base.read_tokens
+      read_share = read_share or card_of_base.read_share
+    self._read_tokens, self._read_share = read_tokens, read_share
     self._tree: MegaContextTree | None = None
     self._query_ids: np.ndarray | None = None
     self._evidence: list[tuple[int, float]] = []
