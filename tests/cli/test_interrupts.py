@@ -32,14 +32,22 @@ def _outside(tokenizer, ids) -> str:
   return text + " (an open turn)" * inside
 
 
+# Done in the child: a fork with Python code of ours in it harms JAX's threads.
+_TAKE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 class _Terminal:
   """A command on a terminal of its own."""
 
   def __init__(self, command):
     self._ours, theirs = pty.openpty()
     self._process = subprocess.Popen(
-      command, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True,
-      start_new_session=True, preexec_fn=_take_terminal)
+      [sys.executable, "-c", _TAKE_TERMINAL, *command], stdin=theirs,
+      stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
     self.said = ""
 
@@ -81,12 +89,6 @@ class _Terminal:
       self.type("\n")
       self.settle()
     return self._process.wait(timeout=1)
-
-
-def _take_terminal():
-  import fcntl
-  import termios
-  fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @pytest.mark.slow
