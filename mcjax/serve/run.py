@@ -67,11 +67,22 @@ def run(config) -> None:
       server.app(), host=config.host, port=config.port, log_level="warning",
       timeout_graceful_shutdown=30))
     with _told_by_signals(server, runner):
-      print(f"Serving {lm.name} on http://{config.host}:{config.port}",
-            file=sys.stderr, flush=True)
+      _tell(runner, f"Serving {lm.name} on http://{config.host}:{config.port}")
       runner.run()
     server.close()
   print("Stopped; everything is committed.", file=sys.stderr)
+
+
+def _tell(runner: uvicorn.Server, line: str) -> None:
+  """Prints the line once the server listens."""
+  startup = runner.startup
+
+  async def told(sockets=None) -> None:
+    await startup(sockets)
+    if runner.started:
+      print(line, file=sys.stderr, flush=True)
+
+  runner.startup = told
 
 
 @contextlib.contextmanager

@@ -2,9 +2,9 @@
 
 A prompt's blocks are ranked (a softmax over the window must put its weight on
 blocks that answer, and on all of them) and weighed (each alone must say whether
-it answers, where a miss costs more than a wasted slot). Text that is read on
-is taught what blocks foretell of the next tokens. One more output says whether
-the history answers at all.
+it answers, where a miss costs more than a wasted slot). While text is read on,
+the blocks that foretell the next tokens take the place of those that answer.
+One more output says whether the history answers at all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LensObjective:
     complete: all blocks that answer do.
     weigh: each block says whether it answers.
     miss: what a missed block costs, a wasted slot costing 1.
-    text: squared error of scores while text is read on.
+    text_miss: the same while text is read on.
     answerable: whether the history answers.
     invented: what an answer from nothing costs, a missed one costing 1.
     dropout: share of features hidden from a step.
@@ -40,7 +40,7 @@ class LensObjective:
   complete: float = 0.3
   weigh: float = 0.5
   miss: float = 300.0
-  text: float = 2.0
+  text_miss: float = 10.0
   answerable: float = 0.3
   invented: float = 4.0
   dropout: float = 0.05
@@ -75,28 +75,28 @@ def loss(params, lens: lensnet.LensNetConfig, objective: LensObjective,
   inputs = inputs._replace(
     features=inputs.features * keep[None, None].astype(jnp.float32))
   out = jax.vmap(lambda x: lensnet.evaluate(params, lens, x, part))(inputs)
-  gold = (targets.gold > 0) & inputs.mask
-  known = targets.asked & jnp.any(gold, axis=1)
+  asked = targets.asked[:, None]
+  value = jnp.where(asked, targets.gold, jnp.maximum(targets.worth, 0.0))
+  gold = (value > 0) & inputs.mask
+  known = jnp.any(gold, axis=1)
   log_share = jax.nn.log_softmax(out.rank, axis=1)
-  held = jnp.log(jnp.where(gold, targets.gold, 1.0))
+  held = jnp.log(jnp.where(gold, value, 1.0))
   rank = -jax.nn.logsumexp(jnp.where(gold, log_share + held, -1e9), axis=1)
-  share = jnp.where(gold, targets.gold, 0.0)
+  share = jnp.where(gold, value, 0.0)
   share = share / jnp.maximum(jnp.sum(share, axis=1, keepdims=True), 1e-6)
   complete = -jnp.sum(share * jnp.where(gold, log_share, 0.0), axis=1)
   twice = 2 * out.worth  # tanh(w) = 2 sigmoid(2 w) - 1
-  weigh = (objective.miss * jnp.where(gold, targets.gold, 0.0)
-           * jax.nn.softplus(-twice)
+  miss = jnp.where(asked, objective.miss, objective.text_miss)
+  weigh = (miss * jnp.where(gold, value, 0.0) * jax.nn.softplus(-twice)
            + jnp.where(gold, 0.0, jax.nn.softplus(twice)))
   rows = jnp.maximum(jnp.sum(inputs.mask.astype(jnp.float32), 1), 1.0)
   weigh = 4 * jnp.sum(jnp.where(inputs.mask, weigh, 0.0), 1) / rows
-  text = jnp.square(jnp.tanh(out.worth) - targets.worth)
-  text = jnp.sum(jnp.where(inputs.mask, text, 0.0), 1) / rows
   logit = out.answerable
   answers = jnp.where(targets.answerable, jax.nn.softplus(-logit),
                       objective.invented * jax.nn.softplus(logit))
   terms = {
     "rank": _mean(rank, known), "complete": _mean(complete, known),
-    "weigh": _mean(weigh, targets.asked), "text": _mean(text, ~targets.asked),
+    "weigh": jnp.mean(weigh),
     "answerable": _mean(answers, targets.asked)}
   total = jnp.asarray(sum(
     getattr(objective, name) * term for name, term in terms.items()))

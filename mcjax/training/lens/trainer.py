@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import tqdm
 
+from mcjax.focus.policy import WISH
 from mcjax.lens import network as lensnet
 from mcjax.lens import weights as lens_weights
 from mcjax.parallel import processes, sharding
@@ -246,9 +247,11 @@ class LensTrainer:
       taught = jax.tree.map(
         lambda new, old: np.asarray(share * new + (1 - share) * old, new.dtype),
         taught, {name: self._start[name] for name in taught})
-    params = {**self._start, **taught}
-    params["apart"] = fit_apart(
-      params, self.lens, self._embed, self._windows, self.config.seed)
+    params = {"apart": np.zeros(len(lensnet.APART), np.float32),
+              **self._start, **taught}
+    if "score" in taught:
+      params["apart"] = fit_apart(
+        params, self.lens, self._embed, self._windows, self.config.seed)
     if processes.is_first():
       lens_weights.save_lensnet(
         path, params, self.lens,
@@ -333,7 +336,8 @@ def evaluate(params, lens, embed, windows: Mapping[str, WindowSet]
     KIND/wished, KIND/hit: blocks wished for of a prompt; share of prompts
       with an answering one among these.
     KIND/answers: area under the curve of telling what the history answers.
-    KIND/error: squared error of the scores of text that is read on.
+    KIND/foretold: of text that is read on, the share of what blocks foretell
+      that is in those wished for; KIND/wished counts these.
   """
   found: dict[str, float] = {}
   for kind, some in windows.items():
@@ -343,11 +347,11 @@ def evaluate(params, lens, embed, windows: Mapping[str, WindowSet]
     less = shadow @ np.asarray(params["apart"])
     score = np.tanh(out.worth - less * asked[:, None])
     known = asked & gold.any(axis=1)
+    wished = (score > WISH) & mask
     if known.any():
       for count in _COUNTS:
         found[f"{kind}/recall@{count}"] = lens_losses.recall(
           np.asarray(out.rank - less)[known], gold[known], count)
-      wished = (score > 0.2) & mask
       found[f"{kind}/wished"] = float(wished[known].sum(1).mean())
       found[f"{kind}/hit"] = float((wished & gold)[known].any(1).mean())
       yes = out.answerable[asked & some.answerable[rows]]
@@ -355,6 +359,8 @@ def evaluate(params, lens, embed, windows: Mapping[str, WindowSet]
       if len(yes) and len(no):
         found[f"{kind}/answers"] = float((yes[:, None] > no).mean())
     if not asked.all():
-      error = np.square(score - some.worth[rows].astype(np.float32))
-      found[f"{kind}/error"] = float(error[mask & ~asked[:, None]].mean())
+      worth = np.where(mask, np.maximum(some.worth[rows], 0), 0)[~asked]
+      found[f"{kind}/foretold"] = float(
+        (worth * wished[~asked]).sum() / max(worth.sum(), 1e-6))
+      found[f"{kind}/wished"] = float(wished[~asked].sum(1).mean())
   return found

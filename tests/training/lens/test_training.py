@@ -234,7 +234,7 @@ def test_exported_weights_lead_a_history(finished, lm, encoder, tmp_path):
   policy = lensnet_policy.load_lensnet(lm, path, gistnet=encoder)
   assert policy.reads(encoder) and policy.card["windows"]["tales"] > 0
   found = finished.evaluate()
-  assert {"tales/recall@8", "text/error"} <= set(found)
+  assert {"tales/recall@8", "text/foretold"} <= set(found)
 
 
 def test_the_search_for_apart_prefers_other_places():
