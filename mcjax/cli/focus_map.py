@@ -64,9 +64,10 @@ def focus_map(
     for l, (c, t) in enumerate(zip(counts, covered)) if c
   )
   more = len(rows) - len(shown)
-  tail = f"  ({more} more in part at L1; " if more else "  ("
-  return "\n".join([f"  {head}", *lines,
-                    f"{tail}{coarse} only at L2 and coarser)"])
+  rest = [f"{more} more in part at L1"] if more else []
+  rest += [f"{coarse} only at L2 and coarser"] if coarse else []
+  tail = [f"  ({'; '.join(rest)})"] if rest else []
+  return "\n".join([f"  {head}", *lines, *tail])
 
 
 def source_lines(sources: Sequence[Source]) -> str:
@@ -77,8 +78,9 @@ def source_lines(sources: Sequence[Source]) -> str:
   """
   lines = []
   for s in sources:
-    name, text = (s.document or "")[-28:], " ".join(s.text.split())
-    lines.append(f"  {name:<28} {s.score:4.2f} {text}")
+    name = s.document or "(conversation)"
+    text = " ".join(s.text.split())
+    lines.append(f"  {name[-28:]:<28} {s.score:4.2f} {text}")
   return "\n".join(lines or ["  all raw text of the window"])
 
 

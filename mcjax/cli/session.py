@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
-import signal
+from collections.abc import Callable, Sequence
+import difflib
+import pathlib
 import sys
-import threading
-import time
 
 from tqdm import tqdm
 
 from mcjax.base.load import BaseLM, load_base_lm
 from mcjax.cli import focus_page
-from mcjax.cli.focus_map import Section, focus_map, source_lines
+from mcjax.cli.chat import Chat, document_lines
+from mcjax.cli.focus_map import source_lines
 from mcjax.config import Config
 from mcjax.gist.encoder import load_gistnet
 from mcjax.lens.policy import load_lensnet
 from mcjax.parallel.places import local
-from mcjax.runtime.documents import Document
 from mcjax.runtime.megacontext import MegaContext
 from mcjax.runtime.text_files import TextFile, read_documents
 from mcjax.settings import read_fields
+from mcjax.tree.places import locate
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import McjaxError
 
 
 def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
-        prompt: str, show_focus: bool, workdir: str, documents: bool = False,
-        search: str = "", forget: Sequence[str] = ()) -> None:
+        prompt: str, show_focus: bool, workdir: str, sources: bool = True,
+        documents: bool = False, search: str = "", forget: Sequence[str] = ()
+        ) -> None:
   """Opens or creates the history, ingests, then answers or chats.
 
   Asked to list, search or forget documents, it does that instead of a chat.
@@ -40,9 +40,10 @@ def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
     ingest: files, folders and "-".
     suffixes: of files in folders.
     prompt: one question; chat if empty.
-    show_focus: print after every answer what it was read from, and the focus.
+    show_focus: print the focus after every answer.
     workdir: folder of telemetry.jsonl and of what tools/view_focus shows, or
       "".
+    sources: print after every answer what it was read from.
     documents: list them.
     search: list passages that fit this.
     forget: names of documents to hide for good, first of all.
@@ -57,6 +58,8 @@ def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
   loop = read_fields(Config, "loop", values)
   if "-" in ingest and not prompt:
     raise McjaxError("--ingest=- takes standard input, so it needs --prompt")
+  asked = prompt or documents or search or forget
+  _check_there(tree, begins=bool(ingest) or not asked)
   files = list(read_documents(ingest, suffixes)) if ingest else []
   lm = load_base_lm(config.base, dtype=config.dtype)
   with _history(tree, lm, loop, **_weights(config, lm)) as mc:
@@ -67,17 +70,51 @@ def run(config, *, tree: str, ingest: Sequence[str], suffixes: Sequence[str],
       print("The history is empty; ingest something with --ingest=FILE.",
             file=sys.stderr)
     if documents:
-      print(_listing(mc.documents()))
+      print(document_lines(mc))
     if search:
-      print(source_lines(mc.search(search)) if mc.cursor else "")
+      found = mc.search(search) if mc.cursor else []
+      print(source_lines(found) if found else "  nothing found")
+    chat = Chat(mc, config.max_new_tokens, sources, show_focus)
     try:
       if prompt:
-        _answer(mc, prompt, config.max_new_tokens, show_focus)
-      elif not (documents or search or forget):
-        _chat(mc, config.max_new_tokens, show_focus)
+        chat.answer(prompt)
+      elif not asked:
+        chat.run()
     finally:
       if workdir:
         focus_page.keep_texts(local(workdir), mc.text, mc.cursor)
+
+
+def _check_there(tree: str, begins: bool) -> None:
+  """Tells of a place without a history, which may be a misspelt one.
+
+  Args:
+    tree: url of the history; "" is in memory.
+    begins: whether one may be begun there.
+
+  Raises:
+    McjaxError: nothing is there, and none may be begun.
+  """
+  if not tree or tree.startswith("memory://") or MegaContextTree.exists(tree):
+    return
+  near = _neighbour(tree)
+  hint = f"; did you mean {near}?" if near else ""
+  if not begins:
+    raise McjaxError(f"--tree: there is no history at {tree}"
+                     + (hint or "; --ingest=FILE begins one"))
+  print(f"A new history begins at {tree}{hint}", file=sys.stderr)
+
+
+def _neighbour(tree: str) -> str:
+  """The history beside a place that is named most like it; "" if none is."""
+  folder = locate(tree).folder
+  if folder is None or not folder.parent.is_dir():
+    return ""
+  names = [p.name for p in folder.parent.iterdir() if p.is_dir()]
+  near = difflib.get_close_matches(folder.name, names, 3, 0.5)
+  there = [str(pathlib.Path(tree.removeprefix("file://")).with_name(name))
+           for name in near]
+  return next(filter(MegaContextTree.exists, there), "")
 
 
 def _weights(config, lm: BaseLM) -> dict:
@@ -128,89 +165,3 @@ def _within(bar: tqdm, size: int) -> Callable[[int, int], None]:
     bar.update(begin + size * done // tokens - bar.n)
 
   return told
-
-
-def _listing(documents: Sequence[Document]) -> str:
-  """A line for each document: when it came in, its size, its name."""
-  lines = []
-  for d in documents:
-    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(d.time))
-    lines.append(f"{day}  {d.stop - d.start:>10,} tokens  {d.name}")
-  return "\n".join(lines)
-
-
-def _sections(mc: MegaContext) -> list[Section]:
-  """The history cut into documents and what lies between them."""
-  sections, at = [], 0
-  for d in mc.documents():
-    if d.start > at:
-      sections.append(Section("(conversation)", at, d.start))
-    sections.append(Section(d.name, d.start, d.stop))
-    at = d.stop
-  if mc.cursor > at:
-    sections.append(Section("(conversation)", at, mc.cursor))
-  return sections
-
-
-def _answer(mc, prompt, max_new_tokens, show_focus) -> None:
-  with _interruptible() as check:
-
-    def on_piece(piece: str) -> None:
-      print(piece, end="", flush=True)
-      check()
-
-    out = mc.generate(prompt, max_new_tokens, on_piece=on_piece)
-  print()
-  if show_focus:
-    print("Read from:\n" + source_lines(out.sources), file=sys.stderr)
-    print(focus_map(mc.focus(), _sections(mc)), file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], None]]:
-  """Lets Ctrl-C end an answer where it can be ended cleanly.
-
-  Yields a function to call there, which raises KeyboardInterrupt once Ctrl-C
-  was pressed. Pressed again it interrupts at once.
-  """
-  pressed = False
-
-  def note(number, frame) -> None:
-    nonlocal pressed
-    if pressed:
-      raise KeyboardInterrupt
-    pressed = True
-
-  def check() -> None:
-    if pressed:
-      raise KeyboardInterrupt
-
-  if threading.current_thread() is not threading.main_thread():
-    yield check
-    return
-  kept = signal.signal(signal.SIGINT, note)
-  try:
-    yield check
-  finally:
-    signal.signal(signal.SIGINT, kept)
-
-
-def _chat(mc, max_new_tokens, show_focus) -> None:
-  """Reads prompts until the end of standard input or an empty line."""
-  interactive = sys.stdin.isatty()
-  if interactive:
-    print("An empty line or Ctrl-D ends the chat, Ctrl-C an answer.",
-          file=sys.stderr)
-  while True:
-    try:
-      prompt = input("> " if interactive else "")
-      if prompt.strip():
-        _answer(mc, prompt, max_new_tokens, show_focus)
-      elif interactive:
-        break
-    except EOFError:
-      break
-    except KeyboardInterrupt:
-      if not interactive:
-        raise
-      print()

@@ -379,10 +379,11 @@ class MegaContext(Handle):
 
   @locked
   def score(self, text: str) -> np.ndarray:
-    """NLL per token of `text` in nats, teacher-forced through the loop.
+    """NLL of each token of `text`, [tokens] float32 in nats.
 
-    The text is not remembered: tree, focus and cache are as before. The very
-    first token of an empty history has no prediction and is NaN.
+    Teacher-forced through the loop. The text is not remembered: tree, focus
+    and cache are as before. The very first token of an empty history has no
+    prediction and is NaN.
 
     Raises:
       McjaxError: the text is empty or not a string.
