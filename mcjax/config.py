@@ -41,8 +41,8 @@ class Config:
     gists_seen: of visible gists the newest ones, so many; 0 for all.
     raw_attention: what the LM attends to of the raw text before a question.
       sentences: where sentences answer it, these and the history's first token
-      alone, unless the whole history is raw; blocks: instead of the sentences
-      the blocks of 32 tokens that hold them; all: everything.
+      alone; blocks: instead of the sentences the blocks of 32 tokens that hold
+      them; all: everything.
     read_tokens: tokens of such sentences that are read at most; 0 is what the
       base's card has (`mcjax.pretrained.cards`).
     read_share: how likely another sentence must be to tell the answer, as a

@@ -191,7 +191,8 @@ class LensNetPolicy:
     weights = self._prompts if view.asked else self._reading
     scores, answerable = jax.device_get(
       lensnet.apply(*weights, self.config, inputs))
-    self.answerable = float(answerable) if view.asked and len(rows) else 0.0
+    told = view.asked and _before_query(view, rows).any()
+    self.answerable = float(answerable) if told else 0.0
     return scores[: len(rows)]
 
   @property

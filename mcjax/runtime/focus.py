@@ -270,16 +270,14 @@ class Focus:
   def attend(self) -> None:
     """Lets the LM attend to what answers the question; see `raw_attention`.
 
-    Until the answer ends. The history's first token stays too. A history that
-    is raw as a whole is read as a whole, and so is a window that shows none of
-    what answers.
+    Until the answer ends. The history's first token stays too. A window that
+    shows none of what answers is read as a whole.
     """
     self.sources, attention = [], None
     self.found = list(self._policy.sources) if self.query.asked else []
     self.answerable = self._policy.answerable if self.query.asked else 0.0
     e = self.context.window.entries
-    if (self.query.asked and self._config.raw_attention != "all"
-        and np.any(e.level)):
+    if self.query.asked and self._config.raw_attention != "all":
       raw = e.start()[e.level == 0]
       self.sources = [part for span in self.found
                       for part in _raw_parts(raw, *span)]
@@ -395,7 +393,7 @@ class Focus:
   def _programs(self, context: ContextLM) -> Iterator[None]:
     return programs_of(
       context, self._config, self._encoder, self._policy,
-      reads_little=self.tree.cursor > self._config.window)
+      reads_little=self.tree.cursor >= BRANCHING)
 
   def spans(self) -> dict[str, list]:
     """The focus for a record, blocks of raw tokens as one."""

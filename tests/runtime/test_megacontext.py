@@ -68,6 +68,23 @@ class NothingMatters:
     del context
 
 
+def test_what_answers_is_read_alone_in_a_short_history_too(make, tiny_lm):
+  mc = make(contrast=0.0, read_place="before")
+  mc.ingest(tiny_base.text(100, 1))
+  policy = NothingMatters()
+  policy.answerable, policy.sources = 1.0, ((8, 20),)
+  mc._loop._policy = policy
+  out = mc.generate("what?", max_new_tokens=8)
+  assert [(s.start, s.stop) for s in out.sources] == [(8, 20)]
+  ids = mc.tree.tokens(0, mc.cursor)
+  begin, table = mc.cursor - 8, np.asarray(tiny_lm.params["embed"])
+  for at in range(begin, mc.cursor):
+    seen = np.array([0, *range(8, 20), *range(begin - out.prompt_tokens, at)])
+    logits = tiny_base.plain_logits(
+      tiny_lm, table[ids[seen]], np.arange(len(seen)))
+    assert int(np.argmax(logits[-1])) == ids[at]
+
+
 def test_a_question_protects_itself_and_not_the_text_before(make):
   mc = make(protect_tokens=128, recent_tokens=128, check_invariants=True)
   mc.ingest(tiny_base.text(1000 + 23, 1))  # with <bos> 32 blocks
