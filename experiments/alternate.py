@@ -36,7 +36,7 @@ def main(argv) -> bool:
   run = alternating.Alternation(
     lm, config, train, lens, c.cycles, stores,
     data.open_split(c.data, "validation"), workdir, initial, mixture,
-    read_initial(lm))
+    read_initial(lm)[0])
   done = run.run()
   if done and processes.is_first():
     print((workdir / "results.md").read_text(encoding="utf-8"))

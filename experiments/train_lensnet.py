@@ -23,7 +23,8 @@ def main(argv) -> bool:
   c = _CONFIG.value
 
   def start(lm, *parts) -> lens_run.LensRun:
-    return lens_run.LensRun(lm, *parts, read_initial(lm, c.initial or None))
+    initial, card = read_initial(lm, c.initial or None)
+    return lens_run.LensRun(lm, *parts, initial, card)
 
   return training.run_lens(
     c, _WORKDIR.value, lens_run.read_config, start, _EXPORT.value)

@@ -76,19 +76,19 @@ def _check_table(path, params, lm: BaseLM) -> None:
                      f"{lm.name} has {lm.config.vocab_size}")
 
 
-def read_initial(lm: BaseLM, path=None) -> dict | None:
-  """What training can start from of given or shipped weights, if any.
+def read_initial(lm: BaseLM, path=None) -> tuple[dict | None, dict | None]:
+  """What training can start from of given or shipped weights, and their card.
 
-  Scores of an older LensNet are left out.
+  None where there are none. Scores of an older LensNet are left out.
   """
   path = path or pretrained.shipped(lm.name, "lensnet")
   if path is None:
-    return None
-  params, fields, _ = pretrained.read_weights(path, "lensnet")
+    return None, None
+  params, fields, card = pretrained.read_weights(path, "lensnet")
   if fields.get("gists", True) and (
       fields.get("d_model") != lm.config.d_model):
-    return None
+    return None, None
   if fields.get("features") != lens_features.FEATURES:
     params.pop("score", None)
     params.pop("text", None)
-  return params
+  return params, card

@@ -156,7 +156,7 @@ def test_weights_come_back_and_older_ones_are_named(
   weights.save_lensnet(path, params, older, {})
   with pytest.raises(McjaxError, match="25 features.*train it again"):
     lensnet_policy.load_lensnet(tiny_lm, path, gistnet=tiny_gistnet)
-  assert "score" not in weights.read_initial(tiny_lm, path)
+  assert "score" not in weights.read_initial(tiny_lm, path)[0]
   other = dataclasses.replace(config, d_model=8)
   weights.save_lensnet(
     path, lensnet.init_params(other), other, {})

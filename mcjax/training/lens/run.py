@@ -123,6 +123,7 @@ class LensRun:
     stores: {split: {kind: TokenStore}} of train and validation.
     workdir: of windows, checkpoints and metrics.
     initial: parameters to start from, for instance with a table of keys.
+    initial_card: the facts of these, which the new card keeps.
     mesh: of the training; all devices of all processes if None.
 
   Attributes:
@@ -133,8 +134,9 @@ class LensRun:
 
   def __init__(self, lm, encoder, config: LensRunConfig,
                stores: Mapping[str, Mapping[str, TokenStore]], workdir,
-               initial: Mapping[str, Any] | None = None, mesh=None):
-    self._lm, self._config = lm, config
+               initial: Mapping[str, Any] | None = None,
+               initial_card: Mapping[str, Any] | None = None, mesh=None):
+    self._lm, self._config, self._initial_card = lm, config, initial_card
     if not dict(config.lens).get("gists", True):
       encoder = cast(GistEncoder, NoGists(lm.config.d_model))
     self._encoder = encoder
@@ -195,7 +197,8 @@ class LensRun:
     """
     if self._trainer is None:
       raise McjaxError("nothing was trained: nothing to export")
-    self.params = self._trainer.export(path, card)
+    before = {"started_from": self._initial_card} if self._initial_card else {}
+    self.params = self._trainer.export(path, {**card, **before})
 
 
 def make_files(folder: epath.Path, made: Iterable[tuple],
