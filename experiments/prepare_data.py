@@ -46,9 +46,7 @@ def main(argv) -> None:
   else:
     records = prepare.prepare(
       lm, folder, pathlib.Path(c.books), budget, c.full, list(c.kinds))
-  for r in records:
-    print(f"{r['split']:<11}{r['kind']:<8}{r['documents']:>6} documents "
-          f"{r['tokens'] / 1e6:8.2f} Mtok")
+  print(prepare.told(records))
   print(f"store: {folder}")
 
 

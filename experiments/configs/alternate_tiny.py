@@ -8,11 +8,11 @@ Command, some minutes:
 from experiments.configs import alternate, gistnet_tiny, lensnet_tiny
 
 
-def get_config(steps="10"):
-  """`steps` of GistNet and of LensNet a cycle."""
+def get_config(steps="5"):
+  """`steps` of GistNet and of LensNet a cycle; `alternate_tiny:STEPS`."""
   c = alternate.get_config(steps)
   small = gistnet_tiny.get_config(steps)
-  for name in ("mixture", "phases", "train"):
+  for name in ("mixture", "objective", "phases", "train"):
     c.gist[name] = small[name]
   small = lensnet_tiny.get_config(steps)
   for name in ("windows", "mixture", "train"):

@@ -16,6 +16,8 @@ from mcjax.types import McjaxError
 OWN = "own"  # the kind of a user's own text
 _SCORED = 512  # tokens of a text kept for validation at least, half at most
 _SHORT = 6000  # characters below which a user's texts are joined
+_LEAST = 512  # tokens of which training and validation can both have a part
+_TINY = 4096  # tokens that the tiny configurations want
 CHARS_PER_TOKEN = 3.7  # to turn a token budget into characters
 
 
@@ -104,8 +106,9 @@ def prepare_own(lm, folder: pathlib.Path, documents: Iterable[Document],
   """Writes a user's own texts into a store; the end of each is for validation.
 
   Texts are read and written one by one, short ones joined with those that
-  follow. What else the store holds stays, if it was made with the same
-  tokenizer.
+  follow, or at the end with those before. Nothing is left out but paragraphs
+  that were there before. What else the store holds stays, if it was made with
+  the same tokenizer.
 
   Args:
     lm: the base whose tokenizer is used.
@@ -114,32 +117,60 @@ def prepare_own(lm, folder: pathlib.Path, documents: Iterable[Document],
     kind: what this text is called in mixtures.
 
   Returns:
-    One record {split, kind, documents, tokens} for training and validation.
+    One record {split, kind, documents, tokens, texts, empty} for training and
+    validation: how many texts were read, and how many of them said nothing
+    that others had not.
 
   Raises:
-    McjaxError: no text is long enough to learn from, or the store is another
+    McjaxError: there is too little text to learn from, or the store is another
       tokenizer's.
   """
   before = _earlier(lm, folder)
-  deduplicate = data.Deduplicator()
-  cleaned = ((name, _clean(deduplicate(text))) for name, text in documents)
-  size = lm.config.vocab_size
+  deduplicate, sizes = data.Deduplicator(), list[int]()
+
+  def cleaned() -> Iterator[Document]:
+    for name, text in documents:
+      text = _clean(deduplicate(text))
+      sizes.append(len(text))
+      yield name, text
+
+  size, total = lm.config.vocab_size, 0
   with (data.StoreWriter(folder, "train", kind, size) as train,
         data.StoreWriter(folder, "validation", kind, size) as validation):
-    for name, ids in _tokenise(lm, _joined(cleaned), kind):
+    for name, ids in _long_enough(
+        _tokenise(lm, _joined(cleaned()), kind), lm.tokenizer.encode("\n\n")):
       cut = len(ids) - min(max(len(ids) // 10, _SCORED), len(ids) // 2)
       train.add(name, ids[:cut])
       validation.add(name, ids[cut:])
+      total += len(ids)
     if not (train.documents and validation.documents):
-      raise McjaxError("no text is long enough to learn from: one of 1,000 "
-                       "tokens is needed at least")
+      raise McjaxError(
+        f"too little text to learn from: {len(sizes)} texts hold {total} "
+        f"tokens together, {_LEAST} are needed")
   records = [
     {"split": split, "kind": kind, "documents": writer.documents,
-     "tokens": writer.tokens}
+     "tokens": writer.tokens, "texts": len(sizes), "empty": sizes.count(0)}
     for split, writer in (("train", train), ("validation", validation))]
   kept = [r for r in before if r["kind"] != kind]
   _summarise(lm, folder, kept + records)
   return records
+
+
+def told(records: Sequence[dict]) -> str:
+  """What `prepare` or `prepare_own` has written, a line each."""
+  lines = [f"{r['split']:<11}{r['kind']:<8}{r['documents']:>6} documents"
+           f"{r['tokens']:>13,} tokens" for r in records]
+  if "texts" in records[0]:
+    own, tokens = records[0], sum(r["tokens"] for r in records)
+    lines.insert(0, f"{own['texts']} texts with {tokens:,} tokens; short ones "
+                 f"are joined: {own['documents']} documents")
+    if own["empty"]:
+      lines.append(f"{own['empty']} of the texts left out: empty, or all of it "
+                   "stands in others")
+    if tokens < _TINY:
+      lines.append(f"little text: {_TINY:,} tokens are wanted for the "
+                   "configurations that end in _tiny")
+  return "\n".join(lines)
 
 
 def _joined(documents: Iterable[Document]) -> Iterator[Document]:
@@ -156,6 +187,24 @@ def _joined(documents: Iterable[Document]) -> Iterator[Document]:
       first, texts, size = "", [], 0
   if texts:
     yield first, "\n\n".join(texts)
+
+
+def _long_enough(documents: Iterable[tuple[str, np.ndarray]],
+                 between: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+  """Documents of at least `_LEAST` tokens, as far as there are enough.
+
+  One that is shorter is joined with that before it.
+  """
+  held = None
+  for name, ids in documents:
+    if held is not None and min(len(held[1]), len(ids)) < _LEAST:
+      held = held[0], np.concatenate([held[1], between, ids])
+      continue
+    if held is not None:
+      yield held
+    held = name, ids
+  if held is not None:
+    yield held
 
 
 def _earlier(lm, folder: pathlib.Path) -> list[dict]:

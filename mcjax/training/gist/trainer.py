@@ -317,6 +317,8 @@ class GistTrainer:
     with futures.ThreadPoolExecutor() as pool:
       programs = self.compile_ahead(pool)
       if programs and processes.is_first():
+        report("compiling the training step: minutes on a CPU, unless it is "
+               "kept from an earlier run")
         report(speed.memory_line(programs[0].result()))
       return loop.run(
         self, loop.Cadence(c.steps, c.log_every, c.save_every,

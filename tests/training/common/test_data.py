@@ -223,8 +223,29 @@ def test_many_short_texts_make_a_store(tmp_path):
 
 
 def test_own_text_that_is_too_short_is_told(tmp_path):
-  with pytest.raises(McjaxError, match="no text is long enough"):
-    prepare.prepare_own(Lm, tmp_path, [("a", "ab " * 90)])
+  with pytest.raises(
+      McjaxError, match="2 texts hold 273 tokens together, 512 are needed"):
+    prepare.prepare_own(Lm, tmp_path, [("a", "ab " * 90), ("b", "ab")])
+
+
+def test_no_short_text_is_left_out(tmp_path):
+  """Neither behind a long one nor alone; what repeats is counted."""
+  said = "ab " * 50
+  texts = [("long", "cd " * 3000), ("a", said), ("b", said), ("c", "")]
+  records = prepare.prepare_own(Lm, tmp_path / "one", texts)
+  assert [r["documents"] for r in records] == [1, 1]
+  total = 3 * 3000 - 1 + 2 + 3 * 50 - 1
+  assert sum(r["tokens"] for r in records) == total
+  lines = prepare.told(records).splitlines()
+  assert lines[0] == (f"4 texts with {total:,} tokens; short ones are joined: "
+                      "1 documents")
+  assert lines[1].split() == ["train", "own", "1", "documents",
+                              f"{records[0]['tokens']:,}", "tokens"]
+  assert lines[-1].startswith("2 of the texts left out")
+  notes = [(str(i), f"{i} " * 90) for i in range(4)]
+  records = prepare.prepare_own(Lm, tmp_path / "two", notes)
+  assert [r["documents"] for r in records] == [1, 1]
+  assert "little text: 4,096 tokens are wanted" in prepare.told(records)
 
 
 def test_the_order_visits_every_place_once():
