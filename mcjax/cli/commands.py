@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import logging
 import pathlib
+import re
 import sys
 
 from absl import app, flags
@@ -17,6 +18,10 @@ from mcjax.cli import configs
 from mcjax.types import McjaxError
 
 _HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull", "-helpfull")
+# What a value should have been, by the beginning of Python's complaint.
+_KINDS = {"invalid literal for int": "a whole number",
+          "could not convert string to float": "a number",
+          "Non-boolean argument": "True or False"}
 _PROFILE = flags.DEFINE_string(
   "profile", "", "Write a trace of JAX there, for TensorBoard or Perfetto.")
 # The arguments that the configuration's overrides are taken from. They are
@@ -164,11 +169,20 @@ def _parse(argv: list[str], main, config: ConfigFlag | None,
     flags.FLAGS.set_gnu_getopt(rest)  # flags may follow other arguments
     left = flags.FLAGS(argv)
   except (flags.Error, ValueError) as error:
-    raise McjaxError(" ".join(str(error).split())) from error
+    raise McjaxError(_plainly(" ".join(str(error).split()))) from error
   if len(left) > 1 and not rest:
     raise McjaxError(f"unknown argument: {left[1]} (--help tells the known "
                      "ones)")
   return left
+
+
+def _plainly(complaint: str) -> str:
+  """What is wrong with a flag's value, without Python's words for it."""
+  for python, kind in _KINDS.items():
+    found = re.match(rf"flag --(.+?)=(.*): \(?'?{python}", complaint)
+    if found:
+      return f"{found[1]} must be {kind}, got {found[2]!r}"
+  return complaint
 
 
 def _print_help(main, config: ConfigFlag | None, flags_of: tuple[str, ...],

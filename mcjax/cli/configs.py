@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Collection, Mapping
 import dataclasses
+import difflib
 import pathlib
 import runpy
 import typing
@@ -89,8 +90,12 @@ def find(name: str, folder: pathlib.Path) -> str:
     if path and found.is_file():
       return f"{found.resolve()}{colon}{argument}"
   what = f"no file {path!r} here" if path else "name one"
+  known = names(folder)
+  near = difflib.get_close_matches(inside.removesuffix(".py"), known, 1)
+  if near:
+    raise McjaxError(f"--config: {what}; did you mean {near[0]}?")
   raise McjaxError(f"--config: {what}; configurations that come with mcjax are "
-                   + ", ".join(names(folder)))
+                   + ", ".join(known))
 
 
 def names(folder: pathlib.Path) -> list[str]:

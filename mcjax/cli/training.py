@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from absl import flags, logging
+from etils import epath
 import jax
 
 from mcjax.base.compilation_cache import use_compilation_cache
@@ -17,7 +18,7 @@ from mcjax.base.load import load_base_lm
 from mcjax.cli import commands
 from mcjax.gist.encoder import load_gistnet
 from mcjax.parallel import processes
-from mcjax.parallel.places import place
+from mcjax.parallel.places import is_remote, place
 from mcjax.training.common import data
 from mcjax.types import McjaxError
 
@@ -35,13 +36,29 @@ _COMPILE_CACHE = flags.DEFINE_string(
   "the workdir's folder compiled if empty, nowhere if off.")
 
 
+_NEW: list[epath.Path] = []  # folders that are there for the programs alone
+
+
 def keep_programs(workdir: str) -> None:
   """Keeps compiled programs where --compile_cache says."""
-  said = _COMPILE_CACHE.value
+  said, folder = _COMPILE_CACHE.value, place(workdir) / "compiled"
   if said == "off":
     jax.config.update("jax_enable_compilation_cache", False)
+  elif said:
+    use_compilation_cache(place(said))
   else:
-    use_compilation_cache(place(said) if said else place(workdir) / "compiled")
+    _NEW[:] = [f for f in (folder, folder.parent)
+               if not is_remote(f) and not f.exists()]
+    use_compilation_cache(folder)
+
+
+def _drop_programs() -> None:
+  """Leaves no programs of a run that has failed before it kept anything."""
+  if not _NEW or any(f != _NEW[0] for f in _NEW[0].parent.glob("*")):
+    return
+  for folder in _NEW:
+    if folder.exists():
+      folder.rmtree()
 
 
 def run(main: Callable[[list[str]], bool], config: commands.ConfigFlag
@@ -107,8 +124,12 @@ def run_lens(config, workdir: str, read_config: Callable[[dict], Any],
 
 
 def _status(main: Callable[[list[str]], bool], argv: list[str]) -> int:
-  with contextlib.suppress(processes.Stopped):
-    if main(argv):
-      return 0
+  try:
+    with contextlib.suppress(processes.Stopped):
+      if main(argv):
+        return 0
+  except McjaxError:
+    _drop_programs()
+    raise
   print("stopped and saved; the same command goes on", file=sys.stderr)
   return processes.STOPPED

@@ -24,6 +24,7 @@ from starlette.responses import (
 )
 from starlette.routing import Route
 
+from mcjax.runtime.megacontext import MegaContext
 from mcjax.runtime.results import Generation
 from mcjax.serve import openai
 from mcjax.serve.guard import Guard, Limits, Refused
@@ -171,7 +172,7 @@ class Server:
     head, call = openai.envelope(kind, self._model), _Call(self._guard)
 
     def work(**listeners) -> Generation:
-      with self._histories.use(name, create=True) as mc:
+      with self._asked(name, settings["remember"]) as mc:
         call.check()
         out = mc.generate(prompt(mc), **listeners, **settings)
       self._metrics.answer(
@@ -189,6 +190,14 @@ class Server:
     choice = openai.choice(out, self._tokenizer, kind == "chat.completion")
     return JSONResponse({**head, "choices": [choice], "usage": openai.usage(
       out), "mcjax": openai.sources_of(out)})
+
+  def _asked(self, name: str, remember: bool
+             ) -> contextlib.AbstractContextManager[MegaContext]:
+    """The history that is asked; one that is not there leaves no trace if it
+    is not to remember."""
+    if remember or self._histories.exists(name):
+      return self._histories.use(name, create=True)
+    return self._histories.passing()
 
   async def _streamed(self, request: Request, events: openai.Events,
                       call: _Call, work: Callable) -> Response:

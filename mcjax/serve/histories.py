@@ -7,6 +7,7 @@ import contextlib
 import pathlib
 import re
 import shutil
+import tempfile
 import threading
 import time
 
@@ -57,6 +58,23 @@ class Histories:
     return MegaContextTree.exists(self._path(name))
 
   @contextlib.contextmanager
+  def passing(self) -> Iterator[MegaContext]:
+    """An empty history without a name, which is gone afterwards.
+
+    Raises:
+      HistoriesBusy: no slot became free.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+      mc = self._taken(folder, True, pathlib.Path(folder) / "history")
+      try:
+        yield mc
+      finally:
+        with self._changed:
+          del self._open[folder], self._users[folder]
+          _close(mc)
+          self._changed.notify_all()
+
+  @contextlib.contextmanager
   def use(self, name: str, create: bool = False) -> Iterator[MegaContext]:
     """A history, kept open meanwhile.
 
@@ -65,7 +83,7 @@ class Histories:
       HistoriesBusy: no slot became free.
       McjaxError: a bad name, or the tree cannot be opened.
     """
-    mc = self._taken(name, create)
+    mc = self._taken(name, create, self._path(name))
     try:
       yield mc
     finally:
@@ -74,8 +92,9 @@ class Histories:
         self._used[name] = time.monotonic()
         self._changed.notify_all()
 
-  def _taken(self, name: str, create: bool) -> MegaContext:
-    path, ticket = self._path(name), object()
+  def _taken(self, name: str, create: bool, path: pathlib.Path
+             ) -> MegaContext:
+    ticket = object()
     with self._changed:
       self._queue.append(ticket)
       try:
@@ -95,7 +114,7 @@ class Histories:
       finally:
         self._queue.remove(ticket)
         self._changed.notify_all()
-    return self._opened(name, create and not there, old, leaving)
+    return self._opened(name, path, create and not there, old, leaving)
 
   def _may_start(self, name: str, ticket: object) -> bool:
     if name in self._open:
@@ -113,15 +132,15 @@ class Histories:
     idle = [n for n in self._open if not self._users.get(n)]
     return min(idle, key=lambda n: self._used.get(n, 0.0), default=None)
 
-  def _opened(self, name: str, create: bool, old: str | None,
-              leaving: MegaContext | None) -> MegaContext:
+  def _opened(self, name: str, path: pathlib.Path, create: bool,
+              old: str | None, leaving: MegaContext | None) -> MegaContext:
     """Opens a history in the place of one that leaves; others go on."""
     mc = None
     try:
       if leaving is not None:
         _close(leaving)
       make = self.engine.create if create else self.engine.open
-      mc = make(str(self._path(name)))
+      mc = make(str(path))
       return mc
     finally:
       with self._changed:

@@ -158,8 +158,10 @@ def test_a_wrong_file_is_told(tmp_path):
     configs.load(str(tmp_path / "bad.py"))
   with pytest.raises(McjaxError, match="none.py: KeyError: 'get_config'"):
     configs.load(str(tmp_path / "none.py"))
+  with pytest.raises(McjaxError, match="did you mean evaluate/focus"):
+    configs.find("evaluate/focs", _FOLDER)
   with pytest.raises(McjaxError, match="come with mcjax are .*evaluate/focus"):
-    configs.find("evaluate/fokus", _FOLDER)
+    configs.find("zzzz", _FOLDER)
   with pytest.raises(McjaxError, match="no size 'huge' of focus"):
     configs.load(configs.find("evaluate/focus:huge", _FOLDER))
   with pytest.raises(McjaxError, match=r"config\.suite\.speed is not"):
@@ -189,6 +191,9 @@ def test_help_ends_well_in_any_folder(name, tmp_path):
   ("--nothing=1", "error: Unknown command line flag 'nothing'"),
   ("--flagfile=/nowhere/flags", "Unable to open flagfile"),
   ("--config.loop.windows=1", "did you mean config.loop.window?"),
+  ("--config.loop.window=abc",
+   "config.loop.window must be a whole number, got 'abc'"),
+  ("--config.loop.check_invariants=abc", "must be True or False, got 'abc'"),
 ])
 def test_a_mistake_is_one_line(argument, says, tmp_path):
   status, _, err = _main(tmp_path, "experiments.run", argument)

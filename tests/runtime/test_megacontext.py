@@ -108,6 +108,23 @@ def test_an_empty_history_answers_too(make):
   assert mc.tree.tokens(0, 1)[0] == tiny_base.BOS
 
 
+def test_a_system_prompt_is_no_history_that_answers(make, tiny_lm):
+  lm = dataclasses.replace(
+    tiny_lm, tokenizer=tiny_base.byte_tokenizer(chat=True))
+  mc = make(lm=lm, policy="lensnet")  # untrained: it is half sure of all
+  fact = "THE PUMP CODE IS 7314. " + tiny_base.text(40, 1)
+  asked = dict(max_new_tokens=1, remember=False)
+  out = mc.generate("the PUMP CODE?", **asked, system=fact)
+  assert out.answerable == 0 and out.sources == []
+  told = [{"role": "user", "content": fact}, {"role": "assistant",
+          "content": "ok"}, {"role": "user", "content": "the PUMP CODE?"}]
+  assert mc.generate(told, **asked).answerable > 0.1
+  mc.ingest(fact, name="a")
+  assert mc.generate("the PUMP CODE?", **asked).answerable > 0.1
+  mc.forget("a")
+  assert mc.generate("the PUMP CODE?", **asked, system=fact).answerable == 0
+
+
 @pytest.mark.parametrize(
   "count", [480, 512, 1300, *further(479, 511, 600, 5000)])
 def test_a_prompt_longer_than_the_window_is_ingested(make, count):

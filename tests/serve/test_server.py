@@ -175,6 +175,17 @@ def test_more_histories_than_slots_come_and_go(client, http):
   assert http.get("/v1/histories/c/focus").status_code == 404
 
 
+def test_what_is_not_to_be_remembered_leaves_no_history(client, http):
+  asked = dict(user="nobody", max_tokens=2, extra_body={"remember": False})
+  before = http.get("/v1/histories").json()
+  out = ask(client, "hello?", **asked)
+  assert out.usage.completion_tokens == 2
+  assert out.model_extra["mcjax"] == {"answerable": 0.0, "sources": []}
+  assert list(ask(client, "hello?", stream=True, **asked))
+  assert http.get("/v1/histories").json() == before
+  assert http.get("/v1/histories/nobody/focus").status_code == 404
+
+
 def test_mistakes_are_told(client, http, served):
   with pytest.raises(openai.BadRequestError, match="temperature"):
     ask(client, "hi", temperature=-1, user="a")

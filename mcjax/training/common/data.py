@@ -209,10 +209,12 @@ def open_split(folder, split: str, kinds: Iterable[str] | None = None,
   wanted = sorted(kinds) if kinds is not None else found
   missing = sorted(set(wanted) - set(found))
   if missing or not wanted:
-    raise McjaxError(f"no {split} text of kind {', '.join(missing) or 'any'} "
-                     f"in {folder}; run tools/prepare_data"
-                     + (", or name the kinds there are: --config.kinds="
-                        + ",".join(found) if missing and found else ""))
+    what = f"text of kind {', '.join(missing)}" if missing else "text"
+    raise McjaxError(
+      f"no {split} {what} in {folder}; run tools/prepare_data, for your own "
+      "text python -m experiments.prepare_data --files=FOLDER --config.folder="
+      f"{folder}" + (", or name the kinds there are: --config.kinds="
+                     + ",".join(found) if missing and found else ""))
   stores = {}
   for kind in wanted:
     stem = folder / f"{split}-{kind}"
