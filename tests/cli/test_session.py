@@ -13,11 +13,11 @@ from mcjax.types import McjaxError
 _FOLDER = pathlib.Path(configs.__file__).parents[2] / "experiments" / "configs"
 
 
-def _run(tree, **asked):
+def _run(tree, ingest=(), prompt="", **asked):
   config = configs.load(configs.find("run", _FOLDER))
   config.base = "/nowhere"  # what is refused is refused before it is loaded
-  session.run(config, tree=str(tree), suffixes=[], show_focus=False,
-              workdir="", **{"ingest": [], "prompt": ""} | asked)
+  session.run(config, tree=str(tree), ingest=ingest, suffixes=[],
+              prompt=prompt, show_focus=False, workdir="", **asked)
 
 
 @pytest.mark.parametrize("asked", [
