@@ -69,12 +69,9 @@ def _ingest(mc: mcjax.MegaContext) -> list[Section]:
         document, planted = handbook, True
       else:
         document = library.pop(0)
-      start = mc.cursor
-      text = f"# File: {pathlib.Path(document.name).name}\n\n{document.text}\n"
-      mc.ingest(text)
-      sections.append(
-        Section(pathlib.Path(document.name).name, start, mc.cursor)
-      )
+      start, name = mc.cursor, pathlib.Path(document.name).name
+      mc.ingest(f"# File: {name}\n\n{document.text}\n", name=name)
+      sections.append(Section(name, start, mc.cursor))
       bar.update(mc.cursor - start)
   seconds = time.perf_counter() - begin
   print(f"Ingested {mc.cursor:,} tokens in {seconds:.1f} s: "

@@ -94,7 +94,13 @@ class Report:
   def add_interval(self, name: str, value: float, low: float, high: float,
                    unit: str = "", digits: int = 3, n: int | None = None
                    ) -> str:
-    """Adds a figure, NAME/low and NAME/high; returns a cell for a table."""
+    """Adds a figure, NAME/low and NAME/high; returns a cell for a table.
+
+    A single case (n=1) has no interval, and no low and high.
+    """
+    if n == 1:
+      self.figures[name] = Figure(value, unit, n)
+      return f"{value:.{digits}f} (n=1)"
     self.figures[name] = Figure(value, unit, n, (low, high))
     self.add(f"{name}/low", low, unit)
     self.add(f"{name}/high", high, unit)

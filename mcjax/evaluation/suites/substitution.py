@@ -20,6 +20,8 @@ from mcjax.evaluation.systems.models import TextSettings
 from mcjax.gist import encoder as gistnet
 from mcjax.training.gist import recovery
 
+_ALONE = "not measured: needs two documents"
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings(TextSettings):
@@ -92,9 +94,8 @@ def evaluate(lm: BaseLM, encoder: gistnet.GistEncoder, settings: Settings,
   result = Report("substitution", dataclasses.asdict(s))
   result.add("gistnet", encoder.fingerprint)
   result.add("trained", str(encoder.trained))
-  _cost(result, lm, encoder)
   for name, (setting, documents) in s.arms().items():
-    if result.tables[1:] and not recovery.holds(stores, setting.length):
+    if result.tables and not recovery.holds(stores, setting.length):
       _leave_out(result, name, setting)
       continue
     progress(f"measuring {name}")
@@ -108,9 +109,12 @@ def evaluate(lm: BaseLM, encoder: gistnet.GistEncoder, settings: Settings,
     _unrelated(result, lm, encoder, s, unrelated, stores, cache)
   else:
     _leave_out(result, "unrelated text", unrelated)
+  _cost(result, lm, encoder)
   result.notes += [
     "recovered = (drop − variant) / (drop − full) of mean losses: 1 is full "
-    "context, 0 is none. Brackets: 95 % bootstrap over documents.",
+    "context, 0 is none. Brackets: 95 % bootstrap over documents. mean, last: "
+    "the mean of a span's embeddings, its last token; shuffled: the gists of "
+    "another document.",
     "L1: a vector for 32 tokens, "
     f"{s.blocks} of them. L2: one vector for 1,024 tokens. Text directly "
     "after the gists is scored, or after that many recent raw tokens."]
@@ -150,6 +154,9 @@ def _compare(result: Report, name: str, losses, kinds, horizons) -> None:
   count = next(iter(summaries.values()))["documents"]
   rows, by_kind = [], []
   for variant in recovery.VARIANTS:
+    if variant not in losses:
+      rows.append((variant, *[_ALONE] * len(horizons)))
+      continue
     cells = []
     for h, summary in summaries.items():
       nll = summary["nll"][variant]
@@ -188,8 +195,8 @@ def _unrelated(result: Report, lm: BaseLM, encoder: gistnet.GistEncoder,
   losses = bench.measure(encoder)
   cells = []
   for variant in ("shuffled", "gist"):
-    row = []
-    for h in s.horizons:
+    row = [] if variant in losses else [_ALONE] * len(s.horizons)
+    for h in s.horizons if variant in losses else ():
       means = recovery.over_horizon(losses, h)
       key = "unrelated" if variant == "shuffled" else "own"
       row.append(result.add_interval(

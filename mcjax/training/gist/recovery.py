@@ -229,11 +229,15 @@ class Bench:
     return np.roll(gists, max(1, len(gists) // 2), axis=0)
 
   def measure(self, encoder) -> dict[str, np.ndarray]:
-    """Losses {variant: [n, horizon]} of all variants for one GistNet."""
+    """Losses {variant: [n, horizon]} of all variants for one GistNet.
+
+    One document alone has no "shuffled": there is no other.
+    """
     gists = self.gists(encoder)
-    return self.controls | {
-      "shuffled": self.score(self.other_document(gists), encoder),
-      "gist": self.score(gists, encoder)}
+    out = dict(self.controls)
+    if len(gists) > 1:
+      out["shuffled"] = self.score(self.other_document(gists), encoder)
+    return out | {"gist": self.score(gists, encoder)}
 
   def score(self, gists: np.ndarray, encoder) -> np.ndarray:
     """Losses [n, horizon] with `gists` [n, blocks * m, D] in place of text."""

@@ -338,6 +338,8 @@ class GistTrainer:
       if processes.is_first():
         path.write_text(json.dumps(
           {"step": step, "recovered": found[kind]}))
+    others = ", ".join(f"{name} {found[name]:.3f}" for name in
+                       ("last", "mean", "shuffled") if name in found)
     return {f"recovered/{k}": v for k, v in found.items()}, (
-      f"recovered {found[kind]:.3f} (last token {found['last']:.3f}, mean "
-      f"{found['mean']:.3f}, shuffled {found['shuffled']:.3f})")
+      f"recovered {found[kind]:.3f} (controls: {others}; "
+      f"{summary['documents']} documents)")

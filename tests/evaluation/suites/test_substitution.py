@@ -9,6 +9,7 @@ import pytest
 
 from mcjax.base import model
 from mcjax.evaluation import runner as suites
+from mcjax.evaluation.report.writer import Report
 from mcjax.evaluation.suites import substitution, visible
 from mcjax.evaluation.systems import models
 from mcjax.gist import encoder as gistnet
@@ -105,6 +106,21 @@ def test_summary_has_intervals_and_kinds():
   assert report["kinds"]["a"]["documents"] == 20
 
 
+def test_one_document_has_no_interval_and_no_other_text(tiny_lm, stores):
+  excerpts = sub.pick_excerpts(
+    {"code": stores["code"]}, _SETTING.length, per_kind=1)
+  losses = sub.Bench(tiny_lm, excerpts, _SETTING).measure(
+    gistnet.load_gistnet(tiny_lm))
+  report = Report("substitution", {})
+  substitution._compare(report, "L1", losses, excerpts.kinds, (16,))
+  rows = dict(report.tables[0].rows)
+  assert rows["shuffled"] == "not measured: needs two documents"
+  figure = report.figures["L1/H=16/recovered/gist"].record()
+  assert figure["n"] == 1 and "interval" not in figure
+  assert f"{figure['value']:.3f} (n=1)" in rows["gist"]
+  assert "L1/H=16/recovered/gist/low" not in report.figures
+
+
 def test_errors(tiny_lm, stores):
   with pytest.raises(McjaxError, match="horizon"):
     sub.Setting(horizon=0)
@@ -157,6 +173,7 @@ def test_the_suite_reports_every_setting(
   assert figures["unrelated_gists/H=16/delta_nll"]["unit"] == "nats per token"
   assert 0 < figures["flops_per_token/share"]["value"]
   table = (tmp_path / "results.md").read_text()
+  assert table.index("recovered (") < table.index("## Cost")
   assert "| drop |" in table and "shuffled" in table
 
 
