@@ -116,9 +116,6 @@ def test_a_system_prompt_is_no_history_that_answers(make, tiny_lm):
   asked = dict(max_new_tokens=1, remember=False)
   out = mc.generate("the PUMP CODE?", **asked, system=fact)
   assert out.answerable == 0 and out.sources == []
-  told = [{"role": "user", "content": fact}, {"role": "assistant",
-          "content": "ok"}, {"role": "user", "content": "the PUMP CODE?"}]
-  assert mc.generate(told, **asked).answerable > 0.1
   mc.ingest(fact, name="a")
   assert mc.generate("the PUMP CODE?", **asked).answerable > 0.1
   mc.forget("a")

@@ -113,7 +113,7 @@ def test_one_document_has_no_interval_and_no_other_text(tiny_lm, stores):
     gistnet.load_gistnet(tiny_lm))
   report = Report("substitution", {})
   substitution._compare(report, "L1", losses, excerpts.kinds, (16,))
-  rows = dict(report.tables[0].rows)
+  rows = {row[0]: row[1] for row in report.tables[0].rows}
   assert rows["shuffled"] == "not measured: needs two documents"
   figure = report.figures["L1/H=16/recovered/gist"].record()
   assert figure["n"] == 1 and "interval" not in figure
