@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import functools
 import zlib
 
 import numpy as np
@@ -41,6 +42,7 @@ class Column:
     length: int,
     sums: Mapping[str, int] | None = None,
     packed: Mapping[str, Sequence[int]] | None = None,
+    recent: int = 0,
   ):
     """Opens a column, or begins one of length 0.
 
@@ -52,6 +54,7 @@ class Column:
       sums: checksums of incomplete chunks by path, from the commit record;
         None where the tree has no checksums.
       packed: rows that are packed, and rows a file, by path, from the record.
+      recent: chunks that stay in RAM once they were read.
     """
     self.spec, self.path = spec, path
     self.length = self.flushed = length
@@ -64,6 +67,8 @@ class Column:
     if self._checked and (chunks := length // spec.chunk):
       self._sums = Column(store, f"{path}/sums", SUMS, chunks, sums)
     self._pages: dict[int, np.ndarray] = {}
+    self._recent = functools.lru_cache(recent)(self._read_chunk)
+    self._keeps_recent = recent > 0
     self.packed = 0
     self._packed_array: Array | None = None
     if packed and path in packed:
@@ -96,7 +101,7 @@ class Column:
     out = np.empty((stop - start, *self.spec.row_shape), self.spec.numpy_dtype)
     on_disk = min(stop, self.flushed)
     if start < on_disk and self._array is not None:
-      out[: on_disk - start] = self._read_array(start, on_disk)
+      out[: on_disk - start] = self._read_flushed(start, on_disk)
     at = self.flushed
     for part in self._tail:
       low, high = max(start, at), min(stop, at + len(part))
@@ -104,6 +109,23 @@ class Column:
         out[low - start : high - start] = part[low - at : high - at]
       at += len(part)
     return out
+
+  def _read_flushed(self, start: int, stop: int) -> np.ndarray:
+    """Flushed rows; a few of complete chunks come from RAM. Raises: McjaxError.
+    """
+    chunk = self.spec.chunk
+    complete = self.flushed // chunk * chunk
+    if not self._keeps_recent or stop > complete or stop - start > chunk:
+      return self._read_array(start, stop)
+    first = start // chunk
+    parts = [self._recent(at) for at in range(first, -(-stop // chunk))]
+    rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return rows[start - first * chunk : stop - first * chunk]
+
+  def _read_chunk(self, at: int) -> np.ndarray:
+    """A complete chunk, which never changes. Raises: McjaxError."""
+    chunk = self.spec.chunk
+    return self._read_array(at * chunk, (at + 1) * chunk)
 
   def _read_array(self, start: int, stop: int) -> np.ndarray:
     """Flushed rows, checked. Raises: McjaxError."""
@@ -316,6 +338,7 @@ class Column:
     (self.length, self.flushed, tail, self._crc, self._sums, sums,
      self._checked) = state
     self._tail, self._pages = list(tail), {}
+    self._recent.cache_clear()
     if self._sums is not None:
       self._sums.restore(sums)
 

@@ -15,6 +15,7 @@ from mcjax.tree.format import Encoder
 from mcjax.tree.store import Store
 from mcjax.types import BRANCHING, span_width
 
+_RECENT = 256  # chunks of tokens in RAM: a focus reads around the same places
 SLICE_TOKENS = 2 * span_width(3)  # tokens per encoder batch of a long append
 
 
@@ -38,7 +39,7 @@ class Levels:
     self._sums = record.get("sums")
     self.tokens = Column(
       store, tree_format.folder("tokens", record), spec, self.cursor,
-      self._sums, record.get("packed"))
+      self._sums, record.get("packed"), recent=_RECENT)
     self._columns: dict[tuple[str, int], Column] = {}
     level = 1
     while self.num_nodes(level):

@@ -67,9 +67,10 @@ def test_delete_takes_one_prefix_only():
   assert not store.has_array("a/1") and store.has_array("b")
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("recent", [0, 2])
+@settings(max_examples=40, deadline=None)
 @given(
-  st.lists(
+  steps=st.lists(
     st.tuples(
       st.sampled_from(["append", "flush", "shards", "undo", "reopen"]),
       st.integers(0, 20),
@@ -77,9 +78,10 @@ def test_delete_takes_one_prefix_only():
     max_size=20,
   )
 )
-def test_column_equals_a_list(steps):
+def test_column_equals_a_list(recent, steps):
   store = new_store()
-  column, rows, saved = Column(store, "x", SPEC, 0), np.zeros((0, 3)), 0
+  column = Column(store, "x", SPEC, 0, recent=recent)
+  rows, saved = np.zeros((0, 3)), 0
   for step, n in steps:
     if step in ("append", "undo"):
       before, state = rows, column.snapshot()
@@ -88,18 +90,41 @@ def test_column_equals_a_list(steps):
       rows = np.concatenate([rows, new])
       if step == "undo":
         flush_columns([column], "u", everything=bool(n % 2))
+        _assert_reads(column, rows)
         column.restore(state)
         rows = before
     elif step == "reopen":
       flush_columns([column], "u", everything=True)
-      column, saved = Column(store, "x", SPEC, len(rows)), len(rows)
+      column = Column(store, "x", SPEC, len(rows), recent=recent)
+      saved = len(rows)
     else:
       flush_columns([column], "u", everything=step == "flush")
       assert step == "shards" or column.flushed == len(rows)
     assert column.length == len(rows) >= saved
-    low, high = len(rows) // 3, len(rows)
+    _assert_reads(column, rows)
+
+
+def _assert_reads(column, rows):
+  for low, high in ((len(rows) // 3, len(rows)), *(
+      (at, min(at + 2, len(rows))) for at in range(0, len(rows), 2))):
     found = column.read(low, high)
     np.testing.assert_array_equal(found, rows[low:high].astype(np.float32))
+
+
+def test_recent_chunks_are_read_once(monkeypatch):
+  store, rows = new_store(), np.arange(30).reshape(10, 3)
+  column = Column(store, "x", SPEC, 0)
+  column.append(rows)
+  flush_columns([column], "u", everything=True)
+  column = Column(store, "x", SPEC, 10, recent=2)
+  asked, read = [], column._read_array
+  monkeypatch.setattr(
+    column, "_read_array", lambda a, b: asked.append((a, b)) or read(a, b))
+  for _ in range(3):
+    np.testing.assert_array_equal(column.read(1, 2), rows[1:2])
+  assert len(asked) == 1
+  column.read(1, 2)[:] = 99  # a copy
+  np.testing.assert_array_equal(column.read(1, 2), rows[1:2])
 
 
 def test_column_keeps_little_in_memory_and_copies_what_it_gets():
