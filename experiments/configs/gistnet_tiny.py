@@ -1,6 +1,6 @@
 """A small GistNet on your own text, to try all parts out, on a CPU.
 
-Command, some four minutes with the default base on two cores:
+Command, a minute of CPU time with the default base:
   python -m experiments.prepare_data --config.text=notes/ --config.folder=STORE
   python -m experiments.train_gistnet --config=gistnet_tiny \
     --config.data=STORE --workdir=RUN --export=RUN/gistnet.safetensors
