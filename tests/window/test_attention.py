@@ -200,15 +200,22 @@ def test_reading_on_ends_it(make):
   assert mc._loop.context.is_synced
 
 
-def test_a_history_that_is_raw_as_a_whole_is_read_as_a_whole(make, tiny_lm,
-                                                             tiny_gistnet):
-  with MegaContext.create(tiny_base.memory_url(), tiny_lm, Config(**SMALL),
+@pytest.mark.parametrize("read", ["sentences", "all"])
+def test_a_history_that_fits_the_window_is_read_from_what_answers_too(
+    tiny_lm, tiny_gistnet, read):
+  with MegaContext.create(tiny_base.memory_url(), tiny_lm,
+                          Config(**SMALL, raw_attention=read),
                           gistnet=tiny_gistnet) as mc:
     mc.ingest(tiny_base.text(20, 3) + FACT)
     out = mc.generate(QUESTION, max_new_tokens=3)
-    assert not mc._loop.sources
     assert [FACT in s.text for s in out.sources] == [True]
-    assert len(attended(mc._loop.context.window)) == mc.cursor
+    seen = attended(mc._loop.context.window)
+    if read == "all":
+      assert not mc._loop.sources and len(seen) == mc.cursor
+    else:
+      end = mc.cursor - 3 - out.prompt_tokens
+      assert {t for t in seen if t < end} == {0}.union(
+        *(range(s.start, s.stop) for s in out.sources))
 
 
 def test_a_pasted_text_is_read_whole_before_its_question(make):
