@@ -5,8 +5,9 @@
              words with the answer; one in seven is asked of other texts
   cloze      a sentence taken out of a text asks for the place it stood at, as
              does a heading or docstring for what stands below it
-  facts      made-up facts, asked for in other words, among distractors, in
-             plain text and in turns of a chat; prompts that ask for nothing
+  facts      made-up facts, asked for in other words, one by one and several
+             at once, among distractors, in plain text and in turns of a chat;
+             prompts that ask for nothing
   reworded   everyday facts in plain text, asked for in other words throughout
   text       text that is read on: what stands far back is worth as much as it
              foretells of the next tokens
@@ -186,6 +187,15 @@ def question_histories(documents: Sequence[tuple], tokenizer: Tokenizer,
     yield History(ids, tuple(examples))
 
 
+def _joined(questions: Sequence[str], rng: np.random.Generator) -> str:
+  """One prompt that asks several questions."""
+  link = str(rng.choice((" ", " And ", "\n", ", and ", " and ")))
+  if "and" not in link:
+    return link.join(questions)
+  first, *others = (q.rstrip("?. ") for q in questions)
+  return link.join([first, *(q[:1].lower() + q[1:] for q in others)]) + "?"
+
+
 def _asking(kind: str, question: str, gold, cursor: int, tokenizer: Tokenizer,
             rng: np.random.Generator, best=()) -> Example:
   """An example of a prompt, in one of the ways people type."""
@@ -268,6 +278,11 @@ class TextHistories:
     examples = [
       _asking("facts", fact.question, [place], len(ids), self._tokenizer, rng)
       for fact, place in zip(drawn, places)]
+    for _ in range(count // 4):
+      some = rng.permutation(count)[: int(rng.integers(2, 5))].tolist()
+      examples.append(_asking(
+        "facts", _joined([drawn[i].question for i in some], rng),
+        [places[i] for i in sorted(some)], len(ids), self._tokenizer, rng))
     for _ in range(count // 3):
       if rng.integers(2):
         examples.append(_asking("nothing", made_up.draw(rng).question, [],
