@@ -25,6 +25,7 @@ from mcjax.base.tokenizer import Tokenizer
 from mcjax.gist.encoder import GistEncoder
 from mcjax.lens import alignment
 from mcjax.tree import lexical_keys, lexical_rank
+from mcjax.tree.journal import overlaps
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, Array
 from mcjax.window.working_context import WorkingContext
@@ -134,7 +135,10 @@ def empty_inputs(size: int, d_model: int) -> LensInputs:
 
 
 def window_rows(window: WorkingContext, found: Sequence[int]) -> Rows:
-  """The window's blocks and those of `found` that lie below coarse entries."""
+  """The window's blocks and those of `found` that lie below coarse entries.
+
+  Blocks that hold anything forgotten are left out.
+  """
   e = window.entries
   raw = np.flatnonzero(window.sibling_groups() & (e.level == 0))
   gist = np.flatnonzero(e.level == 1)
@@ -145,13 +149,16 @@ def window_rows(window: WorkingContext, found: Sequence[int]) -> Rows:
     if e.level[at] > 1:
       buried.append(block)
       above.append(at)
-  return Rows(
+  rows = Rows(
     np.concatenate([e.index[raw] // BRANCHING, e.index[gist],
                     np.array(buried, np.int64)]),
     np.repeat(np.array([RAW, GIST, BURIED], np.int32),
               [len(raw), len(gist), len(buried)]),
     np.concatenate([raw, gist, np.array(above, np.int64)]),
   )
+  start = rows.block * BRANCHING
+  kept = ~overlaps(window.forgotten, start, start + BRANCHING)
+  return Rows(*(part[kept] for part in rows))
 
 
 def read_query(matcher: Matcher, keyer, encoder: GistEncoder,

@@ -359,12 +359,9 @@ class MegaContext(Handle):
   def _answered(self, prompt: Prompt, request: Request, template: bool,
                 system: str | None = None) -> Generation:
     turn = self._turn(prompt, template, system)
-    out = self._run(answering.steps(
+    return self._run(answering.steps(
       self._loop, turn.ids, turn.closing, request, self._sources),
       self._loop.context)
-    if turn.alone:  # what a network makes of the template is no evidence
-      return dataclasses.replace(out, answerable=0.0, sources=[])
-    return out
 
   def _turn(self, prompt: Prompt, template: bool = True,
             system: str | None = None) -> prompts.Turn:

@@ -23,14 +23,11 @@ class Turn(NamedTuple):
     ids: [T] int32 to append.
     closing: ids that close the answer.
     query: what it asks.
-    alone: whether it is a mere question with nothing before it that could
-      answer, but for a system prompt.
   """
 
   ids: np.ndarray
   closing: np.ndarray
   query: Query
-  alone: bool
 
 
 def checked_text(text: Any, name: str) -> str:
@@ -101,17 +98,7 @@ def turn(prompt: Prompt, tree: MegaContextTree, tokenizer: Tokenizer,
     text = "\n\n".join(m["content"] for m in messages)
     ids = with_bos(tokenizer.encode(text), tree, tokenizer)
     own, closing = np.ones(len(ids), bool), np.zeros(0, np.int32)
-  mere = int(np.sum(own)) <= _QUESTION and all(
-    m["role"] == "system" for m in messages[:-1])
-  return Turn(ids, closing, _query(ids[own], own, tree, tokenizer),
-              mere and _says_nothing(tree))
-
-
-def _says_nothing(tree: MegaContextTree) -> bool:
-  """Whether nothing is left of a history but what stands between documents."""
-  gone = tree.journal.forgotten
-  left = tree.cursor - int(np.sum(gone[:, 1] - gone[:, 0]))
-  return left <= len(gone) + 1
+  return Turn(ids, closing, _query(ids[own], own, tree, tokenizer))
 
 
 def _query(words: np.ndarray, own: np.ndarray, tree: MegaContextTree,
