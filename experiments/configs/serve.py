@@ -16,6 +16,7 @@ def get_config(base: str = "smollm2-135m") -> config_dict.ConfigDict:
   c.port = 8080
   c.root = "runs/histories"  # a folder for every history
   c.slots = 16  # histories open at one time
+  c.splices = 0  # prompts run together; 0 is 1 on CPUs and 8 elsewhere
   c.limits = config_dict.ConfigDict({
     "body_bytes": 32 << 20,  # of a request
     "max_new_tokens": 1024,  # of an answer

@@ -3,7 +3,8 @@
 Each history is a `MegaContext` with a window of its own; what they decode goes
 through one device loop, a row each. A history asks for its next few tokens
 whenever it is ready, so answers begin, end and are refocused while others go
-on, and nothing recompiles.
+on, and nothing recompiles. Prompts and refocuses that come while the caches
+are in use are run together too; scores and search are each history's own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import threading
 import time
 import uuid
 
-from mcjax.base import model
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.gist.encoder import GistEncoder, load_gistnet
@@ -26,6 +26,12 @@ from mcjax.window.decoding import Decoder, Job, Said
 
 _PATIENCE = 0.25  # of the last block's time, that a ready row waits for others
 _LEAST = 0.02  # seconds that it waits in any case
+_SPLICES = 8  # run together, where devices have arithmetic to spare
+
+
+def _splices_of(lm: BaseLM, slots: int) -> int:
+  device = next(iter(lm.params["embed"].devices()))
+  return 1 if device.platform == "cpu" else min(slots, _SPLICES)
 
 
 class _Asked:
@@ -49,10 +55,12 @@ class Engine:
     rows: answers decoded in them, summed: rows / blocks is the mean batch.
     tokens: decoded so far.
     seconds: spent in device loops.
+    splices: that run together, at most.
   """
 
   def __init__(self, lm: BaseLM, config: Config | None = None, *,
-               slots: int = 16, gistnet: GistEncoder | None = None,
+               slots: int = 16, splices: int | None = None,
+               gistnet: GistEncoder | None = None,
                lensnet: Callable[[], LensNetPolicy] | None = None):
     """An engine with no history open.
 
@@ -60,12 +68,23 @@ class Engine:
       lm: the frozen base.
       config: of every history.
       slots: see the class.
+      splices: see the class. A group is padded to so many. By default 1 on
+        CPUs, whose cores one splice fills: sixteen together take 0.7 to 1.05
+        of the time of sixteen single ones there (docs/trials.md), and padding
+        costs more than that saves. Elsewhere 8, or all slots if fewer: there
+        reading the weights takes most of a splice's time.
       gistnet: the compressor; the shipped one by default.
       lensnet: makes the LensNet of a history; the shipped one by default.
     """
     if not isinstance(slots, int) or slots < 1:
       raise McjaxError(f"slots must be a whole number >= 1, got {slots}")
-    self.lm, self.slots = lm, slots
+    if splices is None:
+      splices = _splices_of(lm, slots)
+    if not isinstance(splices, int) or not 1 <= splices <= slots:
+      raise McjaxError(
+        f"splices must be a whole number in [1, {slots}] (the slots), got "
+        f"{splices}")
+    self.lm, self.slots, self.splices = lm, slots, splices
     self.config = config or Config()
     self.blocks = self.rows = self.tokens = 0
     self.seconds = self._last = 0.0
@@ -110,6 +129,13 @@ class Engine:
       mc.generate("Ready?", 1)
 
   @property
+  def spliced(self) -> tuple[int, int]:
+    """Splices so far, and the programs that ran them; fewer if together."""
+    if self._decoder is None:
+      return 0, 0
+    return self._decoder.splicer.done, self._decoder.splicer.runs
+
+  @property
   def histories(self) -> list[MegaContext]:
     """Those that are open."""
     with self._lock:
@@ -138,8 +164,7 @@ class Engine:
   def _decoder_for(self, context: ContextLM) -> Decoder:
     with self._lock:
       if self._decoder is None:
-        self._decoder = context.decoder_of(
-          self.slots, model.unstacked(context.lm.params))
+        self._decoder = context.decoder_of(self.slots, self.splices)
       return self._decoder
 
   def _left(self, row: int) -> None:

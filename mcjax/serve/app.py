@@ -340,9 +340,11 @@ class Server:
   async def _read_metrics(self, request: Request) -> Response:
     del request
     engine = self._histories.engine
+    spliced, runs = engine.spliced
     return PlainTextResponse(self._metrics.text(
       histories_open=len(engine.histories), requests_busy=self._guard.busy,
-      blocks_decoded=engine.blocks, rows_decoded=engine.rows))
+      blocks_decoded=engine.blocks, rows_decoded=engine.rows,
+      splices=spliced, splice_runs=runs))
 
   async def _page(self, request: Request) -> Response:
     del request

@@ -31,7 +31,7 @@ def run(config) -> None:
 
   Args:
     config: ConfigDict with base, dtype, gistnet, lensnet, host, port, root,
-      slots, limits, loop.
+      slots, splices, limits, loop.
 
   Raises:
     McjaxError: a setting is wrong, or the extra "serve" is not installed.
@@ -58,8 +58,8 @@ def run(config) -> None:
     lensnet = functools.partial(
       load_lensnet, lm, config.lensnet, gistnet=gistnet)
     lensnet()  # what does not fit is told at once
-  with Engine(lm, loop, slots=config.slots, gistnet=gistnet,
-              lensnet=lensnet) as engine:
+  with Engine(lm, loop, slots=config.slots, splices=config.splices or None,
+              gistnet=gistnet, lensnet=lensnet) as engine:
     engine.warm_up()
     server = Server(
       Histories(engine, config.root, limits.wait_seconds), key, limits)

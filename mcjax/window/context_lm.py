@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax.base import model
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.gist.encoder import GistEncoder
@@ -206,8 +205,7 @@ class ContextLM(SlotInputs):
       self._undo.written[e.slot[rows]] = True
     slots = e.slot[rows]
     hidden = self.decoder.splice(
-      self.lm.params, 0, self._row, slots, self.inputs_of(slots),
-      self.slot_arrays(), store)
+      0, self._row, slots, self.inputs_of(slots), self.slot_arrays(), store)
     self.tokens_run += len(rows)
     return hidden, len(rows)
 
@@ -286,13 +284,19 @@ class ContextLM(SlotInputs):
   def decoder(self) -> Decoder:
     """Decodes this window; one of its own unless it has joined another's."""
     if self._decoder is None:
-      self._decoder = self.decoder_of(1, model.unstacked(self.lm.params))
+      self._decoder = self.decoder_of(1)
     return self._decoder
 
-  def decoder_of(self, rows: int, params) -> Decoder:
-    """A decoder of so many windows like this one; `model.unstacked` params."""
-    return Decoder(params, self.lm.config, rows, self._slots,
-                   self.lm.params["embed"].dtype, self._stop_ids, self._sizes)
+  def decoder_of(self, rows: int, splices: int = 1) -> Decoder:
+    """A decoder of so many windows like this one.
+
+    Args:
+      rows: the windows.
+      splices: that run together, at most.
+    """
+    return Decoder(self.lm.params, self.lm.config, rows, self._slots,
+                   self.lm.params["embed"].dtype, self._stop_ids, self._sizes,
+                   splices)
 
   def join(self, decoder: Decoder, row: int) -> None:
     """Lives as one row of a decoder that others use too."""
@@ -434,11 +438,11 @@ class ContextLM(SlotInputs):
     # Compiled programs live as long as the process: once a shape is enough.
     dtype, contrast = self.lm.params["embed"].dtype, self._contrast is not None
     shapes = (self.lm.config, self._slots, self._sizes, str(dtype), contrast,
-              self.decoder.rows)
+              self.decoder.rows, self.decoder.splicer.width)
     if shapes in _WARM:
       return
     yield from self.decoder.programs(
-      self.lm.params, contrast, first=1 + (contrast and reads_little))
+      contrast, first=1 + (contrast and reads_little))
     for size in self._sizes:
       hidden = jnp.zeros((size, self.lm.config.d_model), dtype)
       kv_slots.nll(self.lm.params, hidden, np.zeros(size, np.int32))

@@ -59,7 +59,7 @@ class Contrast:
     for a in range(0, len(todo), largest):
       part = todo[a : a + largest]
       hidden = decoder.splice(
-        self._lm.params, 1, row, slots[part],
+        1, row, slots[part],
         inputs.inputs_of(entries.slot[rows[part]]), seen)
       self._logits = kv_slots.next_logits(
         self._lm.params, hidden, np.int32(len(part) - 1))

@@ -3,7 +3,8 @@
 A history is a row. What a row attends to, where it stands, how it samples and
 how much it wants travel as arrays, so rows come, go and are refocused without
 recompiling. Whoever works on the caches waits for its turn, in the order of
-asking: so prompts are spliced between the blocks that are decoded.
+asking: so prompts are spliced between the blocks that are decoded, those that
+have waited meanwhile together.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mcjax.base import model
 from mcjax.base.decoder_config import DecoderConfig
 from mcjax.types import BRANCHING
-from mcjax.window import decode_loop, kv_slots, sampling
+from mcjax.window import decode_loop, sampling
 from mcjax.window.decode_loop import Block, Sight
 from mcjax.window.row_cache import Held, RowCache, near_slots, prior_slots
 from mcjax.window.sampling import Sampling
 from mcjax.window.slot_inputs import Inputs
+from mcjax.window.splicing import Splicer
 from mcjax.window.turn import Turn
 
 
@@ -122,16 +125,21 @@ class Decoder:
     rows: B.
     turn: held by whoever works on the caches; `with decoder.turn:`.
     sizes: of splices; each is padded to the next one.
+    splicer: runs them, those that wait for the same turn together.
   """
 
   def __init__(self, params, config: DecoderConfig, rows: int, window: int,
-               dtype, stop_ids: np.ndarray, sizes: tuple[int, ...]):
-    """Args: params: of the loop, see `model.unstacked`. window: slots of each
-    row's."""
+               dtype, stop_ids: np.ndarray, sizes: tuple[int, ...],
+               splices: int = 1):
+    """Args: params: as `model.forward` takes them. window: slots of each
+    row's. splices: that run together, at most."""
     self.rows, self.turn, self.sizes = rows, Turn(), sizes
-    self._params, self._config, self._dtype = params, config, dtype
+    self.splicer = Splicer(
+      params, config, window, sizes, splices, self._cache)
+    self._params, self._config, self._dtype = (
+      model.unstacked(params), config, dtype)
     self._stop_ids, self._window = stop_ids, window
-    self._caches = [RowCache(config, rows, window, dtype, near_slots(window))]
+    self._caches = [self._empty(window, near_slots(window))]
     self._seen = jnp.zeros((rows, config.vocab_size), bool)
     self._none = jnp.zeros(config.vocab_size, jnp.float32)
     self._key = jax.random.key(0)
@@ -150,45 +158,37 @@ class Decoder:
   def _cache(self, stream: int) -> RowCache:
     while stream >= len(self._caches):  # of prompts and answers alone
       slots = prior_slots(self._window)
-      self._caches.append(RowCache(
-        self._config, self.rows, slots, self._dtype, slots))
+      self._caches.append(self._empty(slots, slots))
     return self._caches[stream]
 
-  # --- one row ------------------------------------------------------------
+  def _empty(self, slots: int, near: int) -> RowCache:
+    return RowCache(self._config, self.rows, slots, self._dtype, near,
+                    self.splicer.width)
 
-  def splice(self, params, stream: int, row: int, slots: np.ndarray,
-             inputs: Inputs, seen: tuple[np.ndarray, np.ndarray],
-             store: bool = True) -> jax.Array:
+  # --- splices ------------------------------------------------------------
+
+  def splice(self, stream: int, row: int, slots: np.ndarray, inputs: Inputs,
+             seen: tuple[np.ndarray, np.ndarray], store: bool = True
+             ) -> jax.Array:
     """Runs the LM over the entries in slots [n]; hidden [T, D], T >= n.
 
+    Together with what other rows want, where they wait for the same turn.
+
     Args:
-      params: as `model.forward` takes them.
       stream: see `Seen`.
+      row: of the decoder.
+      slots: of the window.
       inputs: of these slots.
       seen: positions and visibility [S] of its slots.
       store: whether their keys and values are kept.
     """
-    size = next(s for s in self.sizes if s >= len(slots))
-    slots = kv_slots.pad(slots.astype(np.int32), size, self._window)
-    positions, visible = seen
-    with self.turn:
-      cache = self._cache(stream)
-      cache.move(row, positions, visible)
-      held, _ = cache.read(row, self._window)
-      spare = 0, self._window - cache.slots
-      out = kv_slots.splice(
-        params, self._config, held, slots, *self._padded(inputs, size),
-        np.pad(positions, spare), np.pad(visible, spare), self.sizes[-1])
-      if store:
-        cache.write(row, kv_slots.pad(slots, self.sizes[-1], self._window),
-                    out.keys, out.values, positions)
-    return out.hidden
+    mine = self.splicer.splice(stream, row, slots, inputs, seen, store)
+    with self.splicer.waiting(mine), self.turn:
+      self.splicer.run(mine)
+    assert mine.hidden is not None
+    return mine.hidden
 
-  def _padded(self, inputs: Inputs, size: int) -> Inputs:
-    spare = (0, size - len(inputs.ids))
-    return Inputs(np.pad(inputs.ids, spare),
-                  np.pad(inputs.gists, (spare, (0, 0))),
-                  np.pad(inputs.is_gist, spare))
+  # --- one row ------------------------------------------------------------
 
   def permute(self, row: int, order: np.ndarray) -> None:
     """Slot i of a row's window gets what was in slot order[i]."""
@@ -301,12 +301,10 @@ class Decoder:
 
   # --- compiling ----------------------------------------------------------
 
-  def programs(self, params, contrast: bool, first: int = 1
-               ) -> Iterator[None]:
+  def programs(self, contrast: bool, first: int = 1) -> Iterator[None]:
     """Compiles what rows need, one program at a time, once.
 
     Args:
-      params: as `model.forward` takes them.
       contrast: whether with a second stream too.
       first: so many streams are decoded first of all.
     """
@@ -320,27 +318,11 @@ class Decoder:
           self._compile_loop(streams, far)
         yield
     for size in self.sizes:
-      with self.turn:
-        self._compile_splice(params, size, contrast)
-      yield
-
-  def _compile_splice(self, params, size: int, contrast: bool) -> None:
-    nowhere = np.full(self.sizes[-1], self._window, np.int32)
-    places = np.zeros(self._window, np.int32)
-    nothing = Inputs(
-      np.zeros(0, np.int32), np.zeros((0, self._config.d_model), np.float32),
-      np.zeros(0, bool))
-    held, positions = self._caches[0].read(0)
-    out = kv_slots.splice(
-      params, self._config, held, nowhere[:size],
-      *self._padded(nothing, size), places, places.astype(bool),
-      self.sizes[-1])
-    if size == self.sizes[-1]:
-      self._caches[0].replace(0, held, positions)
-      for cache in map(self._cache, range(1 + contrast)):
-        cache.read(0, self._window)
-        cache.write(0, nowhere, out.keys, out.values, places[: cache.slots])
-        cache.permute(0, np.arange(cache.slots))
+      for compiled in (self.splicer.compile_alone,
+                       self.splicer.compile_together):
+        with self.turn:
+          compiled(size, 1 + contrast)
+        yield
 
   def _compile_loop(self, streams: int, far: bool) -> None:
     rows = sampling.Rows(

@@ -92,6 +92,33 @@ def splice(params, config: model.DecoderConfig, held: Held,
                  jnp.pad(values, (*((0, 0),) * 2, spare, (0, 0))))
 
 
+@functools.partial(jax.jit, static_argnames=("config", "width"))
+def splice_rows(params, config: model.DecoderConfig, held: Held,
+                slots: Int[Array, "n T"], ids: Int[Array, "n T"],
+                gists: Float[Array, "n T D"], is_gist: Bool[Array, "n T"],
+                positions: Int[Array, "n S"], visible: Bool[Array, "n S"],
+                width: int = 0) -> Spliced:
+  """As `splice`, of n rows together: the weights are read once for all.
+
+  Args:
+    held: [L, n, …]; the others with n in front.
+
+  Returns:
+    hidden [n, T, D]; keys and values [L, n, …].
+  """
+  def one(held, *row):
+    return tuple(splice(params, config, held, *row, width))
+
+  rows = jax.vmap(one, in_axes=(1, *(0,) * 6), out_axes=(0, 1, 1))
+  return Spliced(*rows(held, slots, ids, gists, is_gist, positions, visible))
+
+
+@jax.jit
+def hidden_of(hidden: jax.Array, number: jax.Array) -> jax.Array:
+  """One row's [T, D] of hidden [n, T, D]."""
+  return jax.lax.dynamic_index_in_dim(hidden, number, 0, False)
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def at_rest(config: model.DecoderConfig, held: Held,
             positions: Int[Array, " S"]) -> KVSlots:

@@ -92,6 +92,12 @@ def _read(pools, row, slots):
               jnp.pad(values, (*((0, 0),) * 2, spare, (0, 0))))
 
 
+@functools.partial(jax.jit, static_argnames="slots")
+def _read_rows(pools, rows, slots):
+  """What rows [n] hold, [L, n, …]."""
+  return jax.vmap(lambda row: _read(pools, row, slots), out_axes=1)(rows)
+
+
 # A row is changed layer by layer: of all layers together these programs took
 # seconds to compile.
 
@@ -129,8 +135,12 @@ def _tables(config, offsets):
   return rotation.offset_tables(config, offsets)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
-def _arrange(config, layer, number, row, order, tables):
+@functools.partial(jax.jit, static_argnames="config")
+def _tables_of_rows(config, offsets):
+  return jax.vmap(lambda one: rotation.offset_tables(config, one))(offsets)
+
+
+def _arranged(config, layer, number, row, order, tables):
   """A row's slots in another order, its keys then turned by tables [S, R]."""
   keys, values = (jnp.take(jnp.concatenate([
     jax.lax.dynamic_index_in_dim(part, row, 0, False) for part in parts
@@ -139,6 +149,18 @@ def _arrange(config, layer, number, row, order, tables):
   kind = rotation.layer_kinds(config).at(number)
   keys = rotation.turn(keys.swapaxes(1, 2), tables, kind).swapaxes(1, 2)
   return _with_row(layer, keys, values, row)
+
+
+_arrange = jax.jit(_arranged, static_argnames="config", donate_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
+def _turn_rows(config, layer, number, rows, count, tables):
+  """The keys of the first `count` of rows [n], turned by tables [n, S, R]."""
+  order = jnp.arange(tables[0].shape[1], dtype=jnp.int32)
+  return jax.lax.fori_loop(0, count, lambda i, layer: _arranged(
+    config, layer, number, rows[i], order,
+    tuple(table[i] for table in tables)), layer)
 
 
 def stored(pools: tuple[Pool, ...], slots: Array, keys, values
@@ -175,29 +197,45 @@ def _taken(entries, source, axis):
     entries, source, axis=axis, mode="promise_in_bounds")
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(layer, spliced, number, row, slots):
+def _written(layer, keys, values, row, slots):
+  """A layer's pools with keys [K, H, T] and values [K, T, H] in one row."""
   one = _pools([[[jax.lax.dynamic_slice_in_dim(a, row, 1) for a in part]
                  for part in layer]])
-  keys, values = (a[number][None] for a in spliced)
-  one = stored(one, slots[None], [keys], [values])
+  one = stored(one, slots[None], [keys[None]], [values[None]])
   return jax.tree.map(
     lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, row, 0),
     layer, _layers(one)[0])
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(layer, spliced, number, row, slots):
+  keys, values = (a[number] for a in spliced)
+  return _written(layer, keys, values, row, slots)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_rows(layer, spliced, number, rows, count, slots):
+  """New entries [L, n, …] in the first `count` of rows [n]."""
+  keys, values = (a[number] for a in spliced)
+  return jax.lax.fori_loop(0, count, lambda i, layer: _written(
+    layer, keys[i], values[i], rows[i], slots[i]), layer)
+
+
 class RowCache:
   """The cache of B rows; whoever uses it must hold the decoder's turn.
+
+  What is done to several rows together takes up to `width` of them.
 
   Attributes:
     slots: of a row.
     near: slots of the near pool; a far one has the others, if there are any.
+    width: see above.
     lost: how often its contents were lost, in work that was cut off.
   """
 
   def __init__(self, config: DecoderConfig, rows: int, slots: int, dtype,
-               near: int):
-    self.slots, self.near, self.lost = slots, near, 0
+               near: int, width: int = 1):
+    self.slots, self.near, self.width, self.lost = slots, near, width, 0
     self._config, self._rows, self._dtype = config, rows, dtype
     self._positions = np.zeros((rows, slots), np.int32)
     self._pools = {name: self._empty(name) for name in self._names()}
@@ -297,3 +335,42 @@ class RowCache:
     layers = _layers(self.take())
     self.give(_pools([
       change(layer, np.int32(n)) for n, layer in enumerate(layers)]))
+
+  # --- several rows -------------------------------------------------------
+
+  def read_rows(self, rows: list[int], slots: int) -> Held:
+    """What each of them holds, [L, width, …]; padded as `read` does."""
+    pools = self.take()
+    self.give(pools)
+    return _read_rows(pools, self._padded(rows)[0], max(slots, self.slots))
+
+  def write_rows(self, rows: list[int], slots: np.ndarray, keys: jax.Array,
+                 values: jax.Array, positions: list[np.ndarray]) -> None:
+    """As `write`; slots [width, T], keys and values [L, width, …]."""
+    where, count = self._padded(rows)
+    self._each(lambda layer, n: _write_rows(
+      layer, (keys, values), n, where, count, slots))
+    for row, own, places in zip(rows, slots, positions):
+      self.mark(row, own[own < self.slots], places)
+
+  def move_rows(self, rows: list[int], positions: list[np.ndarray],
+                visible: list[np.ndarray]) -> None:
+    """As `move` of each of them."""
+    offsets = {row: np.where(seen, places - self._positions[row], 0)
+               for row, places, seen in zip(rows, positions, visible)}
+    moved = [row for row in rows if offsets[row].any()]
+    if moved:
+      self.turn_rows(moved, np.array([offsets[row] for row in moved]))
+
+  def turn_rows(self, rows: list[int], offsets: np.ndarray) -> None:
+    """Turns the keys of rows on by offsets [n, S]."""
+    (where, count), spare = self._padded(rows), self.width - len(rows)
+    tables = _tables_of_rows(self._config, np.pad(
+      offsets.astype(np.int32), ((0, spare), (0, 0))))
+    self._each(lambda layer, n: _turn_rows(
+      self._config, layer, n, where, count, tables))
+    self._positions[rows] += offsets
+
+  def _padded(self, rows: list[int]) -> tuple[np.ndarray, np.int32]:
+    spare = 0, self.width - len(rows)
+    return np.pad(np.array(rows, np.int32), spare), np.int32(len(rows))

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 
 import jax
 import numpy as np
@@ -48,26 +49,61 @@ def lived_together(engine, count, work):
   return out
 
 
-@pytest.mark.parametrize("count", [
-  4, pytest.param(16, marks=pytest.mark.slow)])
-def test_many_at_once_say_what_each_says_alone(tiny_lm, tiny_gistnet, count):
+@pytest.fixture(scope="module")
+def lives_alone(tiny_lm, tiny_gistnet):
+  """What so many histories say when each is by itself."""
+  known = []
+
+  def of(count):
+    for i in range(len(known), count):
+      with MegaContext.create(tiny_base.memory_url(), tiny_lm, Config(**SMALL),
+                              gistnet=tiny_gistnet) as mc:
+        known.append(life_of(mc, i))
+    return known[:count]
+
+  return of
+
+
+@pytest.mark.parametrize("count, splices", [
+  (4, 1), (4, 3), pytest.param(16, 1, marks=pytest.mark.slow),
+  pytest.param(16, 8, marks=pytest.mark.slow)])
+def test_many_at_once_say_what_each_says_alone(
+    tiny_lm, tiny_gistnet, lives_alone, count, splices):
   """Through joins, leaves and refocuses, under different samplings."""
-  config, alone = Config(**SMALL), []
-  for i in range(count):
-    with MegaContext.create(tiny_base.memory_url(), tiny_lm, config,
-                            gistnet=tiny_gistnet) as mc:
-      alone.append(life_of(mc, i))
-  with Engine(tiny_lm, config, slots=count, gistnet=tiny_gistnet) as engine:
-    assert lived_together(engine, count, life_of) == alone
+  with Engine(tiny_lm, Config(**SMALL), slots=count, splices=splices,
+              gistnet=tiny_gistnet) as engine:
+    assert lived_together(engine, count, life_of) == lives_alone(count)
     assert engine.rows > engine.blocks > 0
+    done, runs = engine.spliced
+    assert (done > runs) == (splices > 1)
 
 
-@pytest.mark.parametrize("steps", [
-  40, pytest.param(1000, marks=pytest.mark.slow)])
-def test_nothing_compiles_once_it_is_warm(tiny_lm, tiny_gistnet, steps):
+def ask_at_once(engine, count):
+  """So many histories alike, whose splices wait for the same turn."""
+  def ask(mc):
+    mc.generate(QUESTION, 8)
+
+  mcs = [engine.create(tiny_base.memory_url()) for _ in range(count)]
+  threads = [threading.Thread(target=ask, args=(mc,)) for mc in mcs]
+  decoder = mcs[0].context.decoder
+  with decoder.turn:
+    for thread in threads:
+      thread.start()
+    while len(decoder.splicer._waiting) < count:
+      time.sleep(0.001)
+  for thread in threads:
+    thread.join()
+
+
+@pytest.mark.parametrize("steps, splices", [
+  (40, 2), pytest.param(1000, 1, marks=pytest.mark.slow),
+  pytest.param(1000, 2, marks=pytest.mark.slow)])
+def test_nothing_compiles_once_it_is_warm(
+    tiny_lm, tiny_gistnet, steps, splices):
   """However histories come, go, are refocused and sampled."""
   rng, config = np.random.RandomState(0), Config(**SMALL)
-  with Engine(tiny_lm, config, slots=3, gistnet=tiny_gistnet) as engine:
+  with Engine(tiny_lm, config, slots=3, splices=splices, gistnet=tiny_gistnet
+              ) as engine:
     engine.warm_up()
     histories = {}
 
@@ -100,7 +136,12 @@ def test_nothing_compiles_once_it_is_warm(tiny_lm, tiny_gistnet, steps):
         thread.start()
       for thread in threads:
         thread.join()
+    for mc in engine.histories:
+      mc.close()
+    ask_at_once(engine, 3)
     assert compile_count() == before
+    done, runs = engine.spliced
+    assert (done > runs) == (splices > 1)
 
 
 def test_a_further_history_costs_its_keys_and_values(tiny_lm, tiny_gistnet):
@@ -137,6 +178,12 @@ def test_work_that_is_cut_off_costs_the_others_time_alone(
       said.append(mc.generate("go on", 70, on_text=lose).token_ids.tolist())
       assert (engine.tokens, mc.context.decoder.lost > 0) == (70, cut_off)
   assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("splices", [0, 3, "2"])
+def test_splices_are_at_most_the_slots(tiny_lm, tiny_gistnet, splices):
+  with pytest.raises(McjaxError, match=r"splices must be .* in \[1, 2\]"):
+    Engine(tiny_lm, slots=2, splices=splices, gistnet=tiny_gistnet)
 
 
 def test_a_full_engine_says_so_and_a_closed_history_makes_room(
