@@ -26,10 +26,11 @@ jaxtyping.install_import_hook(
 from runtime_cases import SMALL  # noqa: E402
 
 from mcjax import Config, MegaContext  # noqa: E402
-from mcjax.base import hub  # noqa: E402
+from mcjax.base import compilation_cache, hub  # noqa: E402
 from mcjax.base.load import load_base_lm  # noqa: E402
 from mcjax.testing import object_store, tiny_base  # noqa: E402
 
+compilation_cache.use_compilation_cache(hub.cache_dir() / "xla-tests")
 for name, value in {
   "jax_compilation_cache_dir": str(hub.cache_dir() / "xla-tests"),
   "jax_compilation_cache_max_size": 1 << 30,  # bytes

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import platform
 import sys
 
+import filelock
 import jax
 
 from mcjax.base import hub
 
 _MOST = 1 << 31  # bytes; what was used longest ago makes room
+_PATIENCE = 10.0  # seconds that another process may hold the cache's lock
 _LONG = 1.0  # seconds for a program, from which the user is told
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _MISSED = "/jax/compilation_cache/cache_misses"
@@ -35,8 +38,6 @@ def keep_programs() -> None:
     return
   if os.access(folder, os.W_OK):
     use_compilation_cache(folder)
-    # Where its size is limited, JAX locks the cache: processes may share it.
-    jax.config.update("jax_compilation_cache_max_size", _MOST)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.monitoring.register_event_listener(_note)
     jax.monitoring.register_event_duration_secs_listener(_tell)
@@ -64,6 +65,25 @@ def use_compilation_cache(folder: os.PathLike) -> None:
   """Keeps compiled programs in `folder` from now on."""
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  if "://" not in os.fspath(folder):  # not on an object store
+    # Where its size is limited, JAX locks the cache: processes may share it.
+    jax.config.update("jax_compilation_cache_max_size", _MOST)
+    with contextlib.suppress(OSError):  # also where the lock is not had
+      _drop_unfinished(pathlib.Path(folder))
+
+
+def _drop_unfinished(folder: pathlib.Path) -> None:
+  """Deletes programs whose writer was killed before it had noted their use.
+
+  JAX (0.11.2) keeps no further program beside one of these.
+  """
+  if not folder.is_dir():
+    return
+  with filelock.FileLock(folder / ".lockfile", timeout=_PATIENCE):
+    for program in folder.glob("*-cache"):
+      used = program.name.removesuffix("-cache") + "-atime"
+      if not program.with_name(used).exists():
+        program.unlink()
 
 
 def _machine() -> str:

@@ -1,6 +1,7 @@
 """Compiled programs kept on disk, by default and as the user says."""
 
 import jax
+from jax._src import lru_cache
 import pytest
 
 from mcjax.base import compilation_cache, hub
@@ -27,6 +28,18 @@ def test_programs_are_kept_in_the_user_cache(unset):
   assert folder.startswith(f"{unset}/xla-")
   assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
   assert jax.config.jax_compilation_cache_max_size > 0  # so JAX takes a lock
+
+
+def test_a_program_whose_writer_was_killed_is_dropped(unset):
+  """JAX would store no other one beside it."""
+  for name in ("whole-cache", "whole-atime", "torn-cache", "old-atime"):
+    (unset / name).write_bytes(b"\0" * 8)
+  compilation_cache.use_compilation_cache(unset)
+  found = {path.name for path in unset.glob("*-*")}
+  assert found == {"whole-cache", "whole-atime", "old-atime"}
+  jax_cache = lru_cache.LRUCache(str(unset), max_size=1 << 20)
+  jax_cache.put("new", b"program")
+  assert jax_cache.get("new") == b"program"
 
 
 def test_the_switch_keeps_none_and_leaves_the_weights_their_place(
