@@ -1,5 +1,8 @@
 """What the tests of MegaContext share: sizes, and what it holds."""
 
+import threading
+import time
+
 from mcjax.testing import tiny_base
 
 WINDOW = 512
@@ -47,3 +50,57 @@ def window_logits(mc):
 def spans(out):
   """(start, stop) of an answer's sources."""
   return [(source.start, source.stop) for source in out.sources]
+
+
+# --- Many histories at once -------------------------------------------------
+
+
+def life_of(mc, i):
+  """A document with a fact, a question about it, and answers of other kinds."""
+  text = tiny_base.text(600 + 37 * i, i).replace(".", " ")
+  mc.ingest(f"{text}. THE PUMP CODE IS {7000 + i}. {tiny_base.text(300, i)}")
+  return [
+    mc.generate(QUESTION, 40 + 3 * i).token_ids.tolist(),
+    mc.generate("and then", 30, temperature=0.8 * (i % 2), seed=i
+                ).token_ids.tolist(),
+    mc.generate("and if", 35, remember=False).token_ids.tolist(),
+    "".join(mc.stream("say", 20)),
+  ]
+
+
+def lived_together(engine, count, work):
+  """What `work` gives for each of so many histories, all at once."""
+  out, errors = [None] * count, []
+
+  def live(i):
+    try:
+      with engine.create(tiny_base.memory_url()) as mc:
+        out[i] = work(mc, i)
+    except BaseException as error:
+      errors.append(error)
+
+  threads = [threading.Thread(target=live, args=(i,)) for i in range(count)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert not errors, errors[:3]
+  return out
+
+
+def ask_at_once(engine, count):
+  """So many histories alike, whose splices wait for the same turn."""
+  def ask(mc):
+    mc.generate(QUESTION, 8)
+
+  engine.warm_up()
+  mcs = [engine.create(tiny_base.memory_url()) for _ in range(count)]
+  threads = [threading.Thread(target=ask, args=(mc,)) for mc in mcs]
+  decoder = mcs[0].context.decoder
+  with decoder.turn:
+    for thread in threads:
+      thread.start()
+    while len(decoder.splicer._waiting) < count:
+      time.sleep(0.001)
+  for thread in threads:
+    thread.join()

@@ -17,6 +17,9 @@ def get_config(base: str = "smollm2-135m") -> config_dict.ConfigDict:
   c.root = "runs/histories"  # a folder for every history
   c.slots = 16  # histories open at one time
   c.splices = 0  # prompts run together; 0 is 1 on CPUs and 8 elsewhere
+  c.mesh_data = 1  # devices that histories are split over; -1 takes all left
+  c.mesh_fsdp = 1  # the same, and the base's parameters besides
+  c.mesh_tensor = 1  # devices that attention heads are split over
   c.limits = config_dict.ConfigDict({
     "body_bytes": 32 << 20,  # of a request
     "max_new_tokens": 1024,  # of an answer

@@ -312,6 +312,12 @@ class GistEncoder:
     if config.input_layer:
       self._base |= {k: lm.params[k] for k in ("layers", "final_norm")}
 
+  def bound_to(self, lm: BaseLM) -> GistEncoder:
+    """The same GistNet, reading the embeddings of this copy of its base."""
+    if lm.params["embed"] is self._base["embed"]:
+      return self
+    return GistEncoder(lm, self.params, self.config, self.trained, self.card)
+
   def gists_seen(self, window: int) -> int | None:
     """The newest gists, so many, that the LM should attend to; None for all.
 

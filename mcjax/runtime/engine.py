@@ -5,6 +5,9 @@ through one device loop, a row each. A history asks for its next few tokens
 whenever it is ready, so answers begin, end and are refocused while others go
 on, and nothing recompiles. Prompts and refocuses that come while the caches
 are in use are run together too; scores and search are each history's own.
+
+On a mesh the rows are split over its `data` and `fsdp` axes, key heads over
+`tensor`, the base's parameters as in training (see `window/spread.py`).
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.gist.encoder import GistEncoder, load_gistnet
 from mcjax.lens.policy import LensNetPolicy
+from mcjax.parallel.sharding import RULES, Rules
 from mcjax.runtime.focus_loop import Result
 from mcjax.runtime.megacontext import MegaContext
 from mcjax.types import McjaxError
+from mcjax.window import spread as spreads
 from mcjax.window.context_lm import ContextLM
 from mcjax.window.decoding import Decoder, Job, Said
 
@@ -48,20 +53,22 @@ class Engine:
   """Decodes up to `slots` histories together; its methods are thread-safe.
 
   Attributes:
-    lm: the frozen base.
+    lm: the frozen base, as histories use it.
     config: of every history.
     slots: histories open at one time, at most.
     blocks: device loops run so far.
     rows: answers decoded in them, summed: rows / blocks is the mean batch.
     tokens: decoded so far.
     seconds: spent in device loops.
-    splices: that run together, at most.
+    splices: that run together, at most; on a mesh, of each device that has
+      rows of its own.
   """
 
   def __init__(self, lm: BaseLM, config: Config | None = None, *,
                slots: int = 16, splices: int | None = None,
                gistnet: GistEncoder | None = None,
-               lensnet: Callable[[], LensNetPolicy] | None = None):
+               lensnet: Callable[[], LensNetPolicy] | None = None,
+               mesh=None, rules: Rules = RULES):
     """An engine with no history open.
 
     Args:
@@ -75,21 +82,37 @@ class Engine:
         reading the weights takes most of a splice's time.
       gistnet: the compressor; the shipped one by default.
       lensnet: makes the LensNet of a history; the shipped one by default.
+      mesh: of `parallel.sharding.make_mesh`; by default that on which the base
+        was loaded, else one device. A base loaded on one device stays there
+        too, beside its parts on the mesh.
+      rules: how parameters and rows are split.
+
+    Raises:
+      McjaxError: a setting is out of range, or does not divide on the mesh.
     """
     if not isinstance(slots, int) or slots < 1:
       raise McjaxError(f"slots must be a whole number >= 1, got {slots}")
-    if splices is None:
-      splices = _splices_of(lm, slots)
-    if not isinstance(splices, int) or not 1 <= splices <= slots:
+    self._spread = spread = spreads.spread_of(lm, mesh, rules)
+    if slots % spread.parts:
       raise McjaxError(
-        f"splices must be a whole number in [1, {slots}] (the slots), got "
-        f"{splices}")
-    self.lm, self.slots, self.splices = lm, slots, splices
+        f"slots={slots} do not divide among {spread.parts} devices, the mesh's "
+        f"{' × '.join(spread.batch)}")
+    share = slots // spread.parts
+    if splices is None:
+      splices = _splices_of(lm, share)
+    if not isinstance(splices, int) or not 1 <= splices <= share:
+      raise McjaxError(
+        f"splices must be a whole number in [1, {share}] (the slots of a "
+        f"device), got {splices}")
+    self.slots, self.splices, self._rules = slots, splices, rules
+    self._whole, self.lm = lm, spreads.at_home(lm, spread)
     self.config = config or Config()
     self.blocks = self.rows = self.tokens = 0
     self.seconds = self._last = 0.0
-    self._gistnet = gistnet or load_gistnet(lm)
+    self._gistnet = (gistnet or load_gistnet(self.lm)).bound_to(self.lm)
     self._lensnet = lensnet or (lambda: None)
+    spreads.check_whole(
+      self.lm, self.config.policy == "oracle", self._gistnet.config.input_layer)
     self._decoder: Decoder | None = None
     self._open: dict[int, MegaContext | None] = {}
     self._lock = threading.Lock()
@@ -164,8 +187,15 @@ class Engine:
   def _decoder_for(self, context: ContextLM) -> Decoder:
     with self._lock:
       if self._decoder is None:
-        self._decoder = context.decoder_of(self.slots, self.splices)
+        self._decoder = context.decoder_of(
+          self.slots, self.splices, self._params(context), self._spread)
       return self._decoder
+
+  def _params(self, context: ContextLM) -> dict:
+    if self._spread.mesh is None:
+      return context.lm.params
+    return spreads.params_of(
+      self._gistnet.reader(self._whole), self._spread, self._rules)
 
   def _left(self, row: int) -> None:
     with self._lock:

@@ -14,9 +14,11 @@ from mcjax.base.load import load_base_lm
 from mcjax.config import Config
 from mcjax.gist.encoder import load_gistnet
 from mcjax.lens.policy import load_lensnet
+from mcjax.parallel import sharding
 from mcjax.runtime.engine import Engine
 from mcjax.settings import read_fields
 from mcjax.types import McjaxError
+from mcjax.window import spread
 
 if TYPE_CHECKING:
   import uvicorn
@@ -31,7 +33,7 @@ def run(config) -> None:
 
   Args:
     config: ConfigDict with base, dtype, gistnet, lensnet, host, port, root,
-      slots, splices, limits, loop.
+      slots, splices, mesh_data, mesh_fsdp, mesh_tensor, limits, loop.
 
   Raises:
     McjaxError: a setting is wrong, or the extra "serve" is not installed.
@@ -51,12 +53,13 @@ def run(config) -> None:
   if config.host not in ("127.0.0.1", "localhost", "::1") and not key:
     raise McjaxError(
       f"config.host {config.host} is open to others: set MCJAX_API_KEY")
-  lm = load_base_lm(config.base, dtype=config.dtype)
-  gistnet = load_gistnet(lm, config.gistnet or None)
+  lm = load_base_lm(config.base, dtype=config.dtype, mesh=_mesh(config))
+  near = spread.at_home(lm, spread.spread_of(lm, None, sharding.RULES))
+  gistnet = load_gistnet(near, config.gistnet or None)
   lensnet = None
   if config.lensnet:
     lensnet = functools.partial(
-      load_lensnet, lm, config.lensnet, gistnet=gistnet)
+      load_lensnet, near, config.lensnet, gistnet=gistnet)
     lensnet()  # what does not fit is told at once
   with Engine(lm, loop, slots=config.slots, splices=config.splices or None,
               gistnet=gistnet, lensnet=lensnet) as engine:
@@ -71,6 +74,12 @@ def run(config) -> None:
       runner.run()
     server.close()
   print("Stopped; everything is committed.", file=sys.stderr)
+
+
+def _mesh(config):
+  """The devices that serve; None is the default one."""
+  sizes = config.mesh_data, config.mesh_fsdp, config.mesh_tensor
+  return None if sizes == (1, 1, 1) else sharding.make_mesh(*sizes)
 
 
 def _tell(runner: uvicorn.Server, line: str) -> None:

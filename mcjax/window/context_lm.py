@@ -25,6 +25,7 @@ from mcjax.window.decoding import Decoder, Draw, Job, Said, Seen
 from mcjax.window.kv_slots import KVSlots
 from mcjax.window.sampling import Sampling
 from mcjax.window.slot_inputs import SlotInputs
+from mcjax.window.spread import ALONE, Spread
 from mcjax.window.undo import Undo
 from mcjax.window.working_context import (
   Attention,
@@ -287,16 +288,19 @@ class ContextLM(SlotInputs):
       self._decoder = self.decoder_of(1)
     return self._decoder
 
-  def decoder_of(self, rows: int, splices: int = 1) -> Decoder:
+  def decoder_of(self, rows: int, splices: int = 1, params=None,
+                 spread: Spread = ALONE) -> Decoder:
     """A decoder of so many windows like this one.
 
     Args:
       rows: the windows.
-      splices: that run together, at most.
+      splices: that run together on a device, at most.
+      params: laid out by `spread`; by default those of the base.
+      spread: of the rows.
     """
-    return Decoder(self.lm.params, self.lm.config, rows, self._slots,
+    return Decoder(params or self.lm.params, self.lm.config, rows, self._slots,
                    self.lm.params["embed"].dtype, self._stop_ids, self._sizes,
-                   splices)
+                   splices, spread)
 
   def join(self, decoder: Decoder, row: int) -> None:
     """Lives as one row of a decoder that others use too."""
@@ -398,14 +402,18 @@ class ContextLM(SlotInputs):
       held, positions = self.decoder.read(self._row)
       kept = (jax.device_get(held), positions, self.ids.copy(),
               self.gists.copy(), self.is_gist.copy())
+    self._notice_loss()  # a copy would take what is lost for ready
     self._undo = Undo(self._slots)
-    return self.window.copy(), kept, self._hidden, self._rows, self._logits
+    return (self.window.copy(), kept, self._lost, self._hidden, self._rows,
+            self._logits)
 
   def restore(self, snapshot: tuple) -> None:
     """Puts the window and its cache back; consumes the snapshot."""
-    window, kept, self._hidden, self._rows, self._logits = snapshot
+    window, kept, lost, self._hidden, self._rows, self._logits = snapshot
     if kept is None:
       self._undo.amend(window)
+      if self._lost != lost:
+        window.mark_unready()
     else:
       held, positions, self.ids, self.gists, self.is_gist = kept
       self.decoder.replace(self._row, held, positions)
@@ -416,7 +424,7 @@ class ContextLM(SlotInputs):
   @property
   def is_alone(self) -> bool:
     """Whether no other windows are decoded with this one."""
-    return self.decoder.rows == 1
+    return self.decoder.rows == 1 and self.decoder.spread == ALONE
 
   def twin(self) -> ContextLM:
     """An empty window of the same shapes, with a cache of its own."""
@@ -438,13 +446,15 @@ class ContextLM(SlotInputs):
     # Compiled programs live as long as the process: once a shape is enough.
     dtype, contrast = self.lm.params["embed"].dtype, self._contrast is not None
     shapes = (self.lm.config, self._slots, self._sizes, str(dtype), contrast,
-              self.decoder.rows, self.decoder.splicer.width)
+              self.decoder.rows, self.decoder.splicer.width,
+              self.decoder.spread)
     if shapes in _WARM:
       return
     yield from self.decoder.programs(
       contrast, first=1 + (contrast and reads_little))
     for size in self._sizes:
-      hidden = jnp.zeros((size, self.lm.config.d_model), dtype)
+      hidden = self.decoder.spread.at_home(
+        jnp.zeros((size, self.lm.config.d_model), dtype))
       kv_slots.nll(self.lm.params, hidden, np.zeros(size, np.int32))
       kv_slots.next_logits(self.lm.params, hidden, np.int32(0))
       yield

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from mcjax.base import decoder_layer, model, rotation
 from mcjax.types import BRANCHING, Array
 from mcjax.window import sampling
-from mcjax.window.row_cache import Pool, stored
+from mcjax.window.pools import POOL, Pool, stored
+from mcjax.window.spread import ALONE, ROWS, Spread
 
 LIKELY = 20  # tokens listed beside the one drawn, at most
 NOTHING, LOGPROBS, LIKELIEST = range(3)  # of the chances that are told
@@ -201,13 +202,14 @@ def _against(logits, prior, weight, on):
 
 
 @functools.partial(
-  jax.jit, static_argnames="config", donate_argnames=("streams", "seen"))
+  jax.jit, static_argnames=("config", "spread"),
+  donate_argnames=("streams", "seen"))
 def decode_rows(params, config: model.DecoderConfig,
                 streams: tuple[tuple[Pool, ...], ...],
                 sights: tuple[Sight, ...],
                 limit: jax.Array, stop_ids: jax.Array, rows: sampling.Rows,
                 seen: jax.Array, weight: jax.Array, on: jax.Array,
-                told: jax.Array
+                told: jax.Array, spread: Spread = ALONE
                 ) -> tuple[tuple[tuple[Pool, ...], ...], Block]:
   """Decodes up to `limit` [B] <= 32 tokens a row, without a host sync.
 
@@ -225,9 +227,10 @@ def decode_rows(params, config: model.DecoderConfig,
     on: [B] bool, rows that are held against anything.
     told: [] int32, what of the chances is told: NOTHING (all are 0),
       LOGPROBS of the tokens drawn, or the LIKELIEST tokens too.
+    spread: of the rows.
 
   Returns:
-    The pools with the new tokens in them, and a `Block`.
+    The pools with the new tokens in them, and a `Block`, every device's.
   """
   count = limit.shape[0]
   size = BRANCHING
@@ -241,8 +244,10 @@ def decode_rows(params, config: model.DecoderConfig,
     "logprobs": jnp.zeros((count, size), jnp.float32),
     "likely": jnp.zeros((count, size, LIKELY), jnp.int32),
     "likely_logprobs": jnp.zeros((count, size, LIKELY), jnp.float32),
-    "logits": tuple(s.logits for s in sights), "seen": seen,
-    "own": (((wide, tall),) * config.n_layers,) * len(streams),
+    "logits": spread.laid(tuple(s.logits for s in sights), (ROWS,)),
+    "seen": seen,
+    "own": spread.laid(
+      (((wide, tall),) * config.n_layers,) * len(streams), POOL),
   }
 
   def step(c):
@@ -288,9 +293,10 @@ def decode_rows(params, config: model.DecoderConfig,
   streams = tuple(
     stored(pools, sight.slots, *zip(*own))
     for pools, sight, own in zip(streams, sights, c["own"]))
-  return streams, Block(
+  block = Block(
     c["tokens"], c["logprobs"], c["likely"], c["likely_logprobs"], c["count"],
     stopped, c["logits"], c["seen"])
+  return spread.laid(streams, POOL), spread.laid(block, ())
 
 
 def _silent(logits, token):

@@ -22,10 +22,12 @@ from mcjax.base.decoder_config import DecoderConfig
 from mcjax.types import BRANCHING
 from mcjax.window import decode_loop, sampling
 from mcjax.window.decode_loop import Block, Sight
-from mcjax.window.row_cache import Held, RowCache, near_slots, prior_slots
+from mcjax.window.pools import Held
+from mcjax.window.row_cache import RowCache, near_slots, prior_slots
 from mcjax.window.sampling import Sampling
 from mcjax.window.slot_inputs import Inputs
 from mcjax.window.splicing import Splicer
+from mcjax.window.spread import ALONE, ROWS, Spread
 from mcjax.window.turn import Turn
 
 
@@ -126,22 +128,24 @@ class Decoder:
     turn: held by whoever works on the caches; `with decoder.turn:`.
     sizes: of splices; each is padded to the next one.
     splicer: runs them, those that wait for the same turn together.
+    spread: how rows lie on devices.
   """
 
   def __init__(self, params, config: DecoderConfig, rows: int, window: int,
                dtype, stop_ids: np.ndarray, sizes: tuple[int, ...],
-               splices: int = 1):
+               splices: int = 1, spread: Spread = ALONE):
     """Args: params: as `model.forward` takes them. window: slots of each
-    row's. splices: that run together, at most."""
+    row's. splices: that run together on a device, at most."""
     self.rows, self.turn, self.sizes = rows, Turn(), sizes
+    self.spread = spread
     self.splicer = Splicer(
-      params, config, window, sizes, splices, self._cache)
+      params, config, window, sizes, splices, spread, self._cache)
     self._params, self._config, self._dtype = (
       model.unstacked(params), config, dtype)
     self._stop_ids, self._window = stop_ids, window
     self._caches = [self._empty(window, near_slots(window))]
-    self._seen = jnp.zeros((rows, config.vocab_size), bool)
-    self._none = jnp.zeros(config.vocab_size, jnp.float32)
+    self._seen = spread.put(jnp.zeros((rows, config.vocab_size), bool), ())
+    self._none = spread.at_home(jnp.zeros(config.vocab_size, jnp.float32))
     self._key = jax.random.key(0)
     self._warm: set[bool] = set()
 
@@ -163,7 +167,7 @@ class Decoder:
 
   def _empty(self, slots: int, near: int) -> RowCache:
     return RowCache(self._config, self.rows, slots, self._dtype, near,
-                    self.splicer.width)
+                    self.splicer.width, self.spread)
 
   # --- splices ------------------------------------------------------------
 
@@ -260,11 +264,11 @@ class Decoder:
     streams, block = decode_loop.decode_rows(
       self._params, self._config, tuple(c.take(far) for c in caches),
       tuple(sights), limit, self._stop_ids, rows, self._seen, weight,
-      on, told)
+      on, told, self.spread)
     for cache, pools in zip(caches, streams):
       cache.give(pools)
     self._seen = block.seen
-    return block
+    return block._replace(logits=tuple(map(self.spread.at_home, block.logits)))
 
   def _sight(self, stream: int, seen: dict[int, Seen]) -> Sight:
     size = self._cache(stream).slots
@@ -277,7 +281,8 @@ class Decoder:
       positions[row], visible[row] = one.positions, one.visible
       slots[row, : len(one.slots)] = one.slots
       first[row], logits[row] = one.first, one.logits
-    return Sight(positions, visible, first, decode_loop.stacked(logits), slots)
+    return Sight(positions, visible, first, self.spread.put(
+      decode_loop.stacked(logits), (ROWS,)), slots)
 
   def _shared_out(self, jobs: list[Job], block: Block) -> list[Said]:
     tokens, logprobs, likely, values, count, stopped = jax.device_get(

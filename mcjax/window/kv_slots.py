@@ -17,7 +17,8 @@ import numpy as np
 
 from mcjax.base import model, rotation
 from mcjax.types import BRANCHING, Array
-from mcjax.window.row_cache import Held
+from mcjax.window.pools import HELD_ROWS, Held
+from mcjax.window.spread import ALONE, Spread
 
 STOP_IDS = 8  # fixed width of the stop-token list, padded with -1
 
@@ -92,25 +93,27 @@ def splice(params, config: model.DecoderConfig, held: Held,
                  jnp.pad(values, (*((0, 0),) * 2, spare, (0, 0))))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "width"))
+@functools.partial(jax.jit, static_argnames=("config", "width", "spread"))
 def splice_rows(params, config: model.DecoderConfig, held: Held,
                 slots: Int[Array, "n T"], ids: Int[Array, "n T"],
                 gists: Float[Array, "n T D"], is_gist: Bool[Array, "n T"],
                 positions: Int[Array, "n S"], visible: Bool[Array, "n S"],
-                width: int = 0) -> Spliced:
+                width: int = 0, spread: Spread = ALONE) -> Spliced:
   """As `splice`, of n rows together: the weights are read once for all.
 
   Args:
     held: [L, n, …]; the others with n in front.
+    spread: of the rows.
 
   Returns:
-    hidden [n, T, D]; keys and values [L, n, …].
+    hidden [n, T, D], every device's; keys and values [L, n, …].
   """
   def one(held, *row):
     return tuple(splice(params, config, held, *row, width))
 
   rows = jax.vmap(one, in_axes=(1, *(0,) * 6), out_axes=(0, 1, 1))
-  return Spliced(*rows(held, slots, ids, gists, is_gist, positions, visible))
+  hidden, *new = rows(held, slots, ids, gists, is_gist, positions, visible)
+  return Spliced(spread.laid(hidden, ()), *spread.laid(new, HELD_ROWS))
 
 
 @jax.jit

@@ -22,6 +22,7 @@ from mcjax.window import kv_slots
 from mcjax.window.kv_slots import Spliced
 from mcjax.window.row_cache import RowCache
 from mcjax.window.slot_inputs import Inputs
+from mcjax.window.spread import ROWS, Spread
 
 
 @dataclasses.dataclass(eq=False)
@@ -60,17 +61,19 @@ class Splicer:
   """Runs splices; whoever lets it must hold the decoder's turn.
 
   Attributes:
-    width: splices that run together, at most.
+    width: splices that run together, at most; on a mesh of all devices.
     done: splices so far.
     runs: programs that ran them; fewer where some ran together.
   """
 
   def __init__(self, params, config: DecoderConfig, window: int,
-               sizes: tuple[int, ...], width: int,
+               sizes: tuple[int, ...], width: int, spread: Spread,
                cache_of: Callable[[int], RowCache]):
     """Args: params: as `model.forward` takes them. window: slots of a row.
-    sizes: of splices, see `Decoder`. cache_of: the cache of a stream."""
-    self.width, self.done, self.runs = width, 0, 0
+    sizes: of splices, see `Decoder`. width: splices of one device. spread: of
+    the rows. cache_of: the cache of a stream."""
+    self.width, self.done, self.runs = width * spread.parts, 0, 0
+    self._spread = spread
     self._params, self._config = params, config
     self._window, self._sizes, self._cache = window, sizes, cache_of
     self._lock = threading.Lock()
@@ -101,10 +104,8 @@ class Splicer:
     """Runs it, and others that wait, where they are enough to be worth it."""
     if mine.hidden is not None:
       return
-    with self._lock:
-      others = [other for other in self._waiting if other.joins(mine)]
-    group = [mine, *others][: self.width]
-    if len(group) > 1 and 2 * len(group) >= self.width:  # the rest is padding
+    group = self._group(mine)
+    if len(group) > 1 and self._is_worth_it(group):
       try:
         return self._together(group)
       except Exception:  # whose it is shows when each runs by itself
@@ -113,7 +114,24 @@ class Splicer:
           exc_info=True)
         for one in group:
           one.alone = True
-    self._alone(mine)
+    if self._spread.mesh is None:
+      self._alone(mine)
+    else:
+      self._together([mine])
+
+  def _group(self, mine: Splice) -> list[Splice]:
+    """It, and of those that wait as many as fit."""
+    with self._lock:
+      others = [other for other in self._waiting if other.joins(mine)]
+    cache, group = self._cache(mine.stream), [mine]
+    for other in others:
+      if cache.fits([one.row for one in (*group, other)]):
+        group.append(other)
+    return group
+
+  def _is_worth_it(self, group: list[Splice]) -> bool:
+    """A mesh has one program for any number; elsewhere the rest is padding."""
+    return self._spread.mesh is not None or 2 * len(group) >= self.width
 
   def _alone(self, one: Splice) -> None:
     cache = self._cache(one.stream)
@@ -135,30 +153,27 @@ class Splicer:
     places = [one.positions for one in group]
     cache.move_rows(rows, places, [one.visible for one in group])
     out = self._run_rows(cache, group)
-    cache.write_rows(rows, self._rows_of([
-      self._padded(one.slots if one.store else one.slots[:0])
-      for one in group], self._window), out.keys, out.values, places)
+    cache.write_rows(
+      rows, [self._padded(one.slots if one.store else one.slots[:0])
+             for one in group], out.keys, out.values, places)
     self._count(len(group))
-    for n, one in enumerate(group):
-      one.hidden = kv_slots.hidden_of(out.hidden, np.int32(n))
+    hidden = self._spread.at_home(out.hidden)
+    for lane, one in zip(cache.lanes(rows), group):
+      one.hidden = kv_slots.hidden_of(hidden, np.int32(lane))
 
   def _run_rows(self, cache: RowCache, group: list[Splice]) -> Spliced:
-    spare = 0, self._window - cache.slots
-    held = cache.read_rows([one.row for one in group], self._window)
-    return kv_slots.splice_rows(
-      self._params, self._config, held,
-      self._rows_of([one.slots for one in group], self._window),
-      *map(self._rows_of, zip(*(one.inputs for one in group))),
-      self._rows_of([np.pad(one.positions, spare) for one in group]),
-      self._rows_of([np.pad(one.visible, spare) for one in group]),
-      self._sizes[-1])
+    spare, rows = (0, self._window - cache.slots), [one.row for one in group]
 
-  def _rows_of(self, parts, fill: int = 0) -> np.ndarray:
-    """Arrays of a group's rows as one [width, …]."""
-    rows = np.stack(parts)
-    spare = self.width - len(rows)
-    return np.pad(rows, ((0, spare), *((0, 0),) * (rows.ndim - 1)),
-                  constant_values=fill)
+    def padded(parts, fill: int = 0) -> jax.Array | np.ndarray:
+      return self._spread.put(cache.padded(rows, parts, fill), (ROWS,))
+
+    return kv_slots.splice_rows(
+      self._params, self._config, cache.read_rows(rows, self._window),
+      padded([one.slots for one in group], self._window),
+      *map(padded, zip(*(one.inputs for one in group))),
+      padded([np.pad(one.positions, spare) for one in group]),
+      padded([np.pad(one.visible, spare) for one in group]),
+      self._sizes[-1], self._spread)
 
   def _padded(self, slots: np.ndarray, size: int = 0) -> np.ndarray:
     """Slots as [size] int32, by default as many as the largest splice has."""
@@ -172,30 +187,37 @@ class Splicer:
   # --- compiling ----------------------------------------------------------
 
   def compile_alone(self, size: int, streams: int) -> None:
-    """Compiles splices of a size, and with the largest what they need."""
-    one, cache = self._nothing(size, 0), self._cache(0)
-    held, stood = cache.read(0)
+    """Compiles splices of a size, and with the largest what rows need."""
+    one, last = self._nothing(size, 0), size == self._sizes[-1]
+    held, stood = self._cache(0).read(0)
+    if last:
+      self._cache(0).replace(0, held, stood)
+      for cache in map(self._cache, range(streams)):
+        cache.permute(0, np.arange(cache.slots))
+    if self._spread.mesh is not None:
+      return
     out = kv_slots.splice(
       self._params, self._config, held, one.slots, *one.inputs,
       one.positions, one.visible, self._sizes[-1])
-    if size == self._sizes[-1]:
-      cache.replace(0, held, stood)
-      for cache in map(self._cache, range(streams)):
-        cache.read(0, self._window)
-        cache.write(0, one.slots, out.keys, out.values,
-                    one.positions[: cache.slots])
-        cache.permute(0, np.arange(cache.slots))
+    for cache in map(self._cache, range(streams if last else 0)):
+      cache.read(0, self._window)
+      cache.write(0, one.slots, out.keys, out.values,
+                  one.positions[: cache.slots])
 
   def compile_together(self, size: int, streams: int) -> None:
     """The same of several rows; none where no splices run together."""
-    for stream in range(streams if self.width > 1 else 0):
+    if self._spread.mesh is None and self.width == 1:
+      return
+    for stream in range(streams):
       one, cache = self._nothing(size, stream), self._cache(stream)
       out = self._run_rows(cache, [one])
-      kv_slots.hidden_of(out.hidden, np.int32(0))
+      kv_slots.hidden_of(self._spread.at_home(out.hidden), np.int32(0))
       if size == self._sizes[-1]:
-        cache.write_rows([0], self._rows_of([one.slots], self._window),
-                         out.keys, out.values, [one.positions])
-        cache.turn_rows([0], one.positions[None])
+        cache.write_rows(
+          [0], [one.slots], out.keys, out.values, [one.positions])
+        if self._spread.mesh is None:  # several rows' moves are apart there
+          orders = np.tile(np.arange(cache.slots), (2, 1))
+          cache.arrange([0, 1], orders, np.zeros_like(orders))
 
   def _nothing(self, size: int, stream: int) -> Splice:
     places = np.zeros(self._cache(stream).slots, np.int32)

@@ -2,66 +2,23 @@
 
 import gc
 import threading
-import time
 
 import jax
 import numpy as np
 import pytest
-from runtime_cases import QUESTION, SMALL
+from runtime_cases import (
+  QUESTION,
+  SMALL,
+  ask_at_once,
+  life_of,
+  lived_together,
+)
 
-from mcjax import Config, Engine, McjaxError, MegaContext
+from mcjax import Config, Engine, McjaxError
 from mcjax.runtime.telemetry import compile_count
 from mcjax.testing import tiny_base
 from mcjax.types import BRANCHING
 from mcjax.window.row_cache import prior_slots
-
-
-def life_of(mc, i):
-  """A document with a fact, a question about it, and answers of other kinds."""
-  text = tiny_base.text(600 + 37 * i, i).replace(".", " ")
-  mc.ingest(f"{text}. THE PUMP CODE IS {7000 + i}. {tiny_base.text(300, i)}")
-  return [
-    mc.generate(QUESTION, 40 + 3 * i).token_ids.tolist(),
-    mc.generate("and then", 30, temperature=0.8 * (i % 2), seed=i
-                ).token_ids.tolist(),
-    mc.generate("and if", 35, remember=False).token_ids.tolist(),
-    "".join(mc.stream("say", 20)),
-  ]
-
-
-def lived_together(engine, count, work):
-  """What `work` gives for each of so many histories, all at once."""
-  out, errors = [None] * count, []
-
-  def live(i):
-    try:
-      with engine.create(tiny_base.memory_url()) as mc:
-        out[i] = work(mc, i)
-    except BaseException as error:
-      errors.append(error)
-
-  threads = [threading.Thread(target=live, args=(i,)) for i in range(count)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert not errors, errors[:3]
-  return out
-
-
-@pytest.fixture(scope="module")
-def lives_alone(tiny_lm, tiny_gistnet):
-  """What so many histories say when each is by itself."""
-  known = []
-
-  def of(count):
-    for i in range(len(known), count):
-      with MegaContext.create(tiny_base.memory_url(), tiny_lm, Config(**SMALL),
-                              gistnet=tiny_gistnet) as mc:
-        known.append(life_of(mc, i))
-    return known[:count]
-
-  return of
 
 
 @pytest.mark.parametrize("count, splices", [
@@ -76,23 +33,6 @@ def test_many_at_once_say_what_each_says_alone(
     assert engine.rows > engine.blocks > 0
     done, runs = engine.spliced
     assert (done > runs) == (splices > 1)
-
-
-def ask_at_once(engine, count):
-  """So many histories alike, whose splices wait for the same turn."""
-  def ask(mc):
-    mc.generate(QUESTION, 8)
-
-  mcs = [engine.create(tiny_base.memory_url()) for _ in range(count)]
-  threads = [threading.Thread(target=ask, args=(mc,)) for mc in mcs]
-  decoder = mcs[0].context.decoder
-  with decoder.turn:
-    for thread in threads:
-      thread.start()
-    while len(decoder.splicer._waiting) < count:
-      time.sleep(0.001)
-  for thread in threads:
-    thread.join()
 
 
 @pytest.mark.parametrize("steps, splices", [
@@ -184,6 +124,21 @@ def test_work_that_is_cut_off_costs_the_others_time_alone(
 def test_splices_are_at_most_the_slots(tiny_lm, tiny_gistnet, splices):
   with pytest.raises(McjaxError, match=r"splices must be .* in \[1, 2\]"):
     Engine(tiny_lm, slots=2, splices=splices, gistnet=tiny_gistnet)
+
+
+def test_what_is_lost_is_not_taken_for_ready_after_an_answer(
+    tiny_lm, tiny_gistnet):
+  """The window that is put back has nothing in its slots either."""
+  with Engine(tiny_lm, Config(**SMALL), slots=2, gistnet=tiny_gistnet
+              ) as engine:
+    ask_at_once(engine, 1)
+    mc, said = engine.histories[0], []
+    for n in range(3):
+      said.append(mc.generate(QUESTION, 9, remember=False).text)
+      if n == 0:
+        for cache in mc.context.decoder._caches:
+          cache.take()  # and never given back
+    assert said == said[:1] * 3
 
 
 def test_a_full_engine_says_so_and_a_closed_history_makes_room(

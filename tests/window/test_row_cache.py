@@ -7,7 +7,8 @@ import pytest
 
 from mcjax.base import rotation
 from mcjax.testing import tiny_base
-from mcjax.window.row_cache import Held, RowCache, near_slots, prior_slots
+from mcjax.window.pools import Held
+from mcjax.window.row_cache import RowCache, near_slots, prior_slots
 
 SLOTS = 300  # 256 near ones
 
