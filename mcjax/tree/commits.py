@@ -62,9 +62,18 @@ def read_commit(store: Store) -> tuple[dict[str, Any], bytes]:
 
 
 def _copied_commit(store: Store) -> int:
-  """Number of the commit that the record's copy is of; 0 without one."""
-  with contextlib.suppress(McjaxError):  # it is the record that counts
+  """Number of the commit that the record's copy is of; 0 without one.
+
+  Raises:
+    McjaxError: the server that holds it, and so the record, does not answer.
+  """
+  try:
     raw, _ = store.read_record(COPY_KEY)
+  except McjaxError:
+    if store.folder is None:  # no file is in the way, but a server silent
+      raise
+    return 0
+  with contextlib.suppress(McjaxError):  # it is the record that counts
     number = decode_record(raw, store.url).get("commit") if raw else 0
     return number if isinstance(number, int) else 0
   return 0
