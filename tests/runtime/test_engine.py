@@ -22,7 +22,8 @@ from mcjax.window.row_cache import prior_slots
 
 
 @pytest.mark.parametrize("count, splices", [
-  (4, 1), (4, 3), pytest.param(16, 1, marks=pytest.mark.slow),
+  (4, 1), pytest.param(4, 3, marks=pytest.mark.slow),
+  pytest.param(16, 1, marks=pytest.mark.slow),
   pytest.param(16, 8, marks=pytest.mark.slow)])
 def test_many_at_once_say_what_each_says_alone(
     tiny_lm, tiny_gistnet, lives_alone, count, splices):
