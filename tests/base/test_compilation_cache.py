@@ -17,6 +17,10 @@ def unset(monkeypatch, tmp_path):
   before = {name: getattr(jax.config, name) for name in _SETTINGS}
   jax.config.update("jax_compilation_cache_dir", None)
   monkeypatch.setenv("MCJAX_CACHE", str(tmp_path))
+  for listen in ("register_event_listener",
+                 "register_event_duration_secs_listener"):
+    # None stays in this process: it would tell of what other tests compile.
+    monkeypatch.setattr(jax.monitoring, listen, lambda _: None)
   yield tmp_path
   for name, value in before.items():
     jax.config.update(name, value)
