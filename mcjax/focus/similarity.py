@@ -15,7 +15,7 @@ import numpy as np
 from mcjax.answer.matching import MARKS, Matcher, QueryWords, WordTable
 from mcjax.answer.reading import Reader, joined
 from mcjax.focus.policy import WISH, HostPolicy, age_scores, with_payment
-from mcjax.tree.journal import overlaps
+from mcjax.tree.journal import touched
 from mcjax.tree.search import TreeSearch, by_words
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING
@@ -101,8 +101,7 @@ class Similarity(HostPolicy):
     last = view.query_start // BRANCHING
     found = np.array(sorted(
       b for b, _ in search.best(4 * self._spans) if b < last), np.int64)
-    found = found[~overlaps(view.tree.journal.forgotten, found * BRANCHING,
-                            (found + 1) * BRANCHING)]
+    found = found[~touched(view.tree.journal.forgotten, found)]
     if not len(found):
       return []
     around = self._matcher.blocks_around(found)

@@ -25,7 +25,7 @@ from mcjax.base.tokenizer import Tokenizer
 from mcjax.gist.encoder import GistEncoder
 from mcjax.lens import alignment
 from mcjax.tree import lexical_keys, lexical_rank
-from mcjax.tree.journal import overlaps
+from mcjax.tree.journal import touched
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, Array
 from mcjax.window.working_context import WorkingContext
@@ -156,8 +156,7 @@ def window_rows(window: WorkingContext, found: Sequence[int]) -> Rows:
               [len(raw), len(gist), len(buried)]),
     np.concatenate([raw, gist, np.array(above, np.int64)]),
   )
-  start = rows.block * BRANCHING
-  kept = ~overlaps(window.forgotten, start, start + BRANCHING)
+  kept = ~touched(window.forgotten, rows.block)
   return Rows(*(part[kept] for part in rows))
 
 

@@ -25,7 +25,7 @@ from mcjax.lens.sentence_features import candidates, sentence_features
 from mcjax.lens.weights import read_weights
 from mcjax.pretrained import cards
 from mcjax.tree import learned_keys
-from mcjax.tree.journal import overlaps
+from mcjax.tree.journal import touched
 from mcjax.tree.search import TreeSearch, brute_force, by_keys, by_words
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING
@@ -78,9 +78,7 @@ class Finder:
     beside = [b + d for b in (*words[:_BESIDE], *keys[:_BESIDE])
               for d in (-1, 1) if 0 <= b + d < self._last]
     found = np.array(list(dict.fromkeys([*words, *keys, *beside])), np.int64)
-    gone = overlaps(self._tree.journal.forgotten, found * BRANCHING,
-                    (found + 1) * BRANCHING)
-    return found[~gone].tolist()
+    return found[~touched(self._tree.journal.forgotten, found)].tolist()
 
 
 class LensNetPolicy:

@@ -15,7 +15,7 @@ import numpy as np
 from mcjax.tree.columns import Column
 from mcjax.tree.format import JOURNAL_SPEC
 from mcjax.tree.store import MAX_ROWS, Store
-from mcjax.types import McjaxError, span_width
+from mcjax.types import BRANCHING, McjaxError, span_width
 
 FORGOTTEN = "forgotten"  # kind of an event that hides tokens [start, stop)
 
@@ -123,6 +123,16 @@ def overlaps(spans: np.ndarray, start: np.ndarray, stop: np.ndarray
   at = np.searchsorted(spans[:, 1], start, side="right")
   known = at < len(spans)
   return known & (spans[np.minimum(at, len(spans) - 1), 0] < stop)
+
+
+def touched(spans: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+  """Whether a block of 32 tokens shares a token with a span, [n] bool.
+
+  Args:
+    spans: [m, 2] disjoint and sorted.
+    blocks: int [n].
+  """
+  return overlaps(spans, blocks * BRANCHING, (blocks + 1) * BRANCHING)
 
 
 def wholly_inside(spans: np.ndarray, level: int, first: int, last: int
