@@ -30,6 +30,7 @@ ABLATIONS = {
   "features_4": dict(gistnet=dict(input_layer=4)),
   "slots_2": dict(gistnet=dict(slots_per_gist=2)),
   "slots_4": dict(gistnet=dict(slots_per_gist=4)),
+  "context_8": dict(gistnet=dict(context_blocks=8)),
   "no_copies": dict(gistnet=dict(copy_heads=0)),
   # how the base reads what it writes
   "no_adapter": dict(gistnet=dict(adapter_layers=0)),

@@ -75,15 +75,16 @@ def _continued(params, config: GistNetConfig, seed: int) -> dict:
 
 
 def apply(params, config: GistNetConfig, children: Float[Array, "n 32 D"],
-          level: Int[Array, ""] | int = 1) -> Float[jax.Array, "n M D"]:
-  """Gists [n, m, D] float32 of children [n, 32, D]; `level` is the gists'."""
+          level: Int[Array, ""] | int = 1, run: int | None = None
+          ) -> Float[jax.Array, "n M D"]:
+  """Gists [n, m, D] float32 of children [n, 32, D]; see `GistNet`."""
   level = jnp.asarray(level, jnp.int32)
   params = adapters.without_adapter(params)
   if config.per_level:
     own = jnp.clip(level - 1, 0, config.levels - 1)
     params = jax.tree.map(lambda a: a[own], params)
   gists = GistNet(config).apply(
-    {"params": params}, children.astype(jnp.float32), level)
+    {"params": params}, children.astype(jnp.float32), level, run)
   return cast(jax.Array, gists)
 
 
@@ -190,6 +191,9 @@ def flops_per_token(config: GistNetConfig,
       config.d_model, config.base_shape, config.lora_rank
     ) * config.adapter_layers * config.slots_per_gist
   total = 2 * (children + slot + out + adapter) // c
+  if config.context_blocks:  # 4 projections of the slot, scores and mixes
+    total += 2 * p * w * (4 * w + 2 * config.heads * config.context_blocks * p
+                          ) // c
   if base_config is not None and config.input_layer:
     head = 2 * base_config.d_model * base_config.vocab_size
     layer = (base_config.flops_per_token - head) // base_config.n_layers
@@ -216,6 +220,8 @@ def fingerprint(params, config: GistNetConfig) -> str:
   """
   fields = {name: value for name, value in dataclasses.asdict(config).items()
             if not name.startswith(_READING)}
+  if not config.context_blocks:  # as it was before there was such a field
+    del fields["context_blocks"]
   return pretrained.fingerprint(adapters.without_adapter(params), fields)
 
 
@@ -275,7 +281,7 @@ def start(lm: BaseLM, values: Mapping[str, Any], path: str = "", seed: int = 0
 # Two programs, so that tokens and gists share the large one.
 _read_tokens = jax.jit(
   token_features, static_argnames=("base_config", "input_layer"))
-_encode = jax.jit(apply, static_argnames="config")
+_encode = jax.jit(apply, static_argnames=("config", "run"))
 
 
 class GistEncoder:
@@ -356,8 +362,8 @@ class GistEncoder:
               "adapter": {**adapter, low_rank.SCOPES[scope]: maps}}
     return GistEncoder(lm, params, config, self.trained, self.card)
 
-  def _in_batches(self, inputs: np.ndarray, run) -> np.ndarray:
-    """Applies `run` to padded batches of fixed sizes; drops the padding."""
+  def _in_batches(self, inputs: np.ndarray, write) -> np.ndarray:
+    """Applies `write` to padded batches of fixed sizes; drops the padding."""
     out = np.empty(
       (len(inputs), self.slots_per_gist, self.d_model), np.float32)
 
@@ -365,7 +371,7 @@ class GistEncoder:
       batch = inputs[start : start + BATCH_SIZES[-1]]
       size = next(s for s in BATCH_SIZES if s >= len(batch))
       padding = np.zeros((size - len(batch), *inputs.shape[1:]), inputs.dtype)
-      gists = run(np.concatenate([batch, padding]))
+      gists = write(np.concatenate([batch, padding]))
       out[start : start + len(batch)] = np.asarray(gists)[: len(batch)]
 
     starts = range(0, len(inputs), BATCH_SIZES[-1])
@@ -377,8 +383,13 @@ class GistEncoder:
         list(pool.map(fill, starts))
     return out
 
-  def encode(self, token_ids) -> Float[np.ndarray, "n M D"]:
+  def encode(self, token_ids, run: int = 1) -> Float[np.ndarray, "n M D"]:
     """Gists [N, m, D] float32 of complete blocks of token ids [N, 32].
+
+    Args:
+      token_ids: the blocks.
+      run: so many in a row are of one text, which matters to a GistNet with
+        `context_blocks` alone; divides N.
 
     Raises:
       McjaxError: blocks that are not 32 long, or ids outside the vocabulary.
@@ -391,15 +402,28 @@ class GistEncoder:
       raise McjaxError("token ids must lie in the base's vocabulary of "
                        f"{self._vocab_size}")
 
-    def run(batch: np.ndarray) -> jax.Array:
+    def write(batch: np.ndarray) -> jax.Array:
       features = _read_tokens(
         self._base, self._base_config, batch, self.config.input_layer)
-      return _encode(self.params, self.config, features, np.int32(1))
+      own = len(batch) if self.config.context_blocks else None
+      return _encode(self.params, self.config, features, np.int32(1), own)
 
-    return self._in_batches(ids.astype(np.int32), run)
+    ids = ids.astype(np.int32)
+    if self.config.context_blocks:
+      texts = ids.reshape(-1, run, BRANCHING)
+      empty = np.zeros((0, self.slots_per_gist, self.d_model), np.float32)
+      return np.concatenate([empty, *map(np.asarray, map(write, texts))])
+    return self._in_batches(ids, write)
 
   def encode_tokens(self, token_ids) -> Float[np.ndarray, "n D"]:
-    """L1 gists [n, D] float32 of ids [n, 32]; one vector per gist."""
+    """L1 gists [n, D] float32 of ids [n, 32]; one vector per gist.
+
+    Raises:
+      McjaxError: as `encode`; or these gists depend on the blocks before.
+    """
+    if self.config.context_blocks:
+      raise McjaxError("this GistNet reads the blocks before (context_blocks), "
+                       "which a history does not support")
     return self._single(self.encode(token_ids))
 
   def encode_gists(self, gists, level: int) -> Float[np.ndarray, "n D"]:

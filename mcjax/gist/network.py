@@ -12,6 +12,9 @@ hundred times as long as a token's embedding. The copies are
 full-width mixtures of the children themselves, picked by attention heads, so
 that salient tokens reach the base in vectors it knows; the residual is what
 the slot writes. Both are zero at initialisation.
+
+With `context_blocks` a slot also reads, before its last look at the children,
+the slots of the blocks before its own: what they have said it need not repeat.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ class GistNetConfig:
       among themselves, before the slot reads them.
     rounds: times that the children are read and written back (32→1→32) before
       the last reading.
+    context_blocks: blocks before its own whose slots an L1 gist reads; 0
+      leaves it out. Training and evaluation only: the runtime has 0.
     slots_per_gist: vectors per gist (m); the runtime uses 1.
     levels: level embeddings, or weight sets if `per_level`; higher levels
       share the last.
@@ -79,6 +84,7 @@ class GistNetConfig:
   slot_mlp_width: int = 384
   children_layers: int = 1
   rounds: int = 1
+  context_blocks: int = 0
   slots_per_gist: int = 1
   levels: int = 4
   per_level: bool = False
@@ -96,7 +102,7 @@ class GistNetConfig:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       optional = ("input_layer", "copy_heads", "adapter_layers",
-                  "adapter_rank", "lora_rank")
+                  "adapter_rank", "lora_rank", "context_blocks")
       lowest = 0 if field.name in optional else 1
       if field.type == "int" and value < lowest:
         raise McjaxError(f"GistNetConfig.{field.name} must be ≥ {lowest}, "
@@ -144,6 +150,7 @@ class Attention(nn.Module):
   """
 
   heads: int
+  silent: bool = False  # adds nothing before it is trained
 
   @nn.compact
   def __call__(self, x: jax.Array, y: jax.Array | None = None) -> jax.Array:
@@ -154,7 +161,7 @@ class Attention(nn.Module):
     wq, wk, wv = (
       _kernel(self, name, width, width).reshape(width, self.heads, size)
       for name in ("wq", "wk", "wv"))
-    wo = _kernel(self, "wo", width, width)
+    wo = _kernel(self, "wo", width, width, self.silent)
     out = wo.reshape(self.heads, size, width)
     scale = np.float32(np.sqrt(size))
     if y is None:
@@ -194,13 +201,15 @@ class GistNet(nn.Module):
 
   @nn.compact
   def __call__(self, children: Float[jax.Array, "n 32 D"],
-               level: Int[Array, ""]
+               level: Int[Array, ""], run: int | None = None
                ) -> Float[jax.Array, "n M D"]:
     """Compresses complete blocks.
 
     Args:
       children: [n, 32, D] float32 vectors in the order of the text.
       level: [] int32, the level of the gists written (1 from tokens).
+      run: so many blocks in a row are of one text, for `context_blocks`; all
+        if None.
 
     Returns:
       [n, m, D] float32 gists in the base's embedding space.
@@ -221,6 +230,9 @@ class GistNet(nn.Module):
     slot = self.param("slot", normal, (c.slot_parts, c.width), jnp.float32)
     slot = jnp.broadcast_to(slot[None], (n,) + slot.shape)
     for number in range(1, c.rounds + 2):
+      if c.context_blocks and number == c.rounds + 1:
+        before = self._before(slot, level, run or n)
+        slot = Attention(c.heads, silent=True, name="context")(slot, before)
       slot = Attention(c.heads, name=f"down_{number}")(slot, x)
       slot = FeedForward(c.slot_mlp_width, name=f"slot_mlp_{number}")(slot)
       if number <= c.rounds:
@@ -239,6 +251,23 @@ class GistNet(nn.Module):
       gists = decoder_layer.rms_norm(
         gists, jnp.full((c.d_model,), c.input_rms, jnp.float32), 1e-6)
     return gists
+
+  def _before(self, slot: Float[jax.Array, "n P w"], level: Int[Array, ""],
+              run: int) -> Float[jax.Array, "n KP w"]:
+    """The slots of the blocks before each, [n, k * parts, w], nearest first.
+
+    Zeros stand where the text has no such block, and at higher levels.
+    """
+    k = self.config.context_blocks
+    n, parts, width = slot.shape
+    texts = slot.reshape(n // run, run, parts, width)
+    texts = jnp.where(level == 1, texts, jnp.zeros_like(texts))
+    padded = jnp.pad(texts, ((0, 0), (k, 0), (0, 0), (0, 0)))
+    before = jnp.stack(
+      [padded[:, k - j : k - j + run] for j in range(1, k + 1)], axis=2)
+    place = self.param(
+      "context_place", nn.initializers.normal(0.5), (k, 1, width), jnp.float32)
+    return (before + place[None, None]).reshape(n, k * parts, width)
 
   def _copies(self, x: Float[jax.Array, "n 32 w"],
               children: Float[Array, "n 32 D"]

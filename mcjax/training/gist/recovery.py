@@ -218,7 +218,8 @@ class Bench:
     """Gists [n, blocks * m, D] float32 of the far tokens, by a GistNet."""
     s = self.setting
     far = self.excerpts.ids[:, s.lead : s.lead + s.far]
-    gists = encoder.encode(far.reshape(-1, BRANCHING))
+    gists = encoder.encode(
+      far.reshape(-1, BRANCHING), run=s.far // BRANCHING)
     for level in range(2, s.level + 1):
       children = gists.reshape(-1, BRANCHING, gists.shape[-1])
       gists = encoder.encode_gists(children, level)
