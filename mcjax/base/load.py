@@ -89,7 +89,7 @@ def load_base_lm(
   """
   check_dtype(dtype)
   keep_programs()
-  path = _resolve(os.fspath(source))
+  path = locate(os.fspath(source))
   name = os.path.basename(os.fspath(source).rstrip("/\\")) or str(source)
   try:
     opened = _open_folder(path) if path.is_dir() else _open_gguf(path)
@@ -149,7 +149,7 @@ def load_decoder_config(source: str | os.PathLike) -> DecoderConfig:
   try:
     if path.name == "config.json" and path.is_file():
       return _sizes(files.read_json(path))
-    path = _resolve(os.fspath(source))
+    path = locate(os.fspath(source))
     if path.is_dir():
       return _sizes(files.read_json(path / "config.json"))
     with _open_gguf(path) as (config, *_):
@@ -167,7 +167,7 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
   Raises:
     McjaxError: as `load_base_lm`.
   """
-  path = _resolve(os.fspath(source))
+  path = locate(os.fspath(source))
   try:
     if path.is_dir():
       return Tokenizer.from_folder(path)
@@ -184,8 +184,15 @@ def _shardings(config: DecoderConfig, rules: Rules, mesh) -> dict:
   return rules.shardings("base", shapes, mesh)
 
 
-def _resolve(source: str) -> pathlib.Path:
-  """Folder or GGUF file of a source, downloaded if need be."""
+def locate(source: str) -> pathlib.Path:
+  """Folder or GGUF file of a source, downloaded if need be.
+
+  Args:
+    source: as of `load_base_lm`.
+
+  Raises:
+    McjaxError: the source is unknown or missing.
+  """
   if source in hub.NAMED_MODELS:
     return hub.fetch(source)
   path = pathlib.Path(source).expanduser()

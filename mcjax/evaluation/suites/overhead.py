@@ -11,6 +11,7 @@ less.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import gc
@@ -28,6 +29,7 @@ from mcjax.evaluation.data import texts
 from mcjax.evaluation.report import writer as report
 from mcjax.evaluation.report.writer import Report, Table, median, progress
 from mcjax.evaluation.systems import baselines
+from mcjax.evaluation.systems.llama_cpp import LlamaCpp
 from mcjax.evaluation.systems.loop_arm import PHASES, LoopArm, make_tree
 from mcjax.evaluation.systems.models import Models, ModelSettings
 from mcjax.runtime.telemetry import peak_memory_mib
@@ -51,6 +53,8 @@ class Settings(ModelSettings):
     memory_histories: peak memory is measured at these, each in a process of
       its own; none skips it.
     torch: measure PyTorch transformers too, where it is installed.
+    llama: measure llama.cpp on the same GGUF file too, where it is installed.
+    llama_context: tokens in its cache when its memory is measured.
     text: files of the history; the standard library if empty.
   """
 
@@ -65,6 +69,8 @@ class Settings(ModelSettings):
   repeats: int = 5
   memory_histories: tuple[int, ...] = (32768, 1 << 20)
   torch: bool = True
+  llama: bool = True
+  llama_context: int = 8192
   text: tuple[str, ...] = ()
 
   @classmethod
@@ -72,7 +78,7 @@ class Settings(ModelSettings):
     small: dict[str, Any] = dict(
       window=512, histories=(2048, 4096), moving_history=4096,
       exact_history=2048, blocks=1, exact_blocks=1, repeats=2,
-      memory_histories=(), torch=False,
+      memory_histories=(), torch=False, llama=False,
     )
     return cls(**{**small, **changes})
 
@@ -101,8 +107,7 @@ def run(settings: Settings, folder) -> Report:
   _tabulate(out, settings, decoding["facts"], times, before)
   _count(out, settings, lm, decoding["facts"], times)
   _add_memory(out, memory)
-  if settings.torch:
-    _add_torch(out, cell("torch", lambda: _torch_pairs(settings, lm)))
+  _add_peers(out, settings, lm, cell)
   out.charts.append(_chart(settings, times, before))
   out.write(folder)
   return out
@@ -281,35 +286,59 @@ def roofline(dtype) -> tuple[float, float]:
   return 2 * 1024**3 / best(product, a), big.nbytes / best(read, big)
 
 
-def _torch_pairs(settings, lm) -> list | str:
-  """Seconds a token of PyTorch and of plain decoding, or why there are none."""
+def _add_peers(out: Report, settings: Settings, lm, cell) -> None:
+  """The same base in other programs, decoding beside plain decoding."""
+  window = settings.window
+  if settings.torch:
+    _add_pairs(out, "PyTorch transformers, float32", cell(
+      "torch", lambda: _pairs(
+        settings, lm, lambda: baselines.TorchDecoder(lm))))
+  if settings.llama:
+    _add_pairs(out, "llama.cpp, weights as in the file", cell(
+      "llama", lambda: _pairs(
+        settings, lm, lambda: LlamaCpp(settings.base, window + BRANCHING))))
+    ids = texts.tokens(lm.tokenizer, settings.llama_context, settings.text)
+    _add_llama_memory(out, settings, cell("llama-memory", lambda: (
+      _in_own_process(llama_probe, settings, ids))))
+
+
+def _pairs(settings, lm, make: Callable[[], Any]) -> list | str:
+  """Seconds a token of another program and of plain decoding beside it.
+
+  Args:
+    settings: of the suite.
+    lm: the base.
+    make: gives the program, with `prefill` and `decode`.
+
+  Returns:
+    A pair a repeat, or why there are none.
+  """
   try:
-    torch = baselines.TorchDecoder(lm)
+    peer = make()
   except McjaxError as error:
     return str(error)
   ids = texts.tokens(lm.tokenizer, settings.window, settings.text)
   plain = baselines.PlainDecoder(lm, ids)
-  torch.prefill(ids)
-  torch.decode(2)
+  peer.prefill(ids)
+  peer.decode(2)
   plain.decode(1)
   return [
-    (torch.decode(8) / 8, plain.decode(1) / plain.block)
+    (peer.decode(8) / 8, plain.decode(1) / plain.block)
     for _ in range(settings.repeats)
   ]
 
 
-def _add_torch(out: Report, pairs: list | str) -> None:
+def _add_pairs(out: Report, name: str, pairs: list | str) -> None:
   if isinstance(pairs, str):
-    out.notes.append(f"PyTorch was not measured: {pairs}")
+    out.notes.append(f"{name}: not measured: {pairs}")
     return
   ours, theirs = median([p for _, p in pairs]), median([t for t, _ in pairs])
-  out.add("PyTorch transformers: decode rate", 1 / theirs, "tokens/s")
-  out.add("plain relative to PyTorch", median([t / p for t, p in pairs]),
+  out.add(f"{name}: decode rate", 1 / theirs, "tokens/s")
+  out.add(f"plain relative to {name}", median([t / p for t, p in pairs]),
           "ratio")
   out.notes.append(
-    f"Plain decoding: {1 / ours:.1f} tokens/s; PyTorch transformers on the "
-    f"same weights, float32: {1 / theirs:.1f} tokens/s (interleaved)."
-  )
+    f"Plain decoding behind {out.settings['window']:,} tokens: {1 / ours:.1f} "
+    f"tokens/s; {name}: {1 / theirs:.1f} tokens/s (interleaved).")
 
 
 def memory_probe(settings: Settings, folder: str, history: int, pipe) -> None:
@@ -321,6 +350,18 @@ def memory_probe(settings: Settings, folder: str, history: int, pipe) -> None:
   arm.decode(settings.blocks)
   arm.close()
   pipe.send((peak_memory_mib(), _device_peak_mib()))
+
+
+def llama_probe(settings: Settings, token_ids, pipe) -> None:
+  """Body of a process of its own: sends what llama.cpp adds to its memory."""
+  before = peak_memory_mib()
+  try:
+    llama = LlamaCpp(settings.base, len(token_ids) + BRANCHING)
+  except McjaxError:
+    return
+  llama.prefill(token_ids)
+  llama.decode(BRANCHING)
+  pipe.send(peak_memory_mib() - before)
 
 
 def _device_peak_mib() -> float | None:
@@ -335,16 +376,17 @@ def _own_peak(settings: Settings, folder, history: int):
   models = settings.load()
   make_tree(models, folder, history, settings.text).close()  # ingest apart
   del models
-  _in_own_process(settings, folder, history)  # fills the compilation cache
-  return _in_own_process(settings, folder, history)
+  probe = functools.partial(
+    _in_own_process, memory_probe, settings, str(folder), history)
+  probe()  # fills the compilation cache
+  return probe()
 
 
-def _in_own_process(settings: Settings, folder, history: int):
+def _in_own_process(target: Callable[..., None], *arguments):
+  """What a process sends that runs `target(*arguments, pipe)`, or None."""
   context = multiprocessing.get_context("spawn")
   ours, theirs = context.Pipe(duplex=False)
-  process = context.Process(
-    target=memory_probe, args=(settings, str(folder), history, theirs)
-  )
+  process = context.Process(target=target, args=(*arguments, theirs))
   process.start()
   theirs.close()
   try:
@@ -371,6 +413,18 @@ def _add_memory(out: Report, memory: dict) -> None:
       ("history", "host MiB", "device MiB"),
       [[h, host, device] for h, (host, device) in known.items()],
     ))
+
+
+def _add_llama_memory(out: Report, settings: Settings,
+                      mib: float | None) -> None:
+  if mib is None:
+    return
+  out.add(f"llama.cpp: peak host memory at {settings.llama_context}", mib,
+          "MiB")
+  out.notes.append(
+    f"llama.cpp takes {mib:,.0f} MiB behind {settings.llama_context:,} tokens, "
+    "what its process had before left out; the table's figures are of whole "
+    "processes.")
 
 
 def _chart(settings: Settings, times, before) -> report.Chart:

@@ -1,9 +1,10 @@
 """Time to the first token: a document of N tokens, then a question.
 
 Against MegaContext stand what a user would run instead: full attention on the
-same base (where N fits its positions), PyTorch transformers, a sliding window
-of the newest W tokens, and RAG with a real embedding model that fills the same
-W. Everything is compiled before the clock starts; files are written and read.
+same base (where N fits its positions), in PyTorch transformers and in llama.cpp
+too, a sliding window of the newest W tokens, and RAG with a real embedding
+model that fills the same W. Everything is compiled before the clock starts;
+files are written and read.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mcjax.evaluation.data import texts
 from mcjax.evaluation.report import writer as report
 from mcjax.evaluation.report.writer import Report, Table, median, progress
 from mcjax.evaluation.systems import baselines, rag
+from mcjax.evaluation.systems.llama_cpp import LlamaCpp
 from mcjax.evaluation.systems.models import Models, ModelSettings
 from mcjax.runtime.megacontext import MegaContext
 from mcjax.types import McjaxError
@@ -34,6 +36,7 @@ _ANSWERED = (
   "a feature?"
 )
 _FROM_TREE = "MegaContext, from its tree"
+_TORCH, _LLAMA = "PyTorch transformers", "llama.cpp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Settings(ModelSettings):
     repeats: interleaved repeats.
     full_limit: longest N for full attention; the base's positions bound it.
     torch_limit: longest N for PyTorch; 0 leaves it out.
-    torch_repeats: of PyTorch, which is slow.
+    llama_limit: longest N for llama.cpp on the same GGUF file; 0 leaves it out.
+    slow_repeats: of PyTorch and llama.cpp, which read all N tokens each time.
     rag_limit: longest N whose index is timed; it is linear in N.
     text: files; the standard library if empty.
   """
@@ -56,7 +60,8 @@ class Settings(ModelSettings):
   repeats: int = 5
   full_limit: int = 8192
   torch_limit: int = 8192
-  torch_repeats: int = 1
+  llama_limit: int = 8192
+  slow_repeats: int = 1
   rag_limit: int = 8192
   text: tuple[str, ...] = ()
 
@@ -64,7 +69,8 @@ class Settings(ModelSettings):
   def quick(cls, **changes) -> Settings:
     small: dict[str, Any] = dict(
       window=512, lengths=(1024, 2048), repeats=2,
-      full_limit=1024, torch_limit=0, rag_limit=1024)
+      full_limit=1024, torch_limit=0,
+      llama_limit=0, rag_limit=1024)
     return cls(**{**small, **changes})
 
 
@@ -82,7 +88,7 @@ class Contestants:
     self._config = Config(window=settings.window)
     self._prompt = self._prompt_ids()
     self._embedder = rag.Embedder()
-    self._torch = None
+    self._peers: dict[str, Any] = {}
     self._indices: dict[int, rag.Index] = {}
     self.tokens_run: dict[tuple[int, str], int] = {}
     longest = max(settings.lengths)
@@ -104,7 +110,9 @@ class Contestants:
     if n <= min(s.full_limit, self.lm.config.max_positions):
       out["full attention"] = self.full
       if n <= s.torch_limit:
-        out["PyTorch transformers"] = self.torch
+        out[_TORCH] = functools.partial(self.peer, _TORCH)
+      if n <= s.llama_limit:
+        out[_LLAMA] = functools.partial(self.peer, _LLAMA)
     out["sliding window"] = self.sliding
     if n <= s.rag_limit:
       out["RAG, from text"] = self.rag_from_text
@@ -132,14 +140,21 @@ class Contestants:
     self._first_token(self._ids(n))
     return time.perf_counter() - begin
 
-  def torch(self, n: int) -> float:
-    """The same in PyTorch transformers."""
-    if self._torch is None:
-      self._torch = baselines.TorchDecoder(self.lm)
-      self._torch.prefill(self._ids(n)[:64])
+  def peer(self, name: str, n: int) -> float:
+    """The same in another program."""
+    if name not in self._peers:
+      self._peers[name] = self._load_peer(name)
+      self._peers[name].prefill(self._ids(n)[:64])
     begin = time.perf_counter()
-    self._torch.prefill(self._ids(n))
+    self._peers[name].prefill(self._ids(n))
     return time.perf_counter() - begin
+
+  def _load_peer(self, name: str):
+    if name == _TORCH:
+      return baselines.TorchDecoder(self.lm)
+    context = max(n for n in self.settings.lengths
+                  if n <= self.settings.llama_limit)
+    return LlamaCpp(self.settings.base, context)
 
   def sliding(self, n: int) -> float:
     """The newest W tokens only."""
@@ -244,8 +259,8 @@ def _measure(settings: Settings, field: Contestants, n: int) -> dict:
   notes = []
   for repeat in range(-1, settings.repeats):  # the first one compiles
     for name, arm in list(arms.items()):
-      slow = name.startswith("PyTorch")
-      if slow and not 0 <= repeat < settings.torch_repeats:
+      slow = name in (_TORCH, _LLAMA)
+      if slow and not 0 <= repeat < settings.slow_repeats:
         continue
       try:
         seconds = arm(n)
