@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import experiments
+from mcjax import settings
 from mcjax.cli import configs
 from mcjax.evaluation import runner, together
 from mcjax.evaluation.suites import substitution, visible
@@ -67,3 +68,17 @@ def test_one_base_is_that_of_all_suites():
   found = c.to_dict()["suites"]
   assert set(found) == set(runner.NAMES)
   assert {s["base"] for s in found.values()} == {"another"}
+
+
+def test_the_short_sizes_are_fewer_samples_of_the_same_suites():
+  sizes = {
+    size: configs.load(configs.find("evaluate/all" + size, _FOLDER)).to_dict()
+    for size in ("", ":short")}
+  assert set(sizes[":short"]["suites"]) == set(runner.NAMES)
+  for name, values in sizes[":short"]["suites"].items():
+    read = settings.read_fields(runner.settings(name), "", values)
+    assert read.base == "smollm2-135m"
+  for name, field in (("questions", "questions"), ("needle", "samples"),
+                      ("focus", "needs"), ("ceiling", "documents")):
+    assert (sizes[":short"]["suites"][name][field]
+            < sizes[""]["suites"][name][field])
