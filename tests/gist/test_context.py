@@ -65,7 +65,8 @@ def test_it_starts_as_the_network_without():
 
 
 def test_the_encoder_writes_text_by_text_and_a_history_refuses_it(tiny_lm):
-  config = gistnet.default_config(tiny_lm.params, tiny_lm.config, context_blocks=2)
+  config = gistnet.default_config(
+    tiny_lm.params, tiny_lm.config, context_blocks=2)
   params = gistnet.init_params(config)
   kernel = params["context"]["wo"]
   params["context"]["wo"] = jnp.ones_like(kernel) * 0.1
