@@ -107,12 +107,12 @@ class Contestants:
     """Name to measurement, for documents of n tokens."""
     s = self.settings
     out: dict[str, Callable[[int], float]] = {}
-    if n <= min(s.full_limit, self.lm.config.max_positions):
-      out["full attention"] = self.full
-      if n <= s.torch_limit:
-        out[_TORCH] = functools.partial(self.peer, _TORCH)
-      if n <= s.llama_limit:
-        out[_LLAMA] = functools.partial(self.peer, _LLAMA)
+    whole = {"full attention": (s.full_limit, self.full)} | {
+      name: (limit, functools.partial(self.peer, name))
+      for name, limit in ((_TORCH, s.torch_limit), (_LLAMA, s.llama_limit))}
+    for name, (limit, arm) in whole.items():
+      if n <= min(limit, self.lm.config.max_positions):
+        out[name] = arm
     out["sliding window"] = self.sliding
     if n <= s.rag_limit:
       out["RAG, from text"] = self.rag_from_text
