@@ -50,8 +50,16 @@ class Reader:
 
   def candidates(self, evidence: Sequence[tuple[int, float]], stop: int
                  ) -> dict[tuple[int, int], float]:
-    """{token span: best strength} of the sentences that touch the evidence."""
+    """{token span: best strength} of the sentences that touch the evidence.
+
+    The newest tokens before the prompt are no block yet, so no policy scores
+    them: where anything is read, their sentences are weighed like the best.
+    """
     found: dict[tuple[int, int], float] = {}
+    evidence = list(evidence)
+    if evidence and stop % BRANCHING:
+      best = max(strength for _, strength in evidence)
+      evidence.append((stop // BRANCHING, best))
     for block, strength in evidence:
       for span in self.sentences(block, stop):
         found[span] = max(found.get(span, strength), strength)

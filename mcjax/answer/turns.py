@@ -16,7 +16,7 @@ def speakers(tree: MegaContextTree, tokenizer: Tokenizer, start: int, stop: int
   """TEXT, USER, MODEL or TEMPLATE for each token of [start, stop), int8 [n].
 
   Told by what the chat template writes in front of a turn, without a control
-  token since.
+  token since. A turn of another role (a system prompt) is the template's.
   """
   out = np.zeros(max(0, stop - start), np.int8)
   if not has_turns(tree, tokenizer):
@@ -40,6 +40,11 @@ def speakers(tree: MegaContextTree, tokenizer: Tokenizer, start: int, stop: int
     opened[heads + size] = True
     since = np.maximum.accumulate(np.where(opened[:-1], at, -1))
     said[(since >= 0) & (control < since)] = who
+  opens = tokenizer.question_ids
+  opens = opens[np.isin(opens, list(tokenizer.special_ids))]
+  if len(opens):  # the control token that text of a turn comes after
+    inside = (control >= 0) & (ids[control] == opens[-1])
+    said[inside & (said == TEXT)] = TEMPLATE
   said[template] = TEMPLATE
   return said[start - low :]
 

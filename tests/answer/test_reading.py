@@ -78,6 +78,32 @@ def test_the_models_words_and_earlier_questions_are_no_evidence():
   assert (who[turn.owner == 1] == turns.MODEL).all()
 
 
+def test_a_system_prompt_is_no_evidence_and_text_behind_a_turn_is():
+  tokenizer = tiny_base.byte_tokenizer(chat=True)
+  turn = tokenizer.chat([
+    {"role": "system", "content": "You are a cat called Tom."},
+    {"role": "user", "content": "Hello."},
+    {"role": "assistant", "content": "Hello."}], first=True,
+    add_generation_prompt=False)
+  text = np.asarray(tokenizer.encode("A cat called Ada came in."), np.int32)
+  ids = np.concatenate([np.asarray(turn.ids, np.int32), text])
+  reader, tokenizer, matcher = reader_of(ids, chat=True)
+  blocks = [(b, 0.9) for b in range(len(ids) // 32 + 1)]
+  told = read(reader, tokenizer, matcher, "cat called", blocks)
+  assert told == ["A cat called Ada came in."]
+  who = turns.speakers(reader.tree, tokenizer, 0, len(ids))
+  assert (who[-len(text):] == turns.TEXT).all()
+
+
+def test_the_newest_tokens_before_the_prompt_may_answer():
+  parts = reader_of(TEXT + "The pilot is Kai. ")
+  stop = parts[0].tree.cursor
+  assert stop % 32 and stop // 32 * 32 < stop - 17
+  told = read(*parts, "who is the pilot?", [(2, 0.9)], most=20)
+  assert told == ["The pilot is Kai."]
+  assert read(*parts, "who is the pilot?", []) == []
+
+
 @pytest.mark.parametrize("text, expected", [
   ("One. Two", 2), ("3.14 is pi", 1), ('He said "no." Then', 2),
   ("a\nb", 2), ("\u6e2f\u3002\u53e3", 2)])
