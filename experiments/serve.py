@@ -19,5 +19,9 @@ def main(argv) -> None:
   run(_CONFIG.value)
 
 
-if __name__ == "__main__":
+def cli() -> None:
   commands.run(main, _CONFIG)
+
+
+if __name__ == "__main__":
+  cli()

@@ -36,15 +36,20 @@ _WINDOW = flags.DEFINE_integer("window", 2048, "Slots of the working context.")
 _FRESH = flags.DEFINE_boolean("fresh", False, "Forget the history first.")
 
 _HANDBOOK = pathlib.Path(__file__).parent / "demo_files/harbour_handbook.md"
-_TURNS = (
-  ("one part", "What is the access code of the pump house?", "7314"),
-  ("one part", "Who is the chief pilot of the harbour?", "Marit Solheim"),
-  ("a shift", "On which port does the tide service listen?", "48210"),
-  ("a shift", "What is the call sign of the signal tower?", "Copper Heron"),
-  ("and back", "Where are backups of the movement database stored?",
-   "Reykjavik"),
-  ("and back", "From which berth does the ferry to Skarvoy leave?", "17"),
+_TURNS = (  # a question and what its answer must name
+  ("What is the access code of the pump house?", "7314"),
+  ("Who is the chief pilot of the harbour?", "Marit Solheim"),
+  ("On which port does the tide service listen?", "48210"),
+  ("What is the call sign of the signal tower?", "Copper Heron"),
+  ("Where are backups of the movement database stored?", "Reykjavik"),
+  ("From which berth does the ferry to Skarvoy leave?", "17"),
 )
+_LEGEND = """
+Focus lists how many slots of the window show which level: L0 raw tokens, L1
+gists of 32 tokens each, L2 gists of 1,024, and so on. Below that stands a line
+for every document that is seen in detail: the finest level of each of 48 parts,
+then which of its tokens are raw.
+"""
 
 
 def _library() -> list[TextFile]:
@@ -112,10 +117,12 @@ def main(argv) -> None:
   mc, sections = _open(lm)
   window = mc.config.window
   print(f"Base {lm.name}, window {window} slots, policy {mc.policy}, "
-        f"history {mc.cursor:,} tokens\n")
+        f"history {mc.cursor:,} tokens: modules of Python's standard library "
+        "and, among them, a made-up handbook of a harbour.")
+  print(_LEGEND)
   held, decoded, seconds = [], 0, 0.0
-  for turn, (part, question, fact) in enumerate(_TURNS, 1):
-    print(f"--- Turn {turn} ({part}): {question}\nFocus before:")
+  for turn, (question, fact) in enumerate(_TURNS, 1):
+    print(f"--- Turn {turn}: {question}\nFocus before:")
     print(focus_map(mc.focus(), sections))
     start = mc.cursor
     out = mc.generate(question, max_new_tokens=40)

@@ -55,8 +55,8 @@ class Chat:
       print("Read from:\n" + source_lines(out.sources), file=sys.stderr)
     elif self.sources:
       print("Read from: nothing; the history was empty." if empty else
-            "Read from: no passage; none was found to answer this "
-            f"(answerable {out.answerable:.2f}).", file=sys.stderr)
+            "Read from: no passage in particular, but all that the window "
+            "shows in full.", file=sys.stderr)
     if self.focus:
       print(focus_map(self.mc.focus(), _sections(self.mc)), file=sys.stderr)
 

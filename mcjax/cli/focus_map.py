@@ -52,7 +52,7 @@ def focus_map(
     cells = _cells(section, starts[inside], stops[inside], levels[inside],
                    width)
     tokens = int(np.sum(raw))
-    rows.append((tokens, f"  {section.name[-28:]:<28} [{cells}] "
+    rows.append((tokens, f"  {_short(section.name)} [{cells}] "
                  f"{_spans(section, starts[raw], stops[raw])}"))
   shown = sorted(rows, key=lambda row: -row[0])[:most]
   lines = [line for _, line in shown]
@@ -80,8 +80,14 @@ def source_lines(sources: Sequence[Source]) -> str:
   for s in sources:
     name = s.document or "(conversation)"
     text = " ".join(s.text.split())
-    lines.append(f"  {name[-28:]:<28} {s.score:4.2f} {text}")
+    lines.append(f"  {_short(name)} {s.score:4.2f} {text}")
   return "\n".join(lines or ["  all raw text of the window"])
+
+
+def _short(name: str, width: int = 28) -> str:
+  """A name in so many columns; of a longer one the end, with a mark."""
+  short = name if len(name) <= width else "…" + name[1 - width :]
+  return f"{short:<{width}}"
 
 
 def _cells(section, starts, stops, levels, width) -> str:

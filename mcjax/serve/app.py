@@ -41,6 +41,14 @@ class _Left(Exception):
   """The client has left, or the server is stopping."""
 
 
+def _needed(body: dict, field: str):
+  """A field of a body. Raises: McjaxError if it is not there."""
+  if field not in body:
+    raise McjaxError(f"{field} is missing; the body has "
+                     f"{', '.join(body) or 'no field'}"[:200])
+  return body[field]
+
+
 class _Call:
   """One request at work, which its client may give up.
 
@@ -286,11 +294,11 @@ class Server:
 
   async def _ingest(self, request: Request) -> Response:
     body = await self._guard.body(request)
-
+    text = _needed(body, "text")
     call = _Call(self._guard)
 
     def work(mc) -> dict:
-      stats = mc.ingest(body.get("text"), call.check, name=body.get("name"),
+      stats = mc.ingest(text, call.check, name=body.get("name"),
                         metadata=body.get("metadata"))
       return dataclasses.asdict(stats)
 
@@ -303,9 +311,10 @@ class Server:
 
   async def _search(self, request: Request) -> Response:
     body = await self._guard.body(request)
+    query = _needed(body, "query")
     return await self._with(request.path_params["name"], lambda mc: {
       "data": [dataclasses.asdict(s) for s in mc.search(
-        body.get("query"), body.get("k", 5))]})
+        query, body.get("k", 5))]})
 
   async def _focus(self, request: Request) -> Response:
     return await self._with(request.path_params["name"], lambda mc: {

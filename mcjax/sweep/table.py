@@ -53,7 +53,8 @@ def write(workdir: pathlib.Path, patterns: Sequence[str] = ()) -> Table | None:
   Args:
     workdir: of the sweep.
     patterns: which figures go into the Markdown table and are plotted, as in
-      "H=32/recovered/*"; the first ones if empty. The CSV has all.
+      "H=32/recovered/*"; if empty the first ones that differ between cells.
+      The CSV has all.
 
   Raises:
     McjaxError: a pattern fits no figure.
@@ -68,7 +69,8 @@ def write(workdir: pathlib.Path, patterns: Sequence[str] = ()) -> Table | None:
     writer.writerow([*axes, "seconds", *names])
     for row in found:
       writer.writerow(_cells(row, axes, names))
-  shown = _chosen(names, patterns)
+  shown = _chosen(sorted(names, key=lambda name: _is_constant(found, name)),
+                  patterns)
   table = Table("Sweep", (*axes, "seconds", *shown),
                 [_cells(row, axes, shown) for row in found])
   more = len(names) - len(shown)
@@ -84,6 +86,10 @@ def write(workdir: pathlib.Path, patterns: Sequence[str] = ()) -> Table | None:
 def _cells(row: Row, axes, names) -> list:
   return [*(row.values.get(a) for a in axes), row.seconds,
           *(row.figures.get(n) for n in names)]
+
+
+def _is_constant(found: Sequence[Row], name: str) -> bool:
+  return len({str(row.figures.get(name)) for row in found}) < 2
 
 
 def _chosen(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

@@ -67,3 +67,9 @@ def test_passages_are_named_and_on_one_line_each():
     ["a.md", "0.50", "tokens", "5", "to", "9"],
     ["(conversation)", "1.00", "said"]]
   assert source_lines([]) == "  all raw text of the window"
+
+
+def test_a_long_name_is_cut_with_a_mark():
+  line = source_lines([Source("/home/ada/notes/of/the/club/minutes.md", 5, 9,
+                              "x", 0.5)])
+  assert line.split()[0] == "…otes/of/the/club/minutes.md"

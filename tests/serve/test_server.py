@@ -196,7 +196,9 @@ def test_mistakes_are_told(client, http, served):
   assert http.post("/v1/chat/completions", content=b"{").status_code == 400
   big = {"name": "x", "text": "x" * (1 << 20)}
   assert http.post("/v1/histories/a/documents", json=big).status_code == 413
-  assert http.post("/v1/histories/a/search", json={}).status_code == 400
+  refused = http.post("/v1/histories/a/search", json={"quer": "x"})
+  assert refused.status_code == 400
+  assert "query is missing; the body has quer" in refused.text
   chunked = http.post("/v1/histories/a/documents",
                       content=(b" " * (1 << 16) for _ in range(20)))
   assert chunked.status_code == 413  # told no length

@@ -168,6 +168,15 @@ def test_the_table_has_every_cell(tmp_path):
     table.write(tmp_path, ["none*"])
 
 
+def test_figures_that_differ_come_first(tmp_path):
+  for x in ("8", "16"):
+    _leave(tmp_path, {"x": x}, {
+      **{f"f{i}": i for i in range(9)}, "last": float(x)})
+  table.write(tmp_path)
+  text = (tmp_path / "results.md").read_text()
+  assert "| x | seconds | last | f0 | f1 |" in text and "f8" not in text
+
+
 def test_training_metrics_are_read(tmp_path):
   folder = tmp_path / "cells" / "a=1"
   folder.mkdir(parents=True)

@@ -325,6 +325,6 @@ def _report_systems(report: Report, s: Settings, kinds: list[str], found
   add_table(report, f"Systems, W={s.window}, behind {s.history:,} tokens",
             "systems", columns, found, s.reference)
   report.notes.append(
-    "Systems: the first scored token is left out, which some cannot predict. "
-    "BM25 searches every 64 tokens for the newest 64; half of its window are "
-    "the newest tokens.")
+    "Systems: the first scored token is left out, which some cannot predict."
+    + (" BM25 searches every 64 tokens for the newest 64; half of its window "
+       "are the newest tokens." if "bm25" in s.systems else ""))
