@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -164,3 +166,13 @@ def test_delta_nll_is_after_minus_before(tiny_lm, tiny_gistnet, monkeypatch):
   )
   assert abs(deltas[0]["nats"]) > 1e-4
   mc.close()
+
+
+def test_a_childs_peak_is_its_own():
+  held = np.ones((700 << 20) // 8)
+  code = ("from mcjax.runtime.telemetry import peak_memory_mib as peak; "
+          "print(peak())")
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True,
+                        text=True, check=True)
+  assert float(done.stdout) < 700 < peak_memory_mib()
+  assert held.nbytes
