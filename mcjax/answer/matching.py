@@ -11,7 +11,7 @@ language.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import re
 from typing import NamedTuple
 import zlib
@@ -68,6 +68,24 @@ class Matches(NamedTuple):
   meaning: np.ndarray
   times: np.ndarray
   pairs: np.ndarray
+
+
+class Sentence(NamedTuple):
+  """What is compared of a sentence.
+
+  Attributes:
+    words: [n] int32 numbers of its words, in order.
+    counts: [n] float32 how much each of them says (salience).
+    key: [K] float32 sum over its tokens, of length 1.
+    text: of it.
+    tokens: that it has.
+  """
+
+  words: np.ndarray
+  counts: np.ndarray
+  key: np.ndarray
+  text: str
+  tokens: int
 
 
 class WordTable:
@@ -154,19 +172,34 @@ class WordTable:
 
 
 class Matcher:
-  """Matches blocks of one tree with queries; keeps the words it has read."""
+  """Matches blocks of one tree with queries.
+
+  Keeps what it has read for as long as the tree only grows.
+  """
 
   def __init__(self, tree: MegaContextTree, table: WordTable):
     self._tree, self.table = tree, table
+    self._clear()
+
+  def _clear(self) -> None:
     self._words: dict[int, np.ndarray] = {}
     self._marks: dict[int, np.ndarray] = {}
     self._keys: dict[int, np.ndarray] = {}
+    self._gists: dict[int, np.ndarray] = {}
+    self._sentences: dict[tuple[int, int], Sentence] = {}
+    self._revision = self._tree.revision
+
+  def _renew(self) -> None:
+    """Drops what may have been taken back or written anew since."""
+    if self._revision != self._tree.revision:
+      self._clear()
 
   def query(self, token_ids: np.ndarray, prior: np.ndarray) -> QueryWords:
     """The words of query tokens [T] with prior weights [T]."""
     if len(self.table) > _MOST_WORDS:
       self.table.clear()
       self._words.clear()
+      self._sentences.clear()
     tokenizer = self.table.tokenizer
     words = self.table.read(token_ids)
     numbers = self.table.numbers(words, token_ids)
@@ -207,6 +240,7 @@ class Matcher:
 
   def match(self, blocks: np.ndarray, query: QueryWords) -> Matches:
     """Matches of blocks [U], sorted, with the query's words."""
+    self._renew()
     lists = self._read(blocks)
     counts = np.array([len(words) for words in lists])
     flat = np.concatenate([*lists, np.zeros(0, np.int32)])
@@ -239,6 +273,7 @@ class Matcher:
     Shares of a block's tokens that the user and the model said in a chat, and
     of control tokens; 1 for a block with a question mark.
     """
+    self._renew()
     missing = np.unique([b for b in blocks.tolist() if b not in self._marks])
     if len(self._marks) > _MOST_BLOCKS:
       self._marks.clear()
@@ -258,14 +293,30 @@ class Matcher:
 
   def keys(self, blocks: np.ndarray) -> np.ndarray:
     """Learned keys of blocks [n]: int8 [n, K]."""
-    if len(self._keys) > _MOST_BLOCKS:
-      self._keys.clear()
-    missing = np.unique([b for b in blocks.tolist() if b not in self._keys])
-    for run in (missing[at] for at in runs_of(missing)):
-      first = int(run[0])
-      rows = self._tree.lens_keys(1, first, first + len(run))
-      self._keys.update(zip(run.tolist(), rows))
-    return np.stack([self._keys[b] for b in blocks.tolist()])
+    self._renew()
+    return _rows(blocks, self._keys, self._tree.lens_keys)
+
+  def gists(self, blocks: np.ndarray) -> np.ndarray:
+    """L1 gists of blocks [n]: float32 [n, D]."""
+    self._renew()
+    return _rows(blocks, self._gists, self._tree.gists)
+
+  def sentence(self, span: tuple[int, int]) -> Sentence:
+    """What is compared of the tokens [start, stop), a whole sentence."""
+    self._renew()
+    if len(self._sentences) > _MOST_BLOCKS:
+      self._sentences.clear()
+    if span not in self._sentences:
+      table, ids = self.table, self._tree.tokens(*span)
+      read = table.read(ids)
+      salience = table.salience[ids]
+      total = salience @ table.vectors[ids].astype(np.float32)
+      self._sentences[span] = Sentence(
+        table.numbers(read, ids),
+        np.array([salience[a:b].sum() for _, a, b in read], np.float32),
+        total / (np.linalg.norm(total) + 1e-6), "".join(table.text(ids)),
+        len(ids))
+    return self._sentences[span]
 
   def _mark(self, run: np.ndarray, ids: np.ndarray, who: np.ndarray,
             special: np.ndarray) -> None:
@@ -295,6 +346,18 @@ class Matcher:
     cuts = np.searchsorted(block, np.arange(first, last + 1))
     for b, x, y in zip(range(first, last), cuts[:-1], cuts[1:]):
       self._words[b] = numbers[x:y]
+
+
+def _rows(blocks: np.ndarray, known: dict[int, np.ndarray], read: Callable
+          ) -> np.ndarray:
+  """Rows of blocks [n], those not `known` by `read(1, first, stop)`."""
+  if len(known) > _MOST_BLOCKS:
+    known.clear()
+  missing = np.unique([b for b in blocks.tolist() if b not in known])
+  for run in (missing[at] for at in runs_of(missing)):
+    first = int(run[0])
+    known.update(zip(run.tolist(), read(1, first, first + len(run))))
+  return np.stack([known[b] for b in blocks.tolist()])
 
 
 def runs_of(values: np.ndarray) -> list[np.ndarray]:

@@ -31,6 +31,8 @@ class Reader:
   def __init__(self, tree: MegaContextTree, tokenizer: Tokenizer,
                matcher: Matcher):
     self.tree, self._tokenizer, self._matcher = tree, tokenizer, matcher
+    self._kept: dict[int, list[tuple[int, int]]] = {}
+    self._kept_for: tuple[int, int, int] | None = None
 
   def spans(self, evidence: Sequence[tuple[int, float]], query: QueryWords,
             most: int, stop: int, least: float = LEAST
@@ -66,7 +68,18 @@ class Reader:
     return found
 
   def sentences(self, block: int, stop: int) -> list[tuple[int, int]]:
-    """Token spans of the sentences that touch a block and may be evidence."""
+    """Token spans of the sentences that touch a block and may be evidence.
+
+    Kept until another prompt asks or the tree is changed but for its end.
+    """
+    events = len(self.tree.journal.events)
+    if self._kept_for != (stop, self.tree.revision, events):
+      self._kept, self._kept_for = {}, (stop, self.tree.revision, events)
+    if block not in self._kept:
+      self._kept[block] = self._cut(block, stop)
+    return self._kept[block]
+
+  def _cut(self, block: int, stop: int) -> list[tuple[int, int]]:
     start = max(0, block * BRANCHING - _REACH)
     end = min(stop, (block + 1) * BRANCHING + _REACH)
     ids = self.tree.tokens(start, end)

@@ -193,7 +193,7 @@ def gather(
   block, count = np.zeros(size, np.int32), len(rows)
   if count:
     features[:count] = row_features(tree, rows, query, matcher)
-    gists[:count] = block_gists(tree, rows.block)
+    gists[:count] = matcher.gists(rows.block)
   block[:count] = rows.block
   return LensInputs(
     features, gists, block, np.arange(size) < count,
@@ -340,15 +340,6 @@ def _repeats(tree: MegaContextTree, rows: Rows) -> np.ndarray:
   return np.array([
     share if (share := found.get(b, 0.0)) > shown else 0.0
     for b in rows.block.tolist()], np.float32)
-
-
-def block_gists(tree: MegaContextTree, blocks: np.ndarray) -> np.ndarray:
-  """Gists [n, D] float32 of blocks [n]."""
-  out = np.zeros((len(blocks), tree.d_model), np.float32)
-  for run in runs_of(blocks):
-    first = int(blocks[run[0]])
-    out[run] = tree.gists(1, first, first + len(run))
-  return out
 
 
 def rarity(tree: MegaContextTree, ids: np.ndarray) -> np.ndarray:

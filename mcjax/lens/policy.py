@@ -212,7 +212,7 @@ class LensNetPolicy:
     if not spans:
       return ()
     likely = sentence_net.likelihood(self._read, sentence_features(
-      self._reader.tree, self._matcher, self._query, spans, strength))
+      self._matcher, self._query, spans, strength))
     return chosen(dict(zip(spans, likely.tolist())), self._read_tokens,
                   self._read_share)
 

@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mcjax.answer.matching import Matcher
+from mcjax.answer.matching import Matcher, Sentence
 from mcjax.answer.reading import Reader
 from mcjax.lens.features import LensQuery
-from mcjax.tree.tree import MegaContextTree
 
 _MATCHES = ("exact", "spelling", "meaning")
 _WHERE = ("own", "near", "before", "after")
@@ -53,21 +52,20 @@ def candidates(reader: Reader, evidence: Sequence[tuple[int, float]], stop: int
   return spans, np.array([found[span] for span in spans], np.float32)
 
 
-def sentence_features(tree: MegaContextTree, matcher: Matcher,
-                      query: LensQuery, spans: Sequence[tuple[int, int]],
+def sentence_features(matcher: Matcher, query: LensQuery,
+                      spans: Sequence[tuple[int, int]],
                       strength: np.ndarray) -> np.ndarray:
   """Features [S, FEATURES] float32 of sentences; see `NAMES`.
 
   Args:
-    tree: the history.
-    matcher: of it.
+    matcher: of the history.
     query: what is asked.
     spans: S token spans (start, stop) in order.
     strength: [S] LensNet's score of the best block each one touches.
   """
   weights = query.words.weights
   total = weights.sum() + 1e-6
-  held, look, keys = _read(tree, matcher, query, spans)
+  held, look, keys = _read(matcher, query, spans)
   beside = _Beside(spans)
   out: dict[str, np.ndarray] = {}
   for match in _MATCHES:
@@ -116,7 +114,7 @@ class _Beside:
     return before, after
 
 
-def _read(tree: MegaContextTree, matcher: Matcher, query: LensQuery,
+def _read(matcher: Matcher, query: LensQuery,
           spans: Sequence[tuple[int, int]]) -> tuple[
             dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
   """How sentences match the query's words [S, Q], `_LOOK` [S], keys [S, K]."""
@@ -128,19 +126,12 @@ def _read(tree: MegaContextTree, matcher: Matcher, query: LensQuery,
   look = {name: np.zeros(count, np.float32) for name in _LOOK}
   keys = np.zeros((count, table.vectors.shape[1]), np.float32)
   for i, span in enumerate(spans):
-    ids = tree.tokens(*span)
-    read = table.read(ids)
-    words = table.numbers(read, ids)
-    salience = table.salience[ids]
-    total = salience @ table.vectors[ids].astype(np.float32)
-    keys[i] = total / (np.linalg.norm(total) + 1e-6)
-    text = "".join(table.text(ids))
-    if len(words):
-      for name, row in _matched(table, words, q).items():
+    told = matcher.sentence(span)
+    keys[i] = told.key
+    if len(told.words):
+      for name, row in _matched(table, told.words, q).items():
         held[name][i] = row
-      counts = np.array([salience[a:b].sum() for _, a, b in read])
-      for name, value in _looks(text, len(ids), counts,
-                                ~np.isin(words, q)).items():
+      for name, value in _looks(told, ~np.isin(told.words, q)).items():
         look[name][i] = value
   return held, look, keys
 
@@ -160,20 +151,13 @@ def _matched(table, words: np.ndarray, q: np.ndarray) -> dict[str, np.ndarray]:
   return out
 
 
-def _looks(text: str, tokens: int, counts: np.ndarray, new: np.ndarray
-           ) -> dict[str, float]:
-  """What a sentence looks like.
-
-  Args:
-    text: of the sentence.
-    tokens: that it has.
-    counts: [n] how much each of its words says (salience).
-    new: [n] bool, words that the prompt does not have.
-  """
+def _looks(told: Sentence, new: np.ndarray) -> dict[str, float]:
+  """What a sentence looks like; `new` [n] bool: words not in the prompt."""
+  text, counts = told.text, told.counts
   words = text.split()
   return {
     "opening": counts[0], "new": (counts * new).sum(),
-    "length": np.log2(1 + tokens) / 8,
+    "length": np.log2(1 + told.tokens) / 8,
     "digits": any(c.isdigit() for c in text),
     "capitals": sum(w[:1].isupper() for w in words) / max(1, len(words)),
     "quotes": '"' in text, "colon": text.rstrip().endswith(":"),

@@ -24,6 +24,8 @@ class StoredTree:
 
   Attributes:
     journal: events beside the tokens, committed with them.
+    revision: grows when rows are taken back or written anew, not when the tree
+      grows: what was read at another one may be no longer so.
   """
 
   def __init__(
@@ -38,13 +40,14 @@ class StoredTree:
     """Use `create` or `open`."""
     self._store, self._encoder, self._lock = store, encoder, lock
     self._closed, self._process = False, os.getpid()
-    self._transient = 0
+    self._transient = self.revision = 0
     kinds = ("tokens", "gists", "keys", "lens", "access")
     self._reads = dict.fromkeys(kinds, 0)
     self._load(record, generation, keyer)
 
   def _load(self, record: dict, generation: bytes, keyer: Keyer | None) -> None:
     """Takes up a commit."""
+    self.revision += 1
     store = self._store
     levels = Levels(store, record, keyer)
     frequency = TokenFrequency(

@@ -303,6 +303,7 @@ class MegaContextTree(StoredTree):
     parts = (self._levels, self._frequency, self._access, self.journal)
     for part, part_state in zip(parts, state, strict=True):
       part.restore(part_state)
+    self.revision += 1
 
   # Maintenance.
 
@@ -404,6 +405,7 @@ class MegaContextTree(StoredTree):
           self._store.delete(folder + "/")
       raise
     self._levels.switch()
+    self.revision += 1
     self._delete_unused(before)
 
   def refresh(self) -> bool:

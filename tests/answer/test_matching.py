@@ -82,3 +82,23 @@ def test_characters_of_several_bytes_are_words():
                     np.zeros(300, np.float32))
   ids = np.asarray(tokenizer.encode("Größe für \u6e2f\u53e3"), np.int32)
   assert [w for w, *_ in table.read(ids)] == ["grösse", "für", "\u6e2f\u53e3"]
+
+
+def test_what_was_taken_back_is_forgotten(matcher):
+  tree, encode = matcher._tree, matcher.table.tokenizer.encode
+  first = tree.num_nodes(1)
+  blocks, span = np.array([first]), (first * 32, first * 32 + 30)
+
+  def seen(by):
+    return [*by.match(blocks, query(by, "lantern ferry")), by.marks(blocks),
+            by.gists(blocks), by.sentence(span).words]
+
+  with tree.transient():
+    tree.append(np.asarray(encode("no one saw the ferry come in?   ")))
+    before = seen(matcher)
+  tree.append(np.asarray(encode("a lantern hung over the landing.")))
+  after = seen(matcher)
+  assert before[0].tolist() == [[0, 1]] and after[0].tolist() == [[1, 0]]
+  for mine, new in zip(after, seen(Matcher(tree, matcher.table)), strict=True):
+    np.testing.assert_array_equal(mine, new)
+  assert list(matcher._gists) == [first]

@@ -36,8 +36,7 @@ def asked(tiny_lm, tiny_gistnet):
 
 
 def features(policy, spans, strength):
-  return sentence_features(policy._reader.tree, policy._matcher,
-                           policy._query, spans, strength)
+  return sentence_features(policy._matcher, policy._query, spans, strength)
 
 
 def test_the_sentence_that_holds_the_words_stands_out(asked):

@@ -156,7 +156,7 @@ class SentenceMaker:
       return []
     features = np.zeros((MOST, FEATURES), np.float16)
     features[: len(spans)] = sentence_features(
-      tree, matcher, query, spans, strength)
+      matcher, query, spans, strength)
     tells, span = np.zeros(MOST, np.float16), np.zeros((MOST, 2), np.int32)
     tells[: len(spans)] = _marked(spans, example.best or example.gold)
     span[: len(spans)] = spans
