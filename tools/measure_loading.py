@@ -9,11 +9,12 @@ less what it had then, over the size of the checkpoint.
 
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 
 from absl import app, flags
+
+from mcjax.runtime.telemetry import peak_memory_mib
 
 _FOLDER = flags.DEFINE_string("folder", None, "Written if not there.",
                               required=True)
@@ -59,7 +60,7 @@ def _write(folder: pathlib.Path, gigabytes: float) -> None:
 
 
 def _peak() -> int:
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return int(peak_memory_mib() * 2**20)
 
 
 def _load(folder: pathlib.Path) -> None:
