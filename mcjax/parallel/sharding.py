@@ -104,7 +104,7 @@ _GISTNET = (  # the width of the network or of the base is split, over fsdp
   (r"adapter/(lora\w*/[qkvo]|key_value)/\w+", P()),
   (r"(.*/)?norm\w*|scale|ns_coeffs", P()),  # the last belongs to Muon
   (r"position|level|slot", P(None, FSDP)),
-  (r"copy_gain", P(None, None, FSDP)),
+  (r"copy_gain|context_place", P(None, None, FSDP)),
   (r".*/w_down", P(None, FSDP)),
   (r"(.*/)?(w\w+)|copy_picks", P(FSDP, None)),
 )

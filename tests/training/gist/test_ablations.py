@@ -53,6 +53,10 @@ def test_reads(name, tiny_lm):
   network = gistnet.configure(tiny_lm.params, tiny_lm.config, c.gistnet)
   params = jax.eval_shape(lambda: gistnet.init_params(network))
   assert len(jax.tree.leaves(params)) > 10
+  laid_out = sharding.RULES.shardings(  # every parameter has a rule
+    "gistnet", params, sharding.make_mesh(1, devices=jax.devices()[:1]),
+    int(network.per_level))
+  assert jax.tree.structure(laid_out) == jax.tree.structure(params)
 
 
 @pytest.mark.parametrize("name", ["deep_2", "deep_3", "wide"])
