@@ -14,6 +14,7 @@ import numpy as np
 from mcjax.answer.matching import Matcher, WordTable
 from mcjax.answer.reading import Reader, chosen
 from mcjax.base.load import BaseLM
+from mcjax.config import Config
 from mcjax.focus.policy import WISH, age_scores, with_payment
 from mcjax.gist.encoder import GistEncoder, load_gistnet
 from mcjax.lens import features as lens_features
@@ -95,8 +96,7 @@ class LensNetPolicy:
   """
 
   def __init__(self, config: lensnet.LensNetConfig, params, lm: BaseLM,
-               encoder: GistEncoder, card: dict | None, max_nodes: int = 256,
-               read_tokens: int = 0, read_share: float = 0.0):
+               encoder: GistEncoder, card: dict | None):
     self.config, self.params, self.card = config, params, card
     self.keyer = LensKeyer(params, config, lm)
     self.by_meaning = TABLE in params
@@ -104,13 +104,7 @@ class LensNetPolicy:
     self._prompts = params["score"], params["apart"]
     self._reading = params["text"], np.zeros(len(lensnet.APART), np.float32)
     self._read = params.get(sentence_net.PART)
-    self._encoder = encoder
-    self._max_nodes = max_nodes
-    if not (read_tokens and read_share):
-      card_of_base = cards.of(lm.name)
-      read_tokens = read_tokens or card_of_base.read_tokens
-      read_share = read_share or card_of_base.read_share
-    self._read_tokens, self._read_share = read_tokens, read_share
+    self.bind(encoder, cards.settled(Config(), lm.name))
     self._tree: MegaContextTree | None = None
     self._query_ids: np.ndarray | None = None
     self._evidence: list[tuple[int, float]] = []
@@ -124,9 +118,17 @@ class LensNetPolicy:
     self.bytes_read = 0
     self.answerable = 0.0
 
-  def bind(self, encoder: GistEncoder) -> None:
-    """Reads the gists of this GistNet from now on: that of its history."""
+  def bind(self, encoder: GistEncoder, config: Config) -> None:
+    """Takes up a history's GistNet, and what its loop is to search and read.
+
+    Args:
+      encoder: reads its gists from now on.
+      config: of the loop, settled by the base's card.
+    """
     self._encoder = encoder
+    self._step_nodes = config.search_nodes
+    self._prompt_nodes = config.search_nodes * max(1, config.settle_steps)
+    self._read_tokens, self._read_share = config.read_tokens, config.read_share
 
   def reads(self, encoder: GistEncoder) -> bool:
     """Whether it was trained, on gists of this GistNet if it reads any."""
@@ -139,11 +141,14 @@ class LensNetPolicy:
   def score(self, view: FocusView) -> np.ndarray:
     """Signed score per entry, [E] float32.
 
-    A prompt's blocks keep their scores while the window settles, and are
-    scored again once more are found.
+    A prompt is searched for at once, as far as all its refocus steps may, so
+    its blocks are scored once and keep that while the window settles.
     """
     self._prepare(view)
-    self._finder.run(self._max_nodes)
+    if not view.asked:
+      self._finder.run(self._step_nodes)
+    elif self._scored_at < 0:
+      self._finder.run(self._prompt_nodes)
     self.touched = self._finder.touched - self._counted[0]
     self.bytes_read = self._finder.bytes_read - self._counted[1]
     self._counted = self._finder.touched, self._finder.bytes_read
@@ -288,9 +293,8 @@ def entry_scores(view: FocusView, rows: Rows, scores: np.ndarray
   return with_payment(view, out)
 
 
-def load_lensnet(lm: BaseLM, path=None, *, gistnet: GistEncoder | None = None,
-                 max_nodes: int = 256, read_tokens: int = 0,
-                 read_share: float = 0.0) -> LensNetPolicy:
+def load_lensnet(lm: BaseLM, path=None, *, gistnet: GistEncoder | None = None
+                 ) -> LensNetPolicy:
   """The LensNet of a base: the given weights, else the shipped, else fresh.
 
   Args:
@@ -298,16 +302,12 @@ def load_lensnet(lm: BaseLM, path=None, *, gistnet: GistEncoder | None = None,
     path: of a `lensnet.safetensors`; None takes the weights shipped for a base
       of this name, or else deterministic untrained ones.
     gistnet: the base's GistNet; the shipped one by default.
-    max_nodes: nodes each search may touch per refocus step.
-    read_tokens, read_share: see `Config`; 0 is what the base's card has.
 
   Raises:
     McjaxError: the file is missing, unreadable or made for another width.
   """
   params, config, card = read_weights(lm, path)
-  return LensNetPolicy(
-    config, params, lm, gistnet or load_gistnet(lm), card, max_nodes,
-    read_tokens, read_share)
+  return LensNetPolicy(config, params, lm, gistnet or load_gistnet(lm), card)
 
 
 def load_keyer(lm: BaseLM, path=None) -> LensKeyer:

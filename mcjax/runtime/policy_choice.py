@@ -57,14 +57,12 @@ def choose(config: Config, lm: BaseLM, encoder: GistEncoder,
   name = config.policy
   keyer: Keyer | None = given.keyer if given else None
   if given:  # it may have been loaded without the history's GistNet
-    given.bind(encoder)
     if given.card and not given.reads(encoder):
       logging.warning("this LensNet was trained on the gists of another "
                       "GistNet than the history's")
   if name == "lensnet" or name == "auto" and (given or shipped):
-    learned = given or load_lensnet(
-      lm, gistnet=encoder, max_nodes=config.search_nodes,
-      read_tokens=config.read_tokens, read_share=config.read_share)
+    learned = given or load_lensnet(lm, gistnet=encoder)
+    learned.bind(encoder, config)
     if name == "lensnet" or given or learned.reads(encoder):
       return Choice("lensnet", learned, learned.keyer)
   if name == "auto":

@@ -97,9 +97,8 @@ def test_both_searches_find_a_fact(tiny_lm, tiny_gistnet):
               text=text[:20_000] + FACT + text[20_000 + len(FACT) :])
   policy = mc._loop._policy
   view = asked_view(mc, "what is the pump code?")
-  for _ in range(4):
-    scores = policy.score(view)
-    assert policy.touched <= 2 * 256 + mc.tree.num_nodes(1)
+  scores = policy.score(view)
+  assert policy.touched <= 2 * 24 * 256 + mc.tree.num_nodes(1)
   assert np.isfinite(scores).all()
   assert (20_001 // BRANCHING) in policy._finder.blocks()
 
@@ -109,9 +108,39 @@ def test_beyond_a_million_tokens_the_keys_are_searched(
   mc = opened(tiny_lm, tiny_gistnet, 40_000)
   policy = mc._loop._policy
   monkeypatch.setattr(lensnet_policy, "_SCAN", 100)
+  policy.bind(tiny_gistnet, dataclasses.replace(
+    mc.config, search_nodes=64, settle_steps=3))
   for _ in range(3):
     policy.score(asked_view(mc, mc.text(9000, 9030)))
-    assert policy.touched <= 2 * 256
+    assert 0 < policy.touched <= 2 * 3 * 64
+
+
+def test_a_prompt_is_searched_for_once_and_its_blocks_are_scored_once(
+    tiny_lm, tiny_gistnet, monkeypatch):
+  mc = opened(tiny_lm, tiny_gistnet, 40_000)
+  policy = mc._loop._policy
+  scored = []
+  monkeypatch.setattr(
+    policy, "score_rows", lambda view, rows, score=policy.score_rows: (
+      scored.append(len(rows)), score(view, rows))[1])
+  view = asked_view(mc, mc.text(9000, 9030))
+  touched = []
+  for _ in range(4):
+    policy.score(view)
+    touched.append(policy.touched)
+  assert len(scored) == 1
+  assert touched[0] > 256 and not any(touched[1:])
+
+
+def test_text_that_is_read_on_is_searched_for_step_by_step(
+    tiny_lm, tiny_gistnet):
+  mc = opened(tiny_lm, tiny_gistnet, 40_000)
+  policy = mc._loop._policy
+  view = dataclasses.replace(
+    asked_view(mc, mc.text(9000, 9030)), asked=False)
+  policy.score(view)
+  policy.score(view)
+  assert 0 < policy.touched <= 2 * 256
 
 
 def test_what_is_forgotten_is_not_found(tiny_lm, tiny_gistnet):

@@ -198,9 +198,7 @@ class Bench:
 
   def _load_lensnet(self) -> LensNetPolicy:
     return load_lensnet(
-      self.lm, self.settings.lensnet or None, gistnet=self.encoder,
-      max_nodes=self.config("lensnet").search_nodes,
-    )
+      self.lm, self.settings.lensnet or None, gistnet=self.encoder)
 
   @contextlib.contextmanager
   def opened(self, url: str, policy: Policy) -> Iterator[MegaContext]:
