@@ -194,8 +194,13 @@ class Matcher:
     if self._revision != self._tree.revision:
       self._clear()
 
-  def query(self, token_ids: np.ndarray, prior: np.ndarray) -> QueryWords:
-    """The words of query tokens [T] with prior weights [T]."""
+  def query(self, token_ids: np.ndarray, prior: np.ndarray,
+            stop: int | None = None) -> QueryWords:
+    """The words of query tokens [T] with prior weights [T].
+
+    They are as rare as the blocks before `stop` say, all of them by default: a
+    prompt that is in the tree itself holds all of its words.
+    """
     if len(self.table) > _MOST_WORDS:
       self.table.clear()
       self._words.clear()
@@ -203,7 +208,7 @@ class Matcher:
     tokenizer = self.table.tokenizer
     words = self.table.read(token_ids)
     numbers = self.table.numbers(words, token_ids)
-    blocks = max(1, self._tree.num_nodes(1))
+    blocks = max(1, self._tree.num_nodes(1) if stop is None else stop)
     ids, weights = [], []
     # Sequences of tokens with their priors; 0 between two keeps them apart.
     spelled = [(token_ids, np.asarray(prior, np.float32))]
@@ -216,7 +221,7 @@ class Matcher:
         tokens = np.asarray(tokenizer.encode(text), np.int32)
         if not len(tokens):
           continue
-        share = self._tree.block_frequency(np.unique(tokens)) / blocks
+        share = self._tree.block_frequency(np.unique(tokens), stop) / blocks
         held += blocks * float(np.prod(share))  # as if they were independent
         between = np.zeros(1, np.float32)
         spelled.append((np.concatenate([tokens[:1], tokens]), np.concatenate(
@@ -230,13 +235,19 @@ class Matcher:
     return QueryWords(
       np.array(ids, np.int32), np.array(weights, np.float32),
       known / total if total else 0.0, sequence.astype(np.int32),
-      lexical_rank.query_weights(self._tree, sequence, priors))
+      lexical_rank.query_weights(self._tree, sequence, priors, stop))
 
-  def blocks_around(self, blocks: np.ndarray) -> np.ndarray:
-    """Sorted blocks within `REACH` of `blocks`, those of the tree."""
+  def blocks_around(self, blocks: np.ndarray, stop: int | None = None
+                    ) -> np.ndarray:
+    """Sorted blocks within `REACH` of `blocks`, those of the tree.
+
+    Only those before `stop`, if it is given.
+    """
     near = blocks[:, None] + np.arange(-REACH, REACH + 1)
     near = np.unique(near)
-    return near[(near >= 0) & (near < self._tree.num_nodes(1))]
+    known = self._tree.num_nodes(1)
+    last = known if stop is None else min(stop, known)
+    return near[(near >= 0) & (near < last)]
 
   def match(self, blocks: np.ndarray, query: QueryWords) -> Matches:
     """Matches of blocks [U], sorted, with the query's words."""

@@ -104,7 +104,7 @@ class Similarity(HostPolicy):
     found = found[~touched(view.tree.journal.forgotten, found)]
     if not len(found):
       return []
-    around = self._matcher.blocks_around(found)
+    around = self._matcher.blocks_around(found, last)
     held = self._matcher.match(around, self._query).exact
     place = np.searchsorted(around, found)
     padded = np.concatenate([held, np.zeros_like(held[:1])])
@@ -133,7 +133,8 @@ class Similarity(HostPolicy):
       return
     if view.query_ids is not self._query_ids:
       self._query: QueryWords = self._matcher.query(
-        view.query_ids, view.query_weights)
+        view.query_ids, view.query_weights,
+        view.query_start // BRANCHING if view.asked else None)
     self._query_ids, self._blocks, self._search = view.query_ids, blocks, None
     weights = self._query.token_weights
     if np.any(weights > 0) and view.query_start >= BRANCHING:

@@ -84,6 +84,9 @@ class Asking(Protocol):
   def query_weights(self) -> np.ndarray: ...
 
   @property
+  def query_start(self) -> int: ...
+
+  @property
   def asked(self) -> bool: ...
 
 
@@ -95,12 +98,15 @@ class LensQuery(NamedTuple):
     key: [K] int32 learned key.
     gist: [D] float32 of its newest 32 tokens.
     asked: it is a prompt, not just the newest text.
+    stop: first block that holds any of a prompt, which is no part of what it
+      is compared with; None where the newest text is the query.
   """
 
   words: QueryWords
   key: np.ndarray
   gist: np.ndarray
   asked: bool
+  stop: int | None = None
 
 
 class LensInputs(NamedTuple):
@@ -134,10 +140,11 @@ def empty_inputs(size: int, d_model: int) -> LensInputs:
     np.zeros((TAIL, d_model), np.float32), np.zeros(TAIL, bool))
 
 
-def window_rows(window: WorkingContext, found: Sequence[int]) -> Rows:
+def window_rows(window: WorkingContext, found: Sequence[int], stop: int
+                ) -> Rows:
   """The window's blocks and those of `found` that lie below coarse entries.
 
-  Blocks that hold anything forgotten are left out.
+  Blocks that hold anything forgotten, or a token from `stop` on, are left out.
   """
   e = window.entries
   raw = np.flatnonzero(window.sibling_groups() & (e.level == 0))
@@ -157,6 +164,7 @@ def window_rows(window: WorkingContext, found: Sequence[int]) -> Rows:
     np.concatenate([raw, gist, np.array(above, np.int64)]),
   )
   kept = ~touched(window.forgotten, rows.block)
+  kept &= (rows.block + 1) * BRANCHING <= stop
   return Rows(*(part[kept] for part in rows))
 
 
@@ -167,10 +175,11 @@ def read_query(matcher: Matcher, keyer, encoder: GistEncoder,
   newest = np.full(BRANCHING, int(tokenizer.encode("\n")[0]), np.int32)
   part = ids[-BRANCHING:]
   newest[BRANCHING - len(part) :] = part
+  stop = view.query_start // BRANCHING if view.asked else None
   return LensQuery(
-    matcher.query(ids, view.query_weights),
+    matcher.query(ids, view.query_weights, stop),
     keyer.query(ids, view.query_weights),
-    encoder.encode_tokens(newest[None])[0], view.asked)
+    encoder.encode_tokens(newest[None])[0], view.asked, stop)
 
 
 def gather(
@@ -204,7 +213,7 @@ def row_features(
   tree: MegaContextTree, rows: Rows, query: LensQuery, matcher: Matcher
 ) -> np.ndarray:
   """Features [R, FEATURES] float32 of rows; see `NAMES`."""
-  around = matcher.blocks_around(rows.block)
+  around = matcher.blocks_around(rows.block, query.stop)
   place = {block: i for i, block in enumerate(around.tolist())}
   at = np.array([  # the last row of padded arrays is a block that is not there
     [place.get(block + d, len(around)) for d in range(-REACH, REACH + 1)]

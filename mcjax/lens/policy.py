@@ -154,7 +154,7 @@ class LensNetPolicy:
     self._counted = self._finder.touched, self._finder.bytes_read
     found = self._finder.blocks()
     rows = lens_features.window_rows(
-      view.context_lm.window, [*found, *self._whole])
+      view.context_lm.window, [*found, *self._whole], view.query_start)
     if not view.asked or view.tree.cursor != self._scored_at or any(
         block not in self._scored for block in found):
       self._scored = dict(zip(
@@ -164,7 +164,7 @@ class LensNetPolicy:
       [self._scored.get(b, -1.0) for b in rows.block.tolist()], np.float32)
     evidence: list[tuple[int, float]] = []
     if view.asked and self.answerable >= 0.5:  # else nothing is read
-      evidence = _evidence(view, rows, scores)
+      evidence = _evidence(rows, scores)
     if evidence != self._evidence:
       self._evidence, self._chosen = evidence, self._choose(evidence)
     whole = self._sentences(view, evidence[0][1] if evidence else -1.0)
@@ -194,8 +194,7 @@ class LensNetPolicy:
     weights = self._prompts if view.asked else self._reading
     scores, answerable = jax.device_get(
       lensnet.apply(*weights, self.config, inputs))
-    told = view.asked and _before_query(view, rows).any()
-    self.answerable = float(answerable) if told else 0.0
+    self.answerable = float(answerable) if view.asked and len(rows) else 0.0
     return scores[: len(rows)]
 
   @property
@@ -254,15 +253,9 @@ def _sizes(window: int) -> tuple[int, ...]:
   return (*(size for size in (160, 256, 512) if size < most), most)
 
 
-def _before_query(view: FocusView, rows: Rows) -> np.ndarray:
-  """[R] bool: blocks that end before the query begins."""
-  return (rows.block + 1) * BRANCHING <= view.query_start
-
-
-def _evidence(view: FocusView, rows: Rows, scores: np.ndarray
-              ) -> list[tuple[int, float]]:
+def _evidence(rows: Rows, scores: np.ndarray) -> list[tuple[int, float]]:
   """(block, score) of the blocks that are wished for, best first."""
-  wished = np.flatnonzero(_before_query(view, rows) & (scores > WISH))
+  wished = np.flatnonzero(scores > WISH)
   order = wished[np.argsort(-scores[wished], kind="stable")]
   return list(zip(rows.block[order].tolist(), scores[order].tolist()))
 
@@ -281,11 +274,9 @@ def entry_scores(view: FocusView, rows: Rows, scores: np.ndarray
     scores: [R] LensNet's, in (-1, 1).
   """
   out = age_scores(view)
-  before = _before_query(view, rows)
-  for at, state, score, old in zip(
-      rows.entry.tolist(), rows.state.tolist(), scores.tolist(),
-      before.tolist()):
-    if state == RAW and old:
+  for at, state, score in zip(
+      rows.entry.tolist(), rows.state.tolist(), scores.tolist()):
+    if state == RAW:
       least = out[at : at + BRANCHING] if not view.asked else -WISH + 0.01
       out[at : at + BRANCHING] = np.maximum(score, least)
     elif state != RAW and score > WISH:

@@ -14,7 +14,8 @@ IDF_POWER = 1.5  # of the idf in a query weight; 1, 2, 3 did worse
 
 
 def query_weights(
-  tree: MegaContextTree, query_ids: np.ndarray, weights: np.ndarray
+  tree: MegaContextTree, query_ids: np.ndarray, weights: np.ndarray,
+  stop: int | None = None,
 ) -> np.ndarray:
   """Weights of query tokens by how few blocks hold them (idf).
 
@@ -22,12 +23,13 @@ def query_weights(
     tree: gives the number of blocks that hold a token.
     query_ids: int [Q].
     weights: float [Q], a prior per position, for instance by age.
+    stop: only blocks before this one count; all by default.
 
   Returns:
     float32 [Q]: weight * ln((blocks + 1) / (blocks with the token + 0.5))**1.5,
     0 for a token that no block holds.
   """
-  held, idf = _rarity(tree, query_ids)
+  held, idf = _rarity(tree, query_ids, stop)
   return np.where(held > 0, weights * idf, 0).astype(np.float32)
 
 
@@ -43,10 +45,11 @@ def known_share(tree: MegaContextTree, query_ids: np.ndarray,
   return float(np.sum((weights * idf)[held > 0])) / total if total else 0.0
 
 
-def _rarity(tree: MegaContextTree, query_ids: np.ndarray):
+def _rarity(tree: MegaContextTree, query_ids: np.ndarray,
+            stop: int | None = None):
   """Blocks that hold a token, and its idf, [Q] each."""
-  blocks = tree.num_nodes(1)
-  held = tree.block_frequency(query_ids)
+  blocks = tree.num_nodes(1) if stop is None else stop
+  held = tree.block_frequency(query_ids, stop)
   return held, np.maximum(np.log((blocks + 1) / (held + 0.5)), 0) ** IDF_POWER
 
 

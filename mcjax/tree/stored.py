@@ -185,9 +185,21 @@ class StoredTree:
     """Rows read so far: per kind by the methods here, "ingest" by `append`."""
     return {**self._reads, "ingest": self._levels.ingested}
 
-  def block_frequency(self, token_ids: np.ndarray) -> np.ndarray:
-    """How many complete blocks hold each token: int64 [n]."""
-    return self._frequency.counts[np.asarray(token_ids)].astype(np.int64)
+  def block_frequency(self, token_ids: np.ndarray, stop: int | None = None
+                      ) -> np.ndarray:
+    """How many complete blocks hold each token: int64 [n].
+
+    Args:
+      token_ids: int [n].
+      stop: only blocks before this one; those from here on are read.
+    """
+    ids = np.asarray(token_ids)
+    counts = self._frequency.counts[ids].astype(np.int64)
+    if stop is not None:
+      for block in range(stop, self.num_nodes(1)):
+        counts -= np.isin(
+          ids, self.tokens(block * BRANCHING, (block + 1) * BRANCHING))
+    return counts
 
   # Access counts.
 

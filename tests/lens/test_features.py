@@ -39,7 +39,7 @@ def test_rows_are_blocks_raw_as_gists_or_buried():
   nodes = [(0, i) for i in range(32)] + [(1, i) for i in range(1, 32)]
   nodes += [(2, 1)] + [(0, 2048 + i) for i in range(40)]
   window.retile(nodes)
-  rows = lens_features.window_rows(window, [33, 5, 63, 64, 33])
+  rows = lens_features.window_rows(window, [33, 5, 63, 64, 33], 1 << 30)
   np.testing.assert_array_equal(rows.block, [0, 64, *range(1, 32), 33, 63])
   np.testing.assert_array_equal(rows.state, [RAW] * 2 + [GIST] * 31
                                 + [BURIED] * 2)

@@ -12,7 +12,7 @@ from mcjax.lens import features as lens_features
 from mcjax.lens import network as lensnet
 from mcjax.lens import policy as lensnet_policy
 from mcjax.lens import weights
-from mcjax.lens.features import GIST, RAW
+from mcjax.lens.features import BURIED, GIST, NAMES, RAW, Rows
 from mcjax.testing import tiny_base
 from mcjax.types import BRANCHING, McjaxError
 
@@ -24,7 +24,8 @@ def buried_rows(mc, *offsets):
   e = mc._loop.context.window.entries
   coarse = int(np.flatnonzero(e.level == 2)[0])
   found = [int(e.index[coarse]) * 32 + k for k in offsets]
-  rows = lens_features.window_rows(mc._loop.context.window, found)
+  rows = lens_features.window_rows(
+    mc._loop.context.window, found, mc.cursor)
   return rows, coarse, found
 
 
@@ -43,7 +44,8 @@ def test_a_coarse_entry_inherits_the_best_wish_below_it(tiny_lm, tiny_gistnet):
 def test_nothing_moves_without_a_wish(tiny_lm, tiny_gistnet):
   mc = opened(tiny_lm, tiny_gistnet, 4000)
   for view in (view_of(mc), asked_view(mc, "x")):
-    rows = lens_features.window_rows(mc._loop.context.window, [])
+    rows = lens_features.window_rows(
+      mc._loop.context.window, [], mc.cursor)
     out = lensnet_policy.entry_scores(
       view, rows, np.full(len(rows), -0.9, np.float32))
     assert (np.abs(out) < WISH).all()
@@ -77,18 +79,43 @@ def test_free_slots_pay_first(tiny_lm, tiny_gistnet):
 
 def test_the_questions_own_blocks_count_for_nothing(tiny_lm, tiny_gistnet):
   mc = opened(tiny_lm, tiny_gistnet, 4000)
-  rows, _, _ = buried_rows(mc, 3)
-  newest = int(rows.block[rows.state == RAW].max())
-  view = dataclasses.replace(
-    asked_view(mc, "x"), query_start=newest * BRANCHING - 5)
-  scores = np.full(len(rows), 0.9, np.float32)
-  out = lensnet_policy.entry_scores(view, rows, scores)
-  own = rows.entry[(rows.state == RAW) & (rows.block >= newest - 1)]
-  for at in own:
+  window = mc._loop.context.window
+  every = lens_features.window_rows(window, [], mc.cursor)
+  newest = int(every.block[every.state == RAW].max())
+  stop = newest * BRANCHING - 5
+  rows = lens_features.window_rows(window, [], stop)
+  assert set(every.block) - set(rows.block) == {newest - 1, newest}
+  view = dataclasses.replace(asked_view(mc, "x"), query_start=stop)
+  out = lensnet_policy.entry_scores(
+    view, rows, np.full(len(rows), 0.9, np.float32))
+  for at in every.entry[every.block >= newest - 1]:
     np.testing.assert_array_equal(
       out[at : at + 32], age_scores(view)[at : at + 32])
-  evidence = lensnet_policy._evidence(view, rows, scores)
-  assert all(block < newest - 1 for block, _ in evidence)
+
+
+def test_a_prompt_in_the_tree_is_scored_as_one_that_is_not(
+    tiny_lm, tiny_gistnet):
+  """Training asks about a tree without the prompt, the loop after it."""
+  question = "Which harbour has the HARBOURMASTER of 1903, and who is that?"
+  mc = opened(tiny_lm, tiny_gistnet, 3200)
+  policy = mc._loop._policy
+  blocks = np.arange(mc.cursor // BRANCHING)
+  rows = Rows(blocks, np.resize([RAW, BURIED], len(blocks)).astype(np.int32),
+              np.zeros(len(blocks), np.int64))
+  found = []
+  for text in ("", f" {question} " * 3):
+    if text:
+      mc.ingest(text)
+    view = dataclasses.replace(
+      asked_view(mc, question), query_start=len(blocks) * BRANCHING)
+    policy._prepare(view)
+    found.append(lens_features.row_features(
+      mc.tree, rows, policy._query, policy._matcher))
+  age = [NAMES.index(name) for name in (
+    "distance", "within_2048", "within_256")]
+  kept = np.delete(np.arange(len(NAMES)), age)
+  np.testing.assert_allclose(
+    found[0][:, kept], found[1][:, kept], atol=1e-6)
 
 
 def test_both_searches_find_a_fact(tiny_lm, tiny_gistnet):

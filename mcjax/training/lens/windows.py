@@ -196,7 +196,7 @@ class WindowMaker:
     weights = np.ones(len(ids), np.float32)
     if not example.asked:
       weights = fading_weights(len(ids))
-    view = _Query(tree, ids, weights, example.asked)
+    view = _Query(tree, ids, weights, tree.cursor, example.asked)
     query = lens_features.read_query(
       matcher, self._keyer, self.encoder, self._lm.tokenizer, view)
     last = tree.num_nodes(1)
@@ -243,6 +243,7 @@ class _Query:
   tree: MegaContextTree
   query_ids: np.ndarray
   query_weights: np.ndarray
+  query_start: int
   asked: bool
 
 
