@@ -78,6 +78,9 @@ class Asking(Protocol):
   """The part of a `FocusView` that a query is read from."""
 
   @property
+  def tree(self) -> MegaContextTree: ...
+
+  @property
   def query_ids(self) -> np.ndarray: ...
 
   @property
@@ -98,15 +101,20 @@ class LensQuery(NamedTuple):
     key: [K] int32 learned key.
     gist: [D] float32 of its newest 32 tokens.
     asked: it is a prompt, not just the newest text.
-    stop: first block that holds any of a prompt, which is no part of what it
-      is compared with; None where the newest text is the query.
+    end: tokens of the history that it is compared with: those before a prompt;
+      all where the newest text is the query.
   """
 
   words: QueryWords
   key: np.ndarray
   gist: np.ndarray
   asked: bool
-  stop: int | None = None
+  end: int
+
+  @property
+  def blocks(self) -> int:
+    """Complete blocks of the history that it is compared with."""
+    return self.end // BRANCHING
 
 
 class LensInputs(NamedTuple):
@@ -175,11 +183,11 @@ def read_query(matcher: Matcher, keyer, encoder: GistEncoder,
   newest = np.full(BRANCHING, int(tokenizer.encode("\n")[0]), np.int32)
   part = ids[-BRANCHING:]
   newest[BRANCHING - len(part) :] = part
-  stop = view.query_start // BRANCHING if view.asked else None
+  end = view.query_start if view.asked else view.tree.cursor
   return LensQuery(
-    matcher.query(ids, view.query_weights, stop),
+    matcher.query(ids, view.query_weights, end // BRANCHING),
     keyer.query(ids, view.query_weights),
-    encoder.encode_tokens(newest[None])[0], view.asked, stop)
+    encoder.encode_tokens(newest[None])[0], view.asked, end)
 
 
 def gather(
@@ -213,7 +221,7 @@ def row_features(
   tree: MegaContextTree, rows: Rows, query: LensQuery, matcher: Matcher
 ) -> np.ndarray:
   """Features [R, FEATURES] float32 of rows; see `NAMES`."""
-  around = matcher.blocks_around(rows.block, query.stop)
+  around = matcher.blocks_around(rows.block, query.blocks)
   place = {block: i for i, block in enumerate(around.tolist())}
   at = np.array([  # the last row of padded arrays is a block that is not there
     [place.get(block + d, len(around)) for d in range(-REACH, REACH + 1)]
@@ -239,7 +247,7 @@ def row_features(
   out["known"] = np.full(len(rows), query.words.known)
   out["length"] = np.full(len(rows), np.log2(1 + len(query.words.ids)) / 8)
   out["asked"] = np.full(len(rows), float(query.asked))
-  distance = tree.cursor - (rows.block + 1) * BRANCHING
+  distance = query.end - (rows.block + 1) * BRANCHING
   out["distance"] = np.log2(1 + np.maximum(distance, 0) / BRANCHING) / 16
   out["within_2048"] = np.minimum(distance, 2048) / 2048
   out["within_256"] = np.where(distance < 256, 1 - distance / 256, 0.0)
@@ -360,13 +368,13 @@ def rarity(tree: MegaContextTree, ids: np.ndarray) -> np.ndarray:
 
 def read_tail(tree: MegaContextTree,
               embed: Callable[[np.ndarray], np.ndarray],
-              encoder: GistEncoder) -> tuple[np.ndarray, np.ndarray]:
-  """Coarsest and newest gists, the provisional gist, the newest tokens.
+              query: LensQuery) -> tuple[np.ndarray, np.ndarray]:
+  """Coarsest and newest gists, the query's gist, the newest tokens.
 
   Args:
     tree: the history.
     embed: token ids [n] -> input embeddings [n, D] float32.
-    encoder: the GistNet, for the newest tokens' provisional gist.
+    query: what is asked, whose own blocks are none of the newest.
 
   Returns:
     tail [TAIL, D] float32 and its mask [TAIL] bool.
@@ -378,14 +386,12 @@ def read_tail(tree: MegaContextTree,
   if tree.top_level > 1:
     count = tree.num_nodes(tree.top_level)
     gists.append(tree.gists(tree.top_level, max(0, count - 2), count))
-  count = tree.num_nodes(1)
-  gists.append(tree.gists(1, max(0, count - 4), count))
+  gists.append(tree.gists(1, max(0, query.blocks - 4), query.blocks))
   rows = np.concatenate(gists)[:TAIL_GISTS]
   tail[: len(rows)] = rows
   mask[: len(rows)] = True
-  if len(newest) == BRANCHING:
-    tail[TAIL_GISTS] = encoder.encode_tokens(newest[None])[0]
-    mask[TAIL_GISTS] = True
+  tail[TAIL_GISTS] = query.gist
+  mask[TAIL_GISTS] = True
   padded = np.zeros(BRANCHING, np.int32)
   padded[: len(newest)] = newest
   tail[TAIL_GISTS + 1 :] = embed(padded)

@@ -188,7 +188,7 @@ class LensNetPolicy:
     context: ContextLM = view.context_lm
     size = next(s for s in _sizes(context.window.window) if s >= len(rows))
     tail = lens_features.read_tail(
-      view.tree, context.token_embeddings, self._encoder)
+      view.tree, context.token_embeddings, self._query)
     inputs = lens_features.gather(
       view.tree, rows, size, self._query, self._matcher, tail)
     weights = self._prompts if view.asked else self._reading

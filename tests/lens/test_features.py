@@ -54,7 +54,7 @@ def test_inputs_hold_matches_gists_and_tail(tiny_lm, tiny_gistnet):
   view = asked_view(mc, "what is the pump code?")
   policy = prepared(mc, view)
   tail = lens_features.read_tail(
-    mc.tree, mc._loop.context.token_embeddings, tiny_gistnet)
+    mc.tree, mc._loop.context.token_embeddings, policy._query)
   got = lens_features.gather(
     mc.tree, rows_of(0, 32, 33, 60), 8, policy._query, policy._matcher, tail)
   assert got.features.shape == (8, FEATURES) and got.mask.sum() == 4
@@ -122,9 +122,11 @@ def test_a_passage_that_is_repeated_foretells_what_follows(
 
 def test_a_short_history_has_a_short_tail(tiny_lm, tiny_gistnet):
   mc = opened(tiny_lm, tiny_gistnet, 20)
+  query = prepared(mc, view_of(mc))._query
   tail, mask = lens_features.read_tail(
-    mc.tree, mc._loop.context.token_embeddings, tiny_gistnet)
-  assert not mask[: TAIL_GISTS + 1].any()
+    mc.tree, mc._loop.context.token_embeddings, query)
+  assert not mask[:TAIL_GISTS].any() and mask[TAIL_GISTS]
+  np.testing.assert_array_equal(tail[TAIL_GISTS], query.gist)
   assert mask[TAIL_GISTS + 1 :].sum() == 21 and np.isfinite(tail).all()
 
 

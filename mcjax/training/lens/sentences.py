@@ -144,7 +144,7 @@ class SentenceMaker:
     """Candidates of one question; none if no block is wished for."""
     query, rows = self._maker.look(tree, matcher, example, rng)
     tail = lens_features.read_tail(
-      tree, lambda ids: self._embed[ids], self._maker.encoder)
+      tree, lambda ids: self._embed[ids], query)
     inputs = lens_features.gather(tree, rows, ROWS, query, matcher, tail)
     scores = np.asarray(lensnet.apply(
       self._params["score"], self._params["apart"], self._config, inputs)[0])
