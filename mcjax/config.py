@@ -33,8 +33,8 @@ class Config:
       barred from the opposite one.
     threshold: tau; scores within +-tau cause no voluntary edit.
     settle_steps: refocus steps at most after a prompt was ingested.
-    search_nodes: tree nodes a search may touch per refocus step; LensNet's for a
-      prompt touches those of all `settle_steps` at once. Below 1M tokens it
+    search_nodes: tree nodes a search may touch per refocus step; LensNet's for
+      a prompt touches those of all `settle_steps` at once. Below 1M tokens it
       reads all its L1 keys instead of searching by them.
     gist_attention: whether the LM attends to gists; auto does what the
       GistNet's model card measured to be best at this window, and masks
