@@ -41,11 +41,12 @@ class Config:
       untrained ones.
     gists_seen: of visible gists the newest ones, so many; 0 for all.
     raw_attention: what the LM attends to of the raw text before a question.
-      sentences: where sentences answer it, these and the history's first token
-      alone; blocks: instead of the sentences the blocks of 32 tokens that hold
-      them; all: everything.
+      "sentences": where sentences answer it, these and the history's first
+      token alone; "blocks": instead of the sentences the blocks of 32 tokens
+      that hold them; "all": everything; "" is what the base's card has
+      (`mcjax.pretrained.cards`).
     read_tokens: tokens of such sentences that are read at most; 0 is what the
-      base's card has (`mcjax.pretrained.cards`).
+      card has.
     read_share: how likely another sentence must be to tell the answer, as a
       share of the best one's, to be read (of its match with the question, where
       nothing was learned); 0 is what the card has.
@@ -90,7 +91,7 @@ class Config:
   search_nodes: int = 256
   gist_attention: str = "auto"
   gists_seen: int = 0
-  raw_attention: str = "sentences"
+  raw_attention: str = ""
   read_tokens: int = 0
   read_share: float = 0.0
   read_place: str = ""
@@ -115,8 +116,9 @@ class Config:
     self._one_of("policy", POLICIES)
     self._one_of("kv", KV_MODES)
     self._one_of("gist_attention", GIST_ATTENTION)
-    self._one_of("raw_attention", RAW_ATTENTION)
     self._one_of("chat", ("auto", "plain"))
+    self._require("raw_attention", self.raw_attention in ("", *RAW_ATTENTION),
+                  "sentences, blocks, all or empty")
     self._require("read_place", self.read_place in ("", *READ_PLACES),
                   "turn, before or empty")
     for name in ("window", "refocus_every", "sink_tokens", "recent_tokens",

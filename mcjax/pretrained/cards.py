@@ -13,7 +13,7 @@ import pathlib
 
 from absl import logging
 
-from mcjax.config import READ_PLACES, Config
+from mcjax.config import RAW_ATTENTION, READ_PLACES, Config
 from mcjax.settings import read_fields
 from mcjax.types import McjaxError
 
@@ -28,14 +28,14 @@ class Card:
 
   Attributes:
     read_tokens: tokens of sentences that are read for an answer at most.
-    read_share, read_place: see `Config`.
-    contrast: see `Config.contrast`.
+    raw_attention, read_share, read_place, contrast: see `Config`.
     nets: folder beside this one that holds the weights shipped for the base,
       shared by the bases of one tokenizer; its own folder if empty.
     chosen: how the settings were chosen, in words.
   """
 
   read_tokens: int = 256
+  raw_attention: str = "sentences"
   read_share: float = 0.6
   read_place: str = "turn"
   contrast: float = 0.5
@@ -44,6 +44,7 @@ class Card:
 
   def __post_init__(self):
     for name, ok in (("read_tokens", self.read_tokens > 0),
+                     ("raw_attention", self.raw_attention in RAW_ATTENTION),
                      ("read_share", 0 < self.read_share <= 1),
                      ("read_place", self.read_place in READ_PLACES),
                      ("contrast", self.contrast >= 0),
@@ -92,12 +93,13 @@ def _unmeasured(base_name: str) -> Card:
 
 def settled(config: Config, base_name: str) -> Config:
   """The configuration with the card's values where it leaves them to it."""
-  if (config.read_tokens and config.read_share and config.read_place
-      and config.contrast is not None):
+  if (config.read_tokens and config.raw_attention and config.read_share
+      and config.read_place and config.contrast is not None):
     return config
   card = of(base_name)
   contrast = card.contrast if config.contrast is None else config.contrast
   return dataclasses.replace(
     config, read_tokens=config.read_tokens or card.read_tokens,
+    raw_attention=config.raw_attention or card.raw_attention,
     read_share=config.read_share or card.read_share,
     read_place=config.read_place or card.read_place, contrast=contrast)

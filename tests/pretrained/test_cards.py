@@ -66,17 +66,19 @@ def test_nets_that_bases_share_read_nothing_of_one_base():
 
 
 def test_a_configuration_takes_what_it_leaves_open_from_the_card(root):
-  _ship(root, "known", read_tokens=40, read_share=0.25, read_place="before",
-        contrast=0.0)
+  _ship(root, "known", read_tokens=40, raw_attention="all", read_share=0.25,
+        read_place="before", contrast=0.0)
   settled = cards.settled(Config(window=512), "known")
   assert (settled.read_tokens, settled.read_share, settled.contrast) == (
     40, 0.25, 0.0)
   assert settled.window == 512 and settled.read_place == "before"
-  own = Config(read_tokens=7, read_place="turn", contrast=2.0)
+  assert settled.raw_attention == "all"
+  own = Config(read_tokens=7, raw_attention="blocks", read_place="turn",
+               contrast=2.0)
   settled = cards.settled(own, "known")
   assert (settled.read_tokens, settled.read_share, settled.contrast) == (
     7, 0.25, 2.0)
-  assert settled.read_place == "turn"
+  assert settled.read_place == "turn" and settled.raw_attention == "blocks"
   assert cards.settled(settled, "known") is settled
 
 

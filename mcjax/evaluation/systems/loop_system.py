@@ -97,7 +97,7 @@ class LoopSystem:
       out = mc._generate(question, limit)
     seconds = time.perf_counter() - begin
     sources = [(s.start, s.stop) for s in out.sources]
-    if mc.config.raw_attention == "all":
+    if mc._loop._config.raw_attention == "all":
       sources = []
     seen = self._look(out.focus, sources, counters["edits"] - edits)
     if remember:
