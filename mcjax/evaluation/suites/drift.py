@@ -93,7 +93,7 @@ def run(settings: Settings, folder) -> Report:
     f"NLL of splice minus exact, {settings.horizon} tokens, "
     f"W={settings.window}",
     ("refresh", "after steps", "probes", "drift, nats", "± s.e.",
-     "mean |drift|", "exact NLL"), rows,
+     "mean size", "exact NLL"), rows,
   ))
   _profile(out, settings, cells)
   out.notes.append(
