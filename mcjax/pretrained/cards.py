@@ -20,6 +20,9 @@ from mcjax.types import McjaxError
 _ROOT = pathlib.Path(__file__).parent
 _FILE = "card.json"
 _MAX_BYTES = 1 << 16
+_SETTINGS = (
+  "read_tokens", "raw_attention", "read_share", "read_place", "contrast")
+_UNSET = Config()  # leaves all of them to the card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +94,18 @@ def _unmeasured(base_name: str) -> Card:
   return card
 
 
+def reading(base_name: str) -> str:
+  """What the card of a base sets, in words that change with it."""
+  card = dataclasses.asdict(of(base_name))
+  return " ".join(f"{name}={card[name]}" for name in _SETTINGS)
+
+
 def settled(config: Config, base_name: str) -> Config:
   """The configuration with the card's values where it leaves them to it."""
-  if (config.read_tokens and config.raw_attention and config.read_share
-      and config.read_place and config.contrast is not None):
+  unset = [name for name in _SETTINGS
+           if getattr(config, name) == getattr(_UNSET, name)]
+  if not unset:
     return config
   card = of(base_name)
-  contrast = card.contrast if config.contrast is None else config.contrast
   return dataclasses.replace(
-    config, read_tokens=config.read_tokens or card.read_tokens,
-    raw_attention=config.raw_attention or card.raw_attention,
-    read_share=config.read_share or card.read_share,
-    read_place=config.read_place or card.read_place, contrast=contrast)
+    config, **{name: getattr(card, name) for name in unset})

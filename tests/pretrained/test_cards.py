@@ -5,6 +5,8 @@ import json
 import pytest
 
 from mcjax import Config, McjaxError, MegaContext, pretrained
+from mcjax.evaluation.systems import make
+from mcjax.evaluation.systems.models import Models
 from mcjax.gist import encoder
 from mcjax.lens import network
 from mcjax.pretrained import cards
@@ -24,7 +26,7 @@ def root(tmp_path, monkeypatch):
 
 
 def _ship(root, base, **values):
-  (root / base).mkdir()
+  (root / base).mkdir(exist_ok=True)
   (root / base / "card.json").write_text(json.dumps(values))
 
 
@@ -80,6 +82,19 @@ def test_a_configuration_takes_what_it_leaves_open_from_the_card(root):
     7, 0.25, 2.0)
   assert settled.read_place == "turn" and settled.raw_attention == "blocks"
   assert cards.settled(settled, "known") is settled
+
+
+def test_a_kept_result_is_that_of_one_card(root, tiny_lm, tiny_gistnet,
+                                          tmp_path):
+  maker = make.Maker(Models(tiny_lm, tiny_gistnet), 512, tmp_path)
+  _ship(root, tiny_lm.name, read_place="turn")
+  before = [maker.identity(name) for name in ("megacontext", "evidence")]
+  cards.find.cache_clear()
+  assert [maker.identity(n) for n in ("megacontext", "evidence")] == before
+  _ship(root, tiny_lm.name, read_place="before")
+  cards.find.cache_clear()
+  loop, plain = [maker.identity(n) for n in ("megacontext", "evidence")]
+  assert loop != before[0] and plain == before[1]
 
 
 def test_a_base_without_a_card_is_safe_and_told_of_once(root, caplog):

@@ -25,6 +25,7 @@ from mcjax.evaluation.systems.models import TextSettings
 from mcjax.focus.policy import Policy
 from mcjax.gist.encoder import GistEncoder, load_gistnet
 from mcjax.lens.policy import LensNetPolicy, load_lensnet
+from mcjax.pretrained import cards
 from mcjax.runtime.megacontext import MegaContext
 from mcjax.training.common.data import TokenStore
 from mcjax.training.gist import recovery
@@ -230,7 +231,8 @@ class Bench:
       **key, "base": self.lm.fingerprint, "gistnet": self.encoder.fingerprint,
       "dtype": str(self.lm.params["embed"].dtype),
       "window": self.settings.window, "seed": self.settings.seed,
-      "data": self.settings.data, "split": self.settings.split,
+      "card": cards.reading(self.lm.name), "data": self.settings.data,
+      "split": self.settings.split,
     }
     return cell(self.folder, name, whole, make)
 

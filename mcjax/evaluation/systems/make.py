@@ -12,6 +12,7 @@ from mcjax.evaluation.systems.loop_system import LoopSystem
 from mcjax.evaluation.systems.models import Models
 from mcjax.evaluation.systems.plain_reader import PlainReader
 from mcjax.evaluation.systems.system import System
+from mcjax.pretrained import cards
 from mcjax.types import McjaxError
 
 LOOP = "megacontext"
@@ -71,10 +72,15 @@ class Maker:
     return system
 
   def identity(self, name: str) -> str:
-    """Stands for the weights behind a system, so that a result is theirs."""
-    if name.startswith(LOOP):
-      return loop_system.identity(self._models, self._config(name))
-    return self._models.lm.fingerprint
+    """Stands for the weights behind a system, so that a result is theirs.
+
+    And for what the base's card sets, which changes without them.
+    """
+    lm = self._models.lm
+    if not name.startswith(LOOP):
+      return lm.fingerprint
+    weights = loop_system.identity(self._models, self._config(name))
+    return f"{weights} {cards.reading(lm.name)}"
 
   def _config(self, name: str) -> Config:
     asked = _GISTS.search(name)
