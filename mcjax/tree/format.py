@@ -277,7 +277,8 @@ def check_gistnet(record: dict, url: str, encoder: Encoder) -> None:
   if made_with != encoder.fingerprint:
     raise McjaxError(
       f"{url} holds gists of the GistNet {made_with}, not of"
-      f" {encoder.fingerprint}: load that one, or rebuild the gists"
+      f" {encoder.fingerprint}: load that one, or rewrite the gists with"
+      " tools/regist"
     )
 
 
