@@ -8,15 +8,18 @@ One of them alone, trained and evaluated as any GistNet:
 
 From a fresh network, 80 steps of 1,024 tokens unless told otherwise: about five
 minutes on 2 idle CPU cores. Short runs tell which change learns faster, not
-which ends better. BUILD_NOTES.md has what 30 steps of each reached.
-`shared_levels` and `own_levels` train level 2 as well and compare with each
-other.
+which ends better. docs/trials.md has what they reached. `shared_levels` and
+`own_levels` train level 2 as well and compare with each other. Those whose
+names begin with `more` train the weights shipped for SmolLM2-135M on.
 """
 
 from experiments.configs import gistnet
 from mcjax.types import McjaxError
 
+_SHIPPED = "mcjax/pretrained/smollm2-135m/gistnet.safetensors"
 _UPPER = dict(level=2, window=1088, segment=64, kl_segments=1, nll=0.2)
+
+_ON = dict(learning_rate=1e-3)
 
 # name: what differs from the default, by part of the configuration
 ABLATIONS = {
@@ -46,6 +49,21 @@ ABLATIONS = {
   "large": dict(gistnet=dict(
     children_layers=2, rounds=2, width=320, heads=10, mlp_width=640,
     slot_parts=2, slot_mlp_width=640)),
+  "large_3": dict(gistnet=dict(
+    children_layers=2, rounds=3, width=384, heads=12, mlp_width=768,
+    slot_mlp_width=768)),
+  "reader": dict(gistnet=dict(adapter_rank=32, lora_rank=16)),
+  "key_value": dict(gistnet=dict(key_value=True),
+                    turns=[dict(key_value=True)], replaces=True,
+                    train=dict(adapter_rate=3e-3)),
+  # from trained weights
+  "more": dict(initial=_SHIPPED, train=_ON),
+  "more_context_8": dict(
+    initial=_SHIPPED, train=_ON, gistnet=dict(context_blocks=8)),
+  "more_rank_24": dict(
+    initial=_SHIPPED, train=_ON, gistnet=dict(adapter_rank=24)),
+  "more_reader": dict(
+    initial=_SHIPPED, train=_ON, gistnet=dict(adapter_rank=32, lora_rank=16)),
   "shared_levels": dict(turns=[_UPPER]),
   "own_levels": dict(gistnet=dict(per_level=True), turns=[_UPPER]),
   # the objective
@@ -74,5 +92,7 @@ def get_config(name="baseline", steps=80, batch=2):
   c.objective.update(change.get("objective", {}))
   c.train.update(dict(batch=batch, log_every=1, validation_documents=20))
   c.train.update(change.get("train", {}))
-  c.phases = [dict(steps=steps, turns=[{}, *change.get("turns", [])])]
+  c.initial = change.get("initial", "")
+  first = [] if change.get("replaces") else [{}]
+  c.phases = [dict(steps=steps, turns=[*first, *change.get("turns", [])])]
   return c

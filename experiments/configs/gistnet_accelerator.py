@@ -14,9 +14,10 @@ def get_config(steps="4300"):
   """As `gistnet.py`, with a deeper network, larger steps and more text.
 
   The first part scores segments directly after the gists alone; the second
-  adds gists of another text, gists of gists and the window of the loop. Before
-  the adapter a step of 16,384 tokens took 0.11 s on one H200 (27 GB of its
-  memory), after a minute of compilation.
+  adds gists of another text, gists of gists and windows as the loop has them:
+  a sink, gists of which a few are expanded, and recent text. A step of 16,384
+  tokens of the first part took 0.11 s on one H200 (27 GB of its memory), after
+  a minute of compilation.
   """
   c = gistnet.get_config(steps)
   c.mixture = dict(prose=1.0, docs=1.25, wiki=0.75, code=1.5, chat=0.15)
@@ -27,13 +28,15 @@ def get_config(steps="4300"):
                       log_every=19, evaluate_every=1000, save_every=500,
                       validation_documents=10))
   longer = dict(segment=64)
-  foreign = dict(foreign=True, near=256, segment=64, window=2048 + 256 + 64,
+  foreign = dict(foreign=True, near=256, segment=64, window=1024 + 256 + 64,
                  nll=0.0)
   upper = dict(level=2, window=1088, segment=64, kl_segments=1)
-  loop = dict(sink=True, near=256, segment=64, window=1344, kl_segments=2)
+  few = dict(loop=True, near=64, segment=256, window=864)
+  many = dict(loop=True, near=32, segment=128, window=1088)
+  behind = dict(loop=True, expanded=2, near=256, segment=128, window=1440)
   first = int(steps) * 2 // 5
   c.phases = [
     dict(steps=first, turns=[{}, longer]),
     dict(steps=int(steps) - first, turns=[
-      {}, longer, foreign, {}, longer, upper, {}, loop])]
+      {}, few, longer, foreign, {}, many, upper, {}, longer, behind])]
   return c

@@ -17,7 +17,7 @@ import numpy as np
 
 from mcjax.gist import encoder as gistnet
 from mcjax.training.common import data
-from mcjax.training.gist import recovery
+from mcjax.training.gist import key_value_loss, recovery
 from mcjax.training.gist import trainer as gist_trainer
 
 _HEAD = ("| ablation | recovered | less baseline | KL | parameters | FLOPs |",
@@ -37,25 +37,43 @@ def run(lm, name: str, config, workdir: pathlib.Path) -> bool:
   folder = workdir / name
   if (folder / "facts.json").exists():
     return True
-  train = gist_trainer.read_config(
-    config.train, config.objective, config.phases)
-  network = gistnet.configure(lm.params, lm.config, config.gistnet)
-  stores, mixture = data.open_mixture(
-    config.data, config.mixture, config.kinds, lm)
-  trainer = gist_trainer.GistTrainer(
-    lm, network, train, stores, folder, mixture, controls=workdir / "controls")
+  trainer = start(lm, name, config, workdir)
   if not trainer.run():
     return False
-  losses, _ = trainer.measure(data.open_split(config.data, "validation"))
+  record(trainer, lm.config, data.open_split(config.data, "validation"))
+  return True
+
+
+def start(lm, name: str, config, workdir: pathlib.Path
+          ) -> gist_trainer.GistTrainer:
+  """The trainer of an ablation, before its first step; as `run`."""
+  train = gist_trainer.read_config(
+    config.train, config.objective, config.phases)
+  initial, network, _ = gistnet.start(
+    lm, config.gistnet, config.initial, train.seed)
+  stores, mixture = data.open_mixture(
+    config.data, config.mixture, config.kinds, lm)
+  if network.key_value:
+    initial = key_value_loss.started(lm, network, initial, stores, train.seed)
+  return gist_trainer.GistTrainer(
+    lm, network, train, stores, workdir / name, mixture, initial,
+    controls=workdir / "controls")
+
+
+def record(trainer: gist_trainer.GistTrainer, base_config, validation) -> None:
+  """Keeps what a finished ablation reached on the validation stores."""
+  folder, network = trainer.workdir, trainer.gist_config
+  losses, _ = trainer.measure(validation)
+  if network.key_value:
+    losses["gist"] = losses.pop("key_value")
   arrays: dict[str, Any] = dict(losses)
   np.savez(folder / "losses.npz", **arrays)
   facts = {
     "params": sum(a.size for a in jax.tree.leaves(trainer.state["params"])),
-    "flops": gistnet.flops_per_token(network, lm.config)
-             / lm.config.flops_per_token,
-    "kl": _late_kl(folder, train.steps)}
+    "flops": gistnet.flops_per_token(network, base_config)
+             / base_config.flops_per_token,
+    "kl": _late_kl(folder, trainer.config.steps)}
   (folder / "facts.json").write_text(json.dumps(facts))
-  return True
 
 
 def table(workdir: pathlib.Path, names: Iterable[str]) -> str:
@@ -69,8 +87,9 @@ def _late_kl(folder: pathlib.Path, steps: int) -> float | None:
   """Mean training KL of the second half of a run; None if not computed."""
   rows = [json.loads(line) for line in
           (folder / "metrics.jsonl").read_text().splitlines()]
-  found = [row["kl"] for row in rows
-           if row["step"] > steps // 2 and row.get("kl")]
+  found = [kl for row in rows
+           for kl in [row.get("kl", row.get("kl_key_value"))]
+           if row["step"] > steps // 2 and kl]
   return float(np.mean(found)) if found else None
 
 
