@@ -62,7 +62,7 @@ def start(lm, name: str, config, workdir: pathlib.Path
 
 def record(trainer: gist_trainer.GistTrainer, base_config, validation) -> None:
   """Keeps what a finished ablation reached on the validation stores."""
-  folder, network = trainer.workdir, trainer.gist_config
+  folder, network = pathlib.Path(trainer.workdir), trainer.gist_config
   losses, _ = trainer.measure(validation)
   if network.key_value:
     losses["gist"] = losses.pop("key_value")
