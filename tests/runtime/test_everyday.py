@@ -1,7 +1,8 @@
 """Everyday prompts: does the shipped LensNet read the right place?
 
 Documentation, company text and code stand in one history, behind the
-project's own documents. Statements, imperatives, follow-ups, misspelled,
+project's documents as they were when these prompts were written: text that no
+edit of today's documents changes. Statements, imperatives, follow-ups, misspelled,
 lower-case and German prompts, and some that nothing answers.
 """
 
@@ -13,7 +14,7 @@ from mcjax.config import Config
 from mcjax.runtime.megacontext import MegaContext
 from mcjax.testing import tiny_base
 
-DOCS = pathlib.Path(__file__).parents[2] / "docs"
+DOCS = pathlib.Path(__file__).parent / "everyday"
 
 HANDBOOK = """\
 # Working at Northwind Ferries
