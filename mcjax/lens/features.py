@@ -338,7 +338,7 @@ def _novelty(m: Matches, words: QueryWords, at: np.ndarray,
 def _repeats(tree: MegaContextTree, rows: Rows) -> np.ndarray:
   """How well the newest tokens repeat what stands before a block, [R].
 
-  Only beyond what the raw text up to the cursor repeats itself.
+  Of far blocks only beyond what the newest run of raw text repeats itself.
   """
   newest = tree.tokens(max(0, tree.cursor - alignment.SPAN), tree.cursor)
   weights = alignment.span_weights(rarity(tree, newest))
@@ -348,15 +348,18 @@ def _repeats(tree: MegaContextTree, rows: Rows) -> np.ndarray:
   first = first if len(raw) else tree.cursor // BRANCHING
   stop = first * BRANCHING
   blocks = np.unique(np.concatenate([rows.block, rows.block - 1]))
-  found = alignment.continuations(
-    tree, [b for b in blocks.tolist() if 0 <= b < first], newest, weights,
+  far = alignment.continuations(
+    tree, blocks[(blocks >= 0) & (blocks < first)].tolist(), newest, weights,
     stop)
+  near = alignment.continuations(
+    tree, blocks[blocks >= first].tolist(), newest, weights, tree.cursor - 1)
   shown = alignment.agreements(
     tree.tokens(stop, max(stop, tree.cursor - 1)), newest, weights
   ).max(initial=0.0)
+  far = {block: share for block, share in far.items() if share > shown}
   return np.array([
-    share if (share := found.get(b, 0.0)) > shown else 0.0
-    for b in rows.block.tolist()], np.float32)
+    (far if b < first else near).get(b, 0.0) for b in rows.block.tolist()
+  ], np.float32)
 
 
 def rarity(tree: MegaContextTree, ids: np.ndarray) -> np.ndarray:

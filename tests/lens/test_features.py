@@ -120,6 +120,18 @@ def test_a_passage_that_is_repeated_foretells_what_follows(
   assert near[repeats.argmax()] in (18, 19)
 
 
+def test_what_is_being_copied_is_known_where_it_is_shown_raw(
+    tiny_lm, tiny_gistnet):
+  text = tiny_base.text(3000)
+  mc = opened(tiny_lm, tiny_gistnet, 0, text=text + text[2600:2690])
+  policy = prepared(mc, view_of(mc))
+  newest = rows_of(*range(70, 96), state=RAW)
+  repeats = column(lens_features.row_features(
+    mc.tree, newest, policy._query, policy._matcher), "repeats")
+  assert repeats.max() > 0.8
+  assert newest.block[repeats.argmax()] in (84, 85)
+
+
 def test_a_short_history_has_a_short_tail(tiny_lm, tiny_gistnet):
   mc = opened(tiny_lm, tiny_gistnet, 20)
   query = prepared(mc, view_of(mc))._query

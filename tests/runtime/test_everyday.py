@@ -2,8 +2,8 @@
 
 Documentation, company text and code stand in one history, behind the
 project's documents as they were when these prompts were written: text that no
-edit of today's documents changes. Statements, imperatives, follow-ups, misspelled,
-lower-case and German prompts, and some that nothing answers.
+edit of today's documents changes. Statements, imperatives, follow-ups,
+misspelled, lower-case and German prompts, and some that nothing answers.
 """
 
 import pathlib
