@@ -1,6 +1,7 @@
 """Prints what a GistNet run would take on every device; takes no memory.
 
-  python -m experiments.plan --base=FOLDER --mesh=1,8,8 --config=gistnet
+  python -m experiments.plan --base=FOLDER --mesh=1,8,8 --config=gistnet \
+    --config.train.batch=32 --config.train.micro_batch=8
 
 A base needs no more than its config.json. The mesh is data,fsdp,tensor; batch
 and sizes come from the configuration. tools/plan does the same.
