@@ -52,7 +52,8 @@ def test_the_plan_is_what_loading_takes(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-  "gistnet", "gistnet_accelerator", "gistnet_adapter", "gistnet_finetune",
+  "gistnet", "gistnet_accelerator", "gistnet_adapter",
+  "gistnet_adapter_accelerator", "gistnet_finetune",
   "gistnet_loop", "gistnet_tiny"])
 def test_every_configuration_follows_the_base(name):
   """Widths and adapter layers of the 70B base, and of a tiny one."""
