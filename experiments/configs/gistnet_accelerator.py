@@ -15,15 +15,13 @@ def get_config(steps="4300"):
 
   The first part scores segments directly after the gists alone; the second
   adds gists of another text, gists of gists and windows as the loop has them:
-  a sink, gists of which a few are expanded, and recent text. The base reads
-  gists through a low-rank map and LoRA, which brought most of what was tried
-  there (docs/trials.md). A step of 16,384 tokens of the first part took 0.11 s
-  on one H200 (27 GB of its memory), 0.16 s with them, after a minute of
-  compilation.
+  a sink, gists of which a few are expanded, and recent text. A step of 16,384
+  tokens of the first part took 0.11 s on one H200 (27 GB of its memory), after
+  a minute of compilation.
   """
   c = gistnet.get_config(steps)
   c.mixture = dict(prose=1.0, docs=1.25, wiki=0.75, code=1.5, chat=0.15)
-  c.gistnet.update(rounds=3, adapter_rank=32, lora_rank=16)
+  c.gistnet.update(rounds=3, adapter_rank=24)  # widths are the base's
   c.objective.nll = 0.2
   c.train.update(dict(batch=32, micro_batch=32, learning_rate=2e-3,
                       adapter_rate=2e-3, warmup=50, decay_fraction=0.7,

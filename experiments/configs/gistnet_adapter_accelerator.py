@@ -20,7 +20,7 @@ def get_config(steps="750"):
   A step has 32 windows of 512 to 1,344 tokens, 24,400 on average.
   """
   c = gistnet_accelerator.get_config(steps)
-  c.gistnet.update(rounds=None, adapter_rank=24, lora_rank=None)
+  c.gistnet.rounds = None  # as it is
   c.train.update(optimizer="adamw", learning_rate=0.0, warmup=20,
                  decay_fraction=0.8)
   longer = dict(segment=64)

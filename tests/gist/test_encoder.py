@@ -368,7 +368,7 @@ def test_the_card_says_how_many_gists_to_attend_to(
 def test_shipped_weights_load_and_are_small():
   path = pretrained.shipped("smollm2-135m", "gistnet")
   params, config, card = gistnet.read_gistnet(path)
-  assert config.d_model == 576 and path.stat().st_size < 12e6
+  assert config.d_model == 576 and path.stat().st_size < 14e6
   assert card["base"] == "smollm2-135m" and card["steps"] > 0
   assert card["gist_attention"] in ("visible", "masked")
   assert max(gistnet.params_per_layer(params).values()) <= 500_000
