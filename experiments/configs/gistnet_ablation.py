@@ -18,7 +18,6 @@ from mcjax.types import McjaxError
 
 _SHIPPED = "mcjax/pretrained/smollm2-135m/gistnet.safetensors"
 _UPPER = dict(level=2, window=1088, segment=64, kl_segments=1, nll=0.2)
-
 _ON = dict(learning_rate=1e-3)
 
 # name: what differs from the default, by part of the configuration
@@ -60,10 +59,8 @@ ABLATIONS = {
   "more": dict(initial=_SHIPPED, train=_ON),
   "more_context_8": dict(
     initial=_SHIPPED, train=_ON, gistnet=dict(context_blocks=8)),
-  "more_rank_24": dict(
-    initial=_SHIPPED, train=_ON, gistnet=dict(adapter_rank=24)),
   "more_reader": dict(
-    initial=_SHIPPED, train=_ON, gistnet=dict(adapter_rank=32, lora_rank=16)),
+    initial=_SHIPPED, train=_ON, gistnet=dict(lora_rank=16)),
   "shared_levels": dict(turns=[_UPPER]),
   "own_levels": dict(gistnet=dict(per_level=True), turns=[_UPPER]),
   # the objective
