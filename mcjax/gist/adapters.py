@@ -44,6 +44,17 @@ def without_adapter(params) -> dict:
   return {name: stage for name, stage in params.items() if name != "adapter"}
 
 
+def stored(adapter: dict) -> dict:
+  """An adapter as a file holds it: its map as float16 where that holds it."""
+  def small(value) -> np.ndarray:
+    value = np.asarray(value)
+    fits = np.abs(value).max(initial=0.0) <= np.finfo(np.float16).max
+    return value.astype(np.float16) if fits else value
+
+  return {name: small(value) if name in ("down", "up") else value
+          for name, value in adapter.items()}
+
+
 def with_adapter(base_params, params) -> dict:
   """A base's parameters, with which it reads the gists of this GistNet.
 

@@ -226,9 +226,14 @@ def fingerprint(params, config: GistNetConfig) -> str:
 
 
 def save_gistnet(path, params, config: GistNetConfig, card: dict) -> None:
-  """Writes weights, configuration and the facts of `card` as safetensors."""
+  """Writes weights, configuration and the facts of `card` as safetensors.
+
+  The adapter's low-rank map, a quarter of the file, is stored as float16.
+  """
+  adapter = adapters.stored(params.get("adapter", {}))
   pretrained.save_weights(
-    path, "gistnet", params, dataclasses.asdict(config), card)
+    path, "gistnet", {**params, "adapter": adapter} if adapter else params,
+    dataclasses.asdict(config), card)
 
 
 def read_gistnet(path) -> tuple[dict, GistNetConfig, dict]:

@@ -1,7 +1,8 @@
 """Shipped weights (one folder a base model) and their safetensors format.
 
-A file holds a flat dictionary of float32 and int8 tensors; its metadata names
-the format, the version, the configuration and the facts of the model card.
+A file holds a flat dictionary of float32, float16 and int8 tensors; its
+metadata names the format, the version, the configuration and the facts of the
+model card.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mcjax.pretrained import cards
 from mcjax.types import McjaxError
 
 FORMAT_VERSION = 1
+_SMALL = (np.int8, np.float16)  # stored as they are
 _MAX_HEADER = 1 << 22  # bytes that describe the tensors of a file
 _MOST, _MOST_LAYERS = 1 << 20, 1 << 8  # of a setting, and of layers
 _REPEATED = ("layers", "children_layers", "rounds", "levels", "adapter_layers",
@@ -31,10 +33,10 @@ _ROOT = pathlib.Path(__file__).parent
 
 
 def flatten(params) -> dict[str, np.ndarray]:
-  """{"a.b": array} of a nested dictionary; float32, but int8 stays int8."""
+  """{"a.b": array} of a nested dictionary; float32, but for what is small."""
   flat = jax.tree_util.tree_flatten_with_path(params)[0]
   return {".".join(k.key for k in path):
-          np.asarray(leaf, leaf.dtype if leaf.dtype == np.int8 else np.float32)
+          np.asarray(leaf, leaf.dtype if leaf.dtype in _SMALL else np.float32)
           for path, leaf in flat}
 
 
@@ -60,6 +62,8 @@ def save_weights(path, kind: str, params, config: dict, card: dict) -> None:
 
 def read_weights(path, kind: str) -> tuple[dict, dict, dict]:
   """Reads (params, config, card) that `save_weights` wrote.
+
+  What is stored as float16 is read as float32.
 
   Raises:
     McjaxError: no such file, not weights of `kind`, or of another version.
@@ -145,6 +149,8 @@ def _nested(path, flat: dict[str, np.ndarray]) -> dict:
   """{"a": {"b": array}} of {"a.b": array}, all of it finite numbers."""
   params: dict = {}
   for name, value in flat.items():
+    if value.dtype == np.float16:
+      value = value.astype(np.float32)
     if value.dtype != np.int8 and value.dtype != np.float32:
       raise McjaxError(f"{path}: {name!r} is of {value.dtype}")
     if not np.isfinite(value).all():

@@ -69,9 +69,9 @@ def measure(bench: Bench, report: Report,
                         "conversation, every exchange in the window after it"
                         f"; of {s.rounds} rounds the last counts.")
   report.notes.append(
-    "planted: hit@budget is the share of facts with every token at L0 within 8 "
-    "refocus steps of the question; of those answered in front: among the "
-    "questions that the base answers with nothing but the fact before them. "
+    "planted: hit@budget is the share of facts with every token at L0 when the "
+    "answer begins; of those answered in front: among the questions that the "
+    "base answers with nothing but the fact before them. "
     f"The retriever gets as many raw tokens as {s.policies[0]} has in its "
     f"window, the sink apart, in chunks of {CHUNK}. The oracle is told where "
     "the fact is. Search cost: nodes per step times FLOPs per node "
