@@ -237,6 +237,8 @@ def _open_folder(path: pathlib.Path) -> Iterator[tuple]:
 def _safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Tensors:
   """Opens model.safetensors, or the shards that its index names."""
   one, many = "model.safetensors", "model.safetensors.index.json"
+  anew = (f"save them anew as {one}: "
+          "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)")
   if files.is_file(path / one):
     names = [one]
   elif files.is_file(path / many):
@@ -246,11 +248,10 @@ def _safetensors(path: pathlib.Path, stack: contextlib.ExitStack) -> Tensors:
     names = sorted({os.path.basename(str(name)) for name in index.values()})
   elif any(found for p in _PICKLES for found in path.glob(p)):
     raise McjaxError(
-      f"its weights are pickled (.bin), which can run code; save them anew as "
-      f"{one}: AutoModelForCausalLM.from_pretrained(folder)"
-      f".save_pretrained(folder)")
+      f"its weights are pickled (.bin), which can run code; {anew}")
   else:
-    raise McjaxError(f"no {one} and no {many}")
+    raise McjaxError(f"no {one} and no {many}; weights of another form: "
+                     f"{anew}")
   owner, shapes, stored = {}, {}, {}
   for name in names:
     handle = _open_safetensors(path / name, stack)

@@ -180,11 +180,14 @@ def plain_logits(lm: BaseLM, x, positions, gists=None) -> np.ndarray:
     maps = own.get("lora") if own and gists is not None else None
     q, k, v = (np.einsum("td,dnh->tnh", y, w[f"w{name}"])
                + _low_rank(maps, name, y, gists) for name in "qkv")
-    q = _rotate(q, positions, c.rope_theta)
-    k = _rotate(k, positions, c.rope_theta)
+    local = i in c.local_layers
+    theta = (c.local_rope_theta if local else None) or c.rope_theta
+    q, k = _rotate(q, positions, theta), _rotate(k, positions, theta)
     k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
     scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(c.head_dim)
-    scores = np.where(future, -np.inf, scores)
+    behind = positions[:, None] - positions
+    unseen = future | (local & (behind >= c.local_window))
+    scores = np.where(unseen, -np.inf, scores)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     mixed = np.einsum("nts,snh->tnh", weights, v)

@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import sys
+import tarfile
 
 import hypothesis
 from hypothesis import strategies as st
@@ -239,6 +240,40 @@ def test_a_template_is_rendered_once(monkeypatch):
     tokenizer.chat_turn("b", False)
     assert tokenizer.stop_ids and len(tokenizer.answer_ids)
   assert len(calls) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_templates_that_llama_cpp_ships(tmp_path):
+  """All that are in the sdist: laid out, or refused in one line."""
+  subprocess.run(
+    [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary",
+     "llama-cpp-python", "--dest", tmp_path, "llama-cpp-python==0.3.36"],
+    check=True, capture_output=True)
+  messages = _said(("user", "Who leads it?"), ("assistant", "Ada does."),
+                   ("user", "Since when?"))
+  refused, worked = {}, 0
+  (path,) = tmp_path.glob("*.tar.gz")
+  with tarfile.open(path) as sdist:
+    for member in sdist:
+      if not member.name.endswith(".jinja"):
+        continue
+      text = sdist.extractfile(member).read().decode("utf-8")
+      tokenizer = Tokenizer(
+        tiny_models.byte_tokenizer(), template=text,
+        template_tokens={"bos_token": "<s>", "eos_token": "</s>"})
+      try:
+        chat = tokenizer.chat(messages)
+      except McjaxError as error:
+        refused[member.name.rpartition("/")[2]] = str(error)
+        continue
+      for i, message in enumerate(messages):
+        assert tokenizer.decode(chat.ids[chat.owner == i]) == message["content"]
+      assert tokenizer.stop_ids or tokenizer.stop_texts
+      worked += 1
+  assert worked == 69
+  assert list(refused) == ["fireworks-ai-llama-3-firefunction-v2.jinja"]
+  assert "\n" not in "".join(refused.values())
 
 
 _WORDS = st.sampled_from([

@@ -1,10 +1,13 @@
 """Bases that transformers holds: the same logits, ids and turns."""
 
+import io
 import json
+import pathlib
 import types
 
 import numpy as np
 import pytest
+import sentencepiece
 
 import mcjax
 from mcjax.base import from_transformers as module
@@ -15,6 +18,7 @@ from mcjax.testing import tiny_models
 from mcjax.types import McjaxError
 
 transformers = pytest.importorskip("transformers")
+_LINES = pathlib.Path(__file__).parent / "goldens/text.txt"
 _TEXT = "Ünïcode, 3 blanks:   and\n<|im_end|> as text — 漢字 🙂"
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -118,6 +122,35 @@ def test_a_folder_of_older_files_reads_as_transformers_does(tmp_path):
   assert got.decode(ids) == text
   assert got.stop_ids == (vocab["<|im_end|>"],)
   assert got.has_chat_template
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_folder_of_sentencepiece_reads_as_transformers_does(tmp_path, kind):
+  """And, but for leading blanks, as sentencepiece itself."""
+  lines = [line for line in _LINES.read_text(encoding="utf-8").split("\n")
+           if line]
+  made = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(lines * 20), model_writer=made, vocab_size=400,
+    model_type=kind, byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    unk_id=0, bos_id=1, eos_id=2, normalization_rule_name="identity",
+    remove_extra_whitespaces=False)
+  (tmp_path / "tokenizer.model").write_bytes(made.getvalue())
+  family = {"bpe": "Llama", "unigram": "T5"}[kind]
+  (tmp_path / "config.json").write_text(
+    json.dumps({"model_type": family.lower()}))
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+    "tokenizer_class": f"{family}Tokenizer", "bos_token": "<s>",
+    "eos_token": "</s>", "unk_token": "<unk>"}))
+  got = Tokenizer.from_folder(tmp_path)
+  want = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  own = sentencepiece.SentencePieceProcessor(model_proto=made.getvalue())
+  for text in [*lines, "x  y", "Ünïcode 漢字 🙂", "  two"]:
+    ids = got.encode(text).tolist()
+    assert ids == want(text, add_special_tokens=False)["input_ids"]
+    if kind == "bpe" and not text.startswith(" "):
+      assert ids == own.encode(text) and got.decode(ids) == text
+  assert got.stop_ids == (2,)
 
 
 def test_a_folder_of_damaged_older_files_is_refused_in_one_line(tmp_path):

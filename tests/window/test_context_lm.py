@@ -1,5 +1,6 @@
 """ContextLM and its slot cache against a plain decoder in NumPy."""
 
+import dataclasses
 import types
 
 from hypothesis import given, settings
@@ -102,6 +103,50 @@ def test_a_rebuild_equals_a_plain_forward_of_what_is_visible(
   assert context.tokens_run == (
     len(nodes) if visible else sum(level == 0 for level, _ in nodes)
   )
+  assert_exact(context, tree)
+
+
+@pytest.fixture(scope="module")
+def local_lm(tiny_lm):
+  """The first of two layers reads 40 positions and turns otherwise (Gemma)."""
+  config = dataclasses.replace(
+    tiny_lm.config, local_layers=(0,), local_window=40, local_rope_theta=50.0)
+  return dataclasses.replace(tiny_lm, config=config)
+
+
+@pytest.mark.parametrize("visible, stride", [(True, 1), (True, 5), (False, 1)])
+def test_a_local_layer_reads_the_positions_in_its_span(
+  tiny_lm, local_lm, tree, visible, stride
+):
+  nodes = nodes_to(1000, raw=(3, 20))
+  context, everywhere = (
+    context_of(lm, tree, nodes, visible, gist_stride=stride)
+    for lm in (local_lm, tiny_lm))
+  assert_exact(context, tree)
+  assert np.abs(context.logits() - everywhere.logits()).max() > 0.1
+  context.window.append_tokens(context.window.take_slots(5))
+  context.load_unready(tree)
+  context.sync()
+  assert_exact(context, tree)
+  expected = greedy(context, tree, 57)
+  assert len(set(expected)) > 3
+  out = [context.decode(limit, 0.0, jax.random.key(0))[0]
+         for limit in (24, 32, 1)]
+  assert np.concatenate(out).tolist() == expected
+
+
+def test_a_local_layer_after_an_edit(local_lm, tree):
+  """Positions move with an edit; what is then made anew is exact."""
+  nodes = nodes_to(1500)
+  context = context_of(local_lm, tree, nodes)
+  context.window.expand(nodes.index((1, 9)), step=0)
+  context.load_unready(tree)
+  context.sync()
+  spliced = np.abs(context.logits() - tiny_base.window_logits(context, tree))
+  assert spliced.max() > 1e-3  # a splice is not a rebuild
+  context.forget()
+  context.load_unready(tree)
+  context.sync()
   assert_exact(context, tree)
 
 
