@@ -1,23 +1,27 @@
-"""Peak memory of loading a random checkpoint over 8 host devices.
+"""Peak memory of loading a base, or a random checkpoint over 8 host devices.
 
+  python tools/measure_loading.py --base=qwen2.5-coder-1.5b
   python tools/measure_loading.py --folder=/tmp/big --gigabytes=2
   python tools/measure_loading.py --folder=/tmp/big --processes=2
 
 The peak is the process's largest resident set since it imported everything,
-less what it had then, over the size of the checkpoint.
+less what it had then. Of a base it is told beside its weights in memory
+(pages of the file that were read count as resident too), of a checkpoint over
+its size.
 """
 
 import os
 import pathlib
 import subprocess
 import sys
+import time
 
 from absl import app, flags
 
 from mcjax.runtime.telemetry import peak_memory_mib
 
-_FOLDER = flags.DEFINE_string("folder", None, "Written if not there.",
-                              required=True)
+_BASE = flags.DEFINE_string("base", None, "Loaded as `load_base_lm` takes it.")
+_FOLDER = flags.DEFINE_string("folder", None, "Written if not there.")
 _GIGABYTES = flags.DEFINE_float("gigabytes", 2.0, "Size of the checkpoint.")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "Processes on loopback.")
 _PROCESS = flags.DEFINE_integer("process", None, "For the tool itself.")
@@ -63,6 +67,20 @@ def _peak() -> int:
   return int(peak_memory_mib() * 2**20)
 
 
+def _load_base(name: str) -> None:
+  import jax
+
+  from mcjax.base.load import load_base_lm
+
+  before, wall, cpu = _peak(), time.perf_counter(), time.process_time()
+  lm = load_base_lm(name)
+  jax.block_until_ready(lm.params)
+  wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+  size = sum(a.nbytes for a in jax.tree.leaves(lm.params))
+  print(f"{name}: {wall:.1f} s, {cpu:.1f} s of CPU; weights {size / 1e9:.2f} "
+        f"GB, peak {(_peak() - before) / 1e9:.2f} GB more than before")
+
+
 def _load(folder: pathlib.Path) -> None:
   from mcjax.base.load import load_base_lm
   from mcjax.parallel import processes, sharding
@@ -86,6 +104,11 @@ def _load(folder: pathlib.Path) -> None:
 
 def main(argv) -> None:
   del argv
+  if (_BASE.value is None) == (_FOLDER.value is None):
+    sys.exit("error: give --base or --folder")
+  if _BASE.value:
+    _load_base(_BASE.value)
+    return
   folder = pathlib.Path(_FOLDER.value)
   if not folder.exists():
     _write(folder, _GIGABYTES.value)
