@@ -135,21 +135,6 @@ def test_a_local_layer_reads_the_positions_in_its_span(
   assert np.concatenate(out).tolist() == expected
 
 
-def test_a_local_layer_after_an_edit(local_lm, tree):
-  """Positions move with an edit; what is then made anew is exact."""
-  nodes = nodes_to(1500)
-  context = context_of(local_lm, tree, nodes)
-  context.window.expand(nodes.index((1, 9)), step=0)
-  context.load_unready(tree)
-  context.sync()
-  spliced = np.abs(context.logits() - tiny_base.window_logits(context, tree))
-  assert spliced.max() > 1e-3  # a splice is not a rebuild
-  context.forget()
-  context.load_unready(tree)
-  context.sync()
-  assert_exact(context, tree)
-
-
 def test_gists_that_are_not_seen_leave_no_gap(tiny_lm, tree):
   nodes = nodes_to(1000, raw=(3, 20))
   context = context_of(tiny_lm, tree, nodes, False, gist_stride=5)
@@ -295,8 +280,9 @@ def test_a_splice_runs_what_changed_and_leaves_the_rest_alone(tiny_lm, tree):
   )
 
 
-def test_forgetting_makes_the_next_sync_exact(tiny_lm, tree):
-  context = context_of(tiny_lm, tree, nodes_to(1500))
+@pytest.mark.parametrize("base", ["tiny_lm", "local_lm"])
+def test_forgetting_makes_the_next_sync_exact(base, tree, request):
+  context = context_of(request.getfixturevalue(base), tree, nodes_to(1500))
   context.window.expand(nodes_to(1500).index((1, 9)), step=0)
   context.load_unready(tree)
   context.sync()
