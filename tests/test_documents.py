@@ -8,19 +8,31 @@ import pytest
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _CONFIGS = _ROOT / "experiments" / "configs"
-_DOCUMENTS = sorted([*_ROOT.glob("*.md"), *_ROOT.glob("docs/*.md")])
-_RECORD = "trials.md"  # commands of their time
-_LINES = {"README.md": 150, "BUILD_NOTES.md": 400, _RECORD: 1500}
+_RECORD = sorted(_ROOT.glob("docs/trials/*.md"))  # commands of their time
+_CURRENT = sorted([*_ROOT.glob("*.md"), *_ROOT.glob("docs/*.md")])
+_DOCUMENTS = [*_CURRENT, *_RECORD]
+_CARDS = sorted(_ROOT.glob("mcjax/pretrained/*/README.md"))
+_LINES = {"README.md": 150, "BUILD_NOTES.md": 400}
 
 
 def _text(path: pathlib.Path) -> str:
   return path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", _DOCUMENTS, ids=lambda p: p.name)
+def _anchors(path: pathlib.Path) -> set[str]:
+  """What the headings of a page are linked by."""
+  return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+          for heading in re.findall(r"(?m)^#+ (.+)$", _text(path))}
+
+
+@pytest.mark.parametrize(
+  "path", [*_DOCUMENTS, *_CARDS], ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_links_lead_somewhere(path):
-  for link in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", _text(path)):
-    assert (path.parent / link).exists(), f"{path.name} links to {link}"
+  for link, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", _text(path)):
+    target = path.parent / link if link else path
+    assert target.exists(), f"{path.name} links to {link}"
+    if anchor:
+      assert anchor in _anchors(target), f"{path.name}: {link}#{anchor}"
 
 
 @pytest.mark.parametrize("path", _DOCUMENTS, ids=lambda p: p.name)
@@ -29,8 +41,7 @@ def test_documents_are_short(path):
   assert lines <= _LINES.get(path.name, 250), f"{path.name}: {lines} lines"
 
 
-@pytest.mark.parametrize(
-  "path", [p for p in _DOCUMENTS if p.name != _RECORD], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", _CURRENT, ids=lambda p: p.name)
 def test_commands_are_there(path):
   text = _text(path)
   for module in re.findall(r"python -m (experiments\.\w+)", text):
@@ -44,8 +55,7 @@ def test_commands_are_there(path):
     assert (_CONFIGS / f"{name}.py").exists(), f"{path.name}: {name}"
 
 
-@pytest.mark.parametrize(
-  "path", [p for p in _DOCUMENTS if p.name != _RECORD], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", _CURRENT, ids=lambda p: p.name)
 def test_named_files_are_there(path):
   for name in re.findall(r"`((?:mcjax|tests|experiments|docs)/[\w./-]+)`",
                          _text(path)):
