@@ -278,6 +278,11 @@ class Matcher:
       per_block(meaning[where]), per_block(here.astype(np.float32), np.add),
       per_block(pairs.astype(np.float32)))
 
+  @property
+  def blocks(self) -> int:
+    """Complete blocks of the history."""
+    return self._tree.num_nodes(1)
+
   def marks(self, blocks: np.ndarray) -> np.ndarray:
     """Whose words blocks [n] hold, and whether one asks; float32 [n, MARKS].
 

@@ -3,7 +3,7 @@
 A policy says which blocks hold an answer. Blocks end where 32 tokens end, so
 what is read are the whole sentences that touch them: those that match the
 prompt best first, as many tokens as the base reads well, in the order of the
-text. What the model itself said, and what is a question itself, is no evidence.
+text. What the model itself said is no evidence.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ import numpy as np
 
 from mcjax.answer import turns
 from mcjax.answer.matching import Matcher, QueryWords
-from mcjax.answer.sentences import sentence_ends, sentence_spans
+from mcjax.answer.sentences import (
+  asks,
+  sentence_ends,
+  sentence_spans,
+  word_start,
+)
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.tree.journal import overlaps
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING
 
 LEAST = 0.6  # share of the best sentence's match that others must have
-_QUESTION_MARKS = ("?", "\uff1f", "\u061f", "\u037e")  # also East Asian, Arabic
-_REACH = 64  # tokens on each side in which a sentence's edges are looked for
+_REACH = 64  # tokens on each side in which a sentence's edges are looked for:
+# of one whose edge is farther, each block is a part of its own
 
 
 class Reader:
@@ -37,7 +42,10 @@ class Reader:
   def spans(self, evidence: Sequence[tuple[int, float]], query: QueryWords,
             most: int, stop: int, least: float = LEAST
             ) -> tuple[tuple[int, int], ...]:
-    """Token spans (start, stop) to read, in order, none twice.
+    """Token spans (start, stop) to read, in order, none twice, by words alone.
+
+    What is a question itself has the prompt's words and tells nothing: it is
+    left out.
 
     Args:
       evidence: (L1 block, strength in [0, 1]), best first.
@@ -48,11 +56,18 @@ class Reader:
     """
     found = self.candidates(evidence, stop)
     return chosen({span: self.share(span, query) * strength
-                   for span, strength in found.items()}, most, least)
+                   for span, strength in found.items()
+                   if not asks(self._text(span))}, most, least)
+
+  def _text(self, span: tuple[int, int]) -> str:
+    return "".join(self._matcher.table.text(self.tree.tokens(*span)))
 
   def candidates(self, evidence: Sequence[tuple[int, float]], stop: int
                  ) -> dict[tuple[int, int], float]:
     """{token span: best strength} of the sentences that touch the evidence.
+
+    None lies within another: of a long sentence a block may see all of it and
+    the next one a part.
 
     The newest tokens before the prompt are no block yet, so no policy scores
     them: where anything is read, their sentences are weighed like the best.
@@ -65,7 +80,14 @@ class Reader:
     for block, strength in evidence:
       for span in self.sentences(block, stop):
         found[span] = max(found.get(span, strength), strength)
-    return found
+    kept: dict[tuple[int, int], float] = {}
+    for a, b in sorted(found, key=lambda s: (s[0], -s[1])):
+      last = next(reversed(kept), None)
+      if last and b <= last[1]:
+        kept[last] = max(kept[last], found[a, b])
+      else:
+        kept[a, b] = found[a, b]
+    return kept
 
   def sentences(self, block: int, stop: int) -> list[tuple[int, int]]:
     """Token spans of the sentences that touch a block and may be evidence.
@@ -94,10 +116,12 @@ class Reader:
     first, last = block * BRANCHING - start, (block + 1) * BRANCHING - start
     out = []
     for a, b in sentence_spans(ends):
-      words = "".join(pieces[a:b]).strip()
-      asked = words.rstrip("\"')*_ ").endswith(_QUESTION_MARKS)
-      blank = special[a:b].all() or not words
-      if (a < last and b > first and not (blank or asked or gone[a])
+      if (a == 0 and start > 0) or (b == len(ids) and end < stop
+                                    and not ends[-1]):
+        a = max(a, word_start(pieces, first))
+        b = min(b, word_start(pieces, last)) if last < len(ids) else b
+      blank = special[a:b].all() or not "".join(pieces[a:b]).strip()
+      if (a < last and b > first and not (blank or gone[a])
           and who[a] in (turns.TEXT, turns.USER)):
         out.append((start + a, start + b))
     return out

@@ -10,6 +10,7 @@ _STOPS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
 _WRAPPED = range(60, 121)  # characters of a line that is broken as it is full
 _OPENING = ("`", "(", '"', "'", "\u201c", "\u2018")  # of a word in a line
 _FENCE = "```"  # around code
+QUESTION_MARKS = ("?", "\uff1f", "\u061f", "\u037e")  # also East Asian, Arabic
 _CLOSING = "\"')]*_\u201d\u2019\u300d"  # may stand between a stop and a blank
 
 
@@ -38,6 +39,19 @@ def sentence_ends(pieces: Sequence[str], special: np.ndarray) -> np.ndarray:
     if "\n" in piece:
       line = piece.rpartition("\n")[2]
   return out | special
+
+
+def asks(text: str) -> bool:
+  """Whether a sentence ends as questions do."""
+  return text.strip().rstrip("\"')*_ ").endswith(QUESTION_MARKS)
+
+
+def word_start(pieces: Sequence[str], at: int) -> int:
+  """The last token up to `at` that begins a word, by what each of T adds."""
+  while 0 < at < len(pieces) and not (
+      pieces[at][:1].isspace() or pieces[at - 1][-1:].isspace()):
+    at -= 1
+  return at
 
 
 def _goes_on(line: str) -> bool:

@@ -49,6 +49,21 @@ def speakers(tree: MegaContextTree, tokenizer: Tokenizer, start: int, stop: int
   return said[start - low :]
 
 
+def newest(tree: MegaContextTree, tokenizer: Tokenizer, start: int, stop: int
+           ) -> int:
+  """Where the turns begin that end at `stop`, with no other text between.
+
+  `start` at the earliest; `stop` where what ends there is other text.
+  """
+  who = speakers(tree, tokenizer, start, stop)
+  special = list(tokenizer.special_ids)
+  for at in np.flatnonzero(who == TEXT)[::-1].tolist():
+    ids = tree.tokens(start + at, start + at + 1)
+    if ids[0] not in special and tokenizer.decode(ids).strip():
+      return start + at + 1
+  return start
+
+
 def has_turns(tree: MegaContextTree, tokenizer: Tokenizer) -> bool:
   """Whether the history may hold turns of a chat."""
   special = np.array(sorted(tokenizer.special_ids), np.int64)

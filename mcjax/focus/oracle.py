@@ -32,6 +32,8 @@ class Oracle:
   entries, and the oldest collapsible groups; all other entries score by age.
   """
 
+  denies = False
+
   def __init__(self, config: Config):
     self._config = config
     self._similar = Similarity(config.search_nodes)

@@ -28,11 +28,13 @@ class Policy(Protocol):
     sources: token spans (start, stop) that answer the prompt, in order, as far
       as the history holds an answer.
     answerable: how surely it does, in [0, 1].
+    denies: whether learned weights say that it does not.
   """
 
   touched: int
   bytes_read: int
   answerable: float
+  denies: bool
 
   @property
   def sources(self) -> Sequence[tuple[int, int]]:
@@ -99,6 +101,7 @@ class HostPolicy:
   touched = 0
   bytes_read = 0
   answerable = 0.0
+  denies = False
 
   @property
   def sources(self) -> Sequence[tuple[int, int]]:

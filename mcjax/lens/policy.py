@@ -33,6 +33,7 @@ from mcjax.types import BRANCHING
 from mcjax.window.context_lm import ContextLM
 from mcjax.window.focus_view import FocusView
 
+_SURE = 0.5  # of `answerable`, from which on something is read
 FOUND = 64  # blocks taken from each search
 _BESIDE = 8  # of these, the best ones with the blocks beside them
 _SCAN = 1 << 15  # blocks up to which all keys are read: 1M tokens, 8 MFLOP
@@ -93,6 +94,7 @@ class LensNetPolicy:
     by_meaning: whether its keys say what is alike in meaning.
     sources: token spans that answer the last call's prompt.
     answerable: how surely the history does, in [0, 1].
+    denies: whether trained weights say that it does not.
   """
 
   def __init__(self, config: lensnet.LensNetConfig, params, lm: BaseLM,
@@ -116,7 +118,7 @@ class LensNetPolicy:
       lm.tokenizer, self.keyer.vectors, self.keyer.salience)
     self.touched = 0
     self.bytes_read = 0
-    self.answerable = 0.0
+    self.answerable, self.denies = 0.0, False
 
   def bind(self, encoder: GistEncoder, config: Config) -> None:
     """Takes up a history's GistNet, and what its loop is to search and read.
@@ -163,7 +165,7 @@ class LensNetPolicy:
     scores = np.array(  # what was seen since was not found: no wish
       [self._scored.get(b, -1.0) for b in rows.block.tolist()], np.float32)
     evidence: list[tuple[int, float]] = []
-    if view.asked and self.answerable >= 0.5:  # else nothing is read
+    if view.asked and self.answerable >= _SURE:  # else nothing is read
       evidence = _evidence(rows, scores)
     if evidence != self._evidence:
       self._evidence, self._chosen = evidence, self._choose(evidence)
@@ -194,13 +196,16 @@ class LensNetPolicy:
     weights = self._prompts if view.asked else self._reading
     scores, answerable = jax.device_get(
       lensnet.apply(*weights, self.config, inputs))
-    self.answerable = float(answerable) if view.asked and len(rows) else 0.0
+    judged = view.asked and len(rows) > 0
+    self.answerable = float(answerable) if judged else 0.0
+    self.denies = (judged and self.answerable < _SURE
+                   and "steps" in (self.card or {}))
     return scores[: len(rows)]
 
   @property
   def sources(self) -> tuple[tuple[int, int], ...]:
     """Token spans of the sentences that answer the last call's prompt."""
-    return self._chosen if self.answerable >= 0.5 else ()
+    return self._chosen if self.answerable >= _SURE else ()
 
   def _choose(self, evidence: list[tuple[int, float]]
               ) -> tuple[tuple[int, int], ...]:

@@ -12,23 +12,25 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mcjax.answer.matching import Matcher, Sentence
+from mcjax.answer.matching import MARKS, Matcher, Sentence
 from mcjax.answer.reading import Reader
+from mcjax.answer.sentences import QUESTION_MARKS, asks
 from mcjax.lens.features import LensQuery
+from mcjax.types import BRANCHING
 
 _MATCHES = ("exact", "spelling", "meaning")
 _WHERE = ("own", "near", "before", "after")
 _RANKED = ("share", "wanted", "exact_own", "meaning_own", "exact_near", "key")
 _PLACES = {"first": 0, "behind_first": 1, "ahead_of_first": -1, "second": 2}
 _LOOK = ("opening", "new", "length", "digits", "capitals", "quotes", "colon",
-         "new_words")
+         "new_words", "asks", "holds_question")
 
 NAMES = (
   *(f"{match}_{where}" for match in _MATCHES for where in _WHERE), "pairs",
   "strength", "strength_gap", "strength_before", "strength_after",
   "share", "wanted",
   *(f"{how}_{name}" for name in _RANKED for how in ("part", "gap", "rank")),
-  "key", "key_before", "key_after", *_LOOK, *_PLACES,
+  "key", "key_before", "key_after", *_LOOK, "by_user", *_PLACES,
   "leans", "leans_on", "weight", "words", "top_share",
 )
 FEATURES = len(NAMES)
@@ -85,6 +87,9 @@ def sentence_features(matcher: Matcher, query: LensQuery,
   out["key"] = keys @ query.key.astype(np.float32) / length
   out["key_before"], out["key_after"] = beside(out["key"])
   out |= look | _compared(out)
+  blocks = np.array([a // BRANCHING for a, _ in spans], np.int64)
+  blocks = np.minimum(blocks, matcher.blocks - 1)  # the newest is none yet
+  out["by_user"] = matcher.marks(blocks)[:, MARKS.index("said_by_user")] > 0
   place = np.arange(len(spans)) - int(np.argmax(out["wanted"]))
   for name, at in _PLACES.items():
     out[name] = place == at
@@ -161,7 +166,8 @@ def _looks(told: Sentence, new: np.ndarray) -> dict[str, float]:
     "digits": any(c.isdigit() for c in text),
     "capitals": sum(w[:1].isupper() for w in words) / max(1, len(words)),
     "quotes": '"' in text, "colon": text.rstrip().endswith(":"),
-    "new_words": new.mean()}
+    "new_words": new.mean(), "asks": asks(text),
+    "holds_question": any(mark in text for mark in QUESTION_MARKS)}
 
 
 def _compared(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ def save_lensnet(path, params, config: lensnet.LensNetConfig, card: dict
     path, "lensnet", params, dataclasses.asdict(config), card)
 
 
-def read_weights(lm: BaseLM, source=None
+def read_weights(lm: BaseLM, source=None, reads: bool = True
                  ) -> tuple[dict, lensnet.LensNetConfig, dict | None]:
   """Parameters, sizes and card; fresh ones where none fit the base.
 
@@ -30,6 +30,8 @@ def read_weights(lm: BaseLM, source=None
   Args:
     lm: the base.
     source: a file; None takes the shipped weights of a base of this name.
+    reads: whether the choice of sentences is wanted too; where it is fitted
+      anew, it may be one of other features.
 
   Raises:
     McjaxError: the file is missing, unreadable or made for another width.
@@ -39,7 +41,10 @@ def read_weights(lm: BaseLM, source=None
   if path is None:
     return lensnet.init_params(config), config, None
   params, fields, card = pretrained.read_weights(path, "lensnet")
-  sentence_net.check(path, params)
+  if reads:
+    sentence_net.check(path, params)
+  else:
+    params.pop(sentence_net.PART, None)
   if not fields.get("gists", True):  # it serves every base of the tokenizer
     fields["d_model"] = lm.config.d_model
     _check_table(path, params, lm)

@@ -14,6 +14,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from mcjax.answer import turns
 from mcjax.config import Config
 from mcjax.focus import allocator as focus_allocator
 from mcjax.focus.policy import Policy
@@ -51,6 +52,7 @@ class Query:
     prompt: first token of the prompt that asks it; earlier text may be hidden
       from the LM.
     head: tokens of the prompt in front of the user's words.
+    turn: it is a turn of a chat, not plain text to be continued.
   """
 
   ids: np.ndarray
@@ -59,6 +61,7 @@ class Query:
   asked: bool = False
   prompt: int = 0
   head: int = 0
+  turn: bool = False
 
 
 class Focus:
@@ -270,8 +273,10 @@ class Focus:
   def attend(self) -> None:
     """Lets the LM attend to what answers the question; see `raw_attention`.
 
-    Until the answer ends. The history's first token stays too. A window that
-    shows none of what answers is read as a whole.
+    Until the answer ends. The history's first token stays too. Where the
+    policy says that nothing answers a turn, the LM sees the newest turns of the
+    conversation and no other text; else a window that shows none of what
+    answers is read as a whole.
     """
     self.sources, attention = [], None
     self.found = list(self._policy.sources) if self.query.asked else []
@@ -288,8 +293,21 @@ class Focus:
       inside = self._config.read_place == "turn"
       attention = Attention((FIRST, *spans), self.query.prompt,
                             self.query.head if inside else 0)
+    elif self.query.turn and self._policy.denies:
+      attention = Attention(
+        (FIRST, self._conversation()), self.query.prompt, evidence=False)
     if self.context.attend(attention) and self._config.kv == "exact":
       self.context.forget()
+
+  def _conversation(self) -> tuple[int, int]:
+    """Token span of the turns before the prompt with no other text between.
+
+    And of what has been appended since the last block, which nobody scored.
+    """
+    stop = self.query.prompt
+    begin = turns.newest(self.tree, self.context.lm.tokenizer,
+                         max(0, stop - self._config.window), stop)
+    return min(begin, stop // BRANCHING * BRANCHING), stop
 
   def sync(self, renew: int = 1) -> None:
     """Fetches inputs and runs the LM on what it has not seen; see ContextLM.

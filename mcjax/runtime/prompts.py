@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,7 +99,9 @@ def turn(prompt: Prompt, tree: MegaContextTree, tokenizer: Tokenizer,
     text = "\n\n".join(m["content"] for m in messages)
     ids = with_bos(tokenizer.encode(text), tree, tokenizer)
     own, closing = np.ones(len(ids), bool), np.zeros(0, np.int32)
-  return Turn(ids, closing, _query(ids[own], own, tree, tokenizer))
+  query = dataclasses.replace(
+    _query(ids[own], own, tree, tokenizer), turn=template)
+  return Turn(ids, closing, query)
 
 
 def _query(words: np.ndarray, own: np.ndarray, tree: MegaContextTree,

@@ -142,8 +142,8 @@ class ContextLM(SlotInputs):
   def attend(self, attention: Attention | None) -> bool:
     """Sets what the LM attends to of raw text; None is all of it.
 
-    Earlier text that is or was all that is attended to is marked unready: it
-    is run again beside what else is seen now.
+    Evidence that is or was all that is attended to is marked unready: it is
+    run again beside what else is seen now.
 
     Returns:
       Whether anything changed.
@@ -152,7 +152,7 @@ class ContextLM(SlotInputs):
     if attention == window.attention:
       return False
     for narrow in (window.attention, attention):
-      if narrow is not None:
+      if narrow is not None and narrow.evidence:
         window.entries.ready[narrow.earlier(window.entries)[0]] = False
     window.attention = attention
     if self._contrast is not None:
@@ -196,7 +196,9 @@ class ContextLM(SlotInputs):
   @property
   def _contrasting(self) -> Contrast | None:
     """The second cache, while decoding is held against it."""
-    return None if self.window.attention is None else self._contrast
+    attention = self.window.attention
+    reads = attention is not None and attention.evidence
+    return self._contrast if reads else None
 
   def _run(self, rows: np.ndarray, store: bool = True
            ) -> tuple[jax.Array, int]:

@@ -28,11 +28,14 @@ class Attention(NamedTuple):
     start: first token of the prompt; from there on nothing is hidden.
     head: tokens of the prompt that stand before what is read: what the chat
       template writes in front of the user's words.
+    evidence: the spans are what is read for the answer: they are run anew
+      beside each other alone. Else they are the conversation so far.
   """
 
   spans: tuple[tuple[int, int], ...]
   start: int
   head: int = 0
+  evidence: bool = True
 
   def earlier(self, entries: Entries) -> tuple[np.ndarray, np.ndarray]:
     """Raw entries before the prompt, [E] bool: those attended to, those not."""

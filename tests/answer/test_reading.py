@@ -95,6 +95,46 @@ def test_a_system_prompt_is_no_evidence_and_text_behind_a_turn_is():
   assert (who[-len(text):] == turns.TEXT).all()
 
 
+def test_a_sentence_longer_than_what_is_looked_at_is_cut_between_words():
+  words = [f"word{i}" for i in range(80)]
+  reader, tokenizer, matcher = reader_of(" ".join(words) + "." + " The end." * 9)
+  whole = range(reader.tree.num_nodes(1))
+  spans = sorted(reader.candidates([(b, 0.9) for b in whole],
+                                   reader.tree.cursor))
+  assert len(spans) > 10
+  assert all(a[1] == b[0] for a, b in zip(spans[:-1], spans[1:]))
+  told = [tokenizer.decode(reader.tree.tokens(*span)) for span in spans]
+  assert {w.strip(".") for text in told for w in text.split()} <= {
+    *words, "The", "end"}
+  assert len(read(reader, tokenizer, matcher, "word33", [(b, 0.9) for b in whole],
+                  most=500)) >= 1
+
+
+def test_what_one_block_sees_whole_is_not_read_in_part_too():
+  text = "A b. " * 20 + "x" * 70 + " y" * 35 + ". The end. " * 20
+  reader, _, _ = reader_of(text)
+  blocks = [(b, 0.5 + b / 100) for b in range(reader.tree.num_nodes(1))]
+  spans = sorted(reader.candidates(blocks, reader.tree.cursor))
+  assert all(a[1] <= b[0] for a, b in zip(spans[:-1], spans[1:]))
+
+
+def test_the_newest_turns_begin_behind_other_text():
+  tokenizer = tiny_base.byte_tokenizer(chat=True)
+  turn = tokenizer.chat([
+    {"role": "user", "content": "Hello."},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "How are you"}], first=False,
+    add_generation_prompt=False).ids
+  text = np.asarray(tokenizer.encode("A cat called Ada came in.\n"), np.int32)
+  for ids, expected in (
+      (np.concatenate([turn, text, turn]), len(turn) + len(text)),
+      (np.concatenate([turn, turn]), 0), (np.concatenate([turn, text]), None)):
+    tree = reader_of(ids, chat=True)[0].tree
+    begin = turns.newest(tree, tokenizer, 0, len(ids))
+    assert len(ids) - 1 <= begin if expected is None else (
+      begin in (expected, expected - 1))
+
+
 def test_the_newest_tokens_before_the_prompt_may_answer():
   parts = reader_of(TEXT + "The pilot is Kai. ")
   stop = parts[0].tree.cursor

@@ -157,6 +157,32 @@ def test_lensnet_names_its_sources_too(make, monkeypatch):
   assert not mc._loop.context.window.hidden().any()
 
 
+def test_what_nothing_answers_sees_the_conversation_alone():
+  """Its turns as they stand, not run anew, and what no block holds yet."""
+  lm = tiny_base.make_lm(chat=True)
+  mc = MegaContext.create(tiny_base.memory_url(), lm, Config(
+    **{**SMALL, "policy": "recency", "contrast": 0.5}))
+  mc.ingest(tiny_base.text(5000, 3))
+  mc.generate("Hello there", max_new_tokens=3)
+  first = mc.generate("How are you", max_new_tokens=3)
+  assert not mc._loop.context.window.hidden().any()  # nobody denies it
+  talk = mc.cursor
+  mc._loop._policy.denies = True
+  run = mc._loop.context.tokens_run
+  out = mc.generate("Tell me a joke", max_new_tokens=3)
+  assert mc._loop.context.tokens_run - run < 100 and not out.sources
+  seen = attended(mc._loop.context.window)
+  assert seen[0] == 0 and seen[1:] == list(range(seen[1], mc.cursor))
+  told = mc.text(seen[1], talk)
+  assert "Hello there" in told and "How are you" in told and first.text in told
+  assert len(told) < 300
+  mc.ingest(tiny_base.text(40, 9))
+  assert not mc._loop.context.window.hidden().any()
+  mc.generate("Tell me", max_new_tokens=3, template=False)  # text goes on
+  assert not mc._loop.context.window.hidden().any()
+  mc.close()
+
+
 def test_whole_blocks_may_be_read_instead(make):
   mc = make(raw_attention="blocks", gist_attention="masked")
   out = mc.generate(QUESTION, max_new_tokens=3)

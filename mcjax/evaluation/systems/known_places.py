@@ -25,7 +25,7 @@ class KnownPlaces:
   """
 
   touched = 0
-  answerable = 1.0
+  answerable, denies = 1.0, False
   bytes_read = 0
 
   def __init__(self, places: Sequence[tuple[int, int]] = ()):

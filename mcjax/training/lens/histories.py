@@ -7,7 +7,8 @@
              does a heading or docstring for what stands below it
   facts      made-up facts, asked for in other words, one by one and several
              at once, among distractors, in plain text and in turns of a chat;
-             prompts that ask for nothing
+             some were asked before, or stand quoted elsewhere, and these words
+             are no answer; prompts that ask for nothing
   reworded   everyday facts in plain text, asked for in other words throughout
   text       text that is read on: what stands far back is worth as much as it
              foretells of the next tokens
@@ -43,6 +44,9 @@ _IDLE = ("Thanks!", "Thank you very much.", "Go on.", "Please continue.", "ok",
          "What do you think?", "haha", "No, that is wrong.", "Bye.")
 _NEAR = 0.8  # of the best sentence's shared words that others must share
 _SENTENCE = re.compile(r"(?<=[.!?\"\u201d])\s+")
+_QUOTED = ('print(client.complete("{}"))', 'prompts = ["{}", "Thanks."]',
+           'assert answers("{}") == expected', "Q: {}", "- {}", "# {}",
+           '{{"role": "user", "content": "{}"}}', "Somebody asked: {}")
 _LEADS = ("", "", "", "Please tell me: ", "I need to know ", "Remind me, ",
           "Do you remember ", "Can you say ", "Explain: ", "Quick question - ")
 
@@ -199,6 +203,13 @@ def _joined(questions: Sequence[str], rng: np.random.Generator) -> str:
 def _asking(kind: str, question: str, gold, cursor: int, tokenizer: Tokenizer,
             rng: np.random.Generator, best=()) -> Example:
   """An example of a prompt, in one of the ways people type."""
+  return Example(kind, np.asarray(
+    tokenizer.encode(_typed(question, rng)), np.int32), True, tuple(gold),
+    cursor, np.zeros(0, np.int32), tuple(best))
+
+
+def _typed(question: str, rng: np.random.Generator) -> str:
+  """A question in one of the ways people type."""
   text = str(rng.choice(_LEADS))
   text += question if not text else question[:1].lower() + question[1:]
   way = rng.integers(8)
@@ -210,8 +221,7 @@ def _asking(kind: str, question: str, gold, cursor: int, tokenizer: Tokenizer,
     text = text.lower().rstrip("?.! ")
   elif way == 3 and rng.integers(3) == 0:
     text = text.upper()
-  return Example(kind, np.asarray(tokenizer.encode(text), np.int32), True,
-                 tuple(gold), cursor, np.zeros(0, np.int32), tuple(best))
+  return text
 
 
 class TextHistories:
@@ -274,6 +284,11 @@ class TextHistories:
       total += cut - at
       places.append((total + told[0], total + told[1]))
       total, at = total + len(piece), cut
+      if not chat and rng.integers(3) == 0:
+        asked = _typed(drawn[int(rng.integers(count))].question, rng)
+        line = "\n" + str(rng.choice(_QUOTED)).format(asked) + "\n"
+        parts.append(self._tokenizer.encode(line))
+        total += len(parts[-1])
     ids = np.concatenate([*parts, host[at:]]).astype(np.int32)
     examples = [
       _asking("facts", fact.question, [place], len(ids), self._tokenizer, rng)
@@ -377,7 +392,7 @@ class TextHistories:
     messages = [{"role": "user", "content": f"{fact.lead} {fact.text}".strip()},
                 {"role": "assistant", "content": made_up.reply(rng)}]
     if rng.integers(2):  # an earlier question about it, wrongly answered
-      messages += [{"role": "user", "content": fact.question},
+      messages += [{"role": "user", "content": _typed(fact.question, rng)},
                    {"role": "assistant", "content": made_up.wrong_answer(rng)}]
     turn = tokenizer.chat(messages, first=False, add_generation_prompt=False)
     own = np.flatnonzero(turn.owner == 0)

@@ -81,7 +81,8 @@ class ReaderRun:
                lensnet=None, carry_from: str = ""):
     self._lm, self._config, self._stores = lm, config, stores
     self.workdir = place(workdir)
-    self.params, self._lens, self._card = read_weights(lm, lensnet)
+    self.params, self._lens, self._card = read_weights(
+      lm, lensnet, reads=False)
     if self._card is None:
       raise McjaxError(f"{lm.name} has no trained LensNet: train one by "
                        "experiments.train_lensnet, then give it by "
