@@ -2,8 +2,9 @@
 
 Documentation, company text and code stand in one history, behind the
 project's documents as they were when these prompts were written: text that no
-edit of today's documents changes. Statements, imperatives, follow-ups,
-misspelled, lower-case and German prompts, and some that nothing answers.
+edit of today's documents changes. One conversation of statements, imperatives,
+follow-ups with pronouns, misspelled, lower-case and German prompts, of two facts at
+once, and some that nothing answers; every prompt is answered and remembered.
 """
 
 import pathlib
@@ -93,32 +94,33 @@ def load_station(path):
 MAX_RETRIES = 7  # of an upload, then the batch is dropped
 '''
 
-# (what is typed, what must be read; None where nothing answers)
+# (what is typed, all that must be read; nothing where nothing answers)
 PROMPTS = (
-  ("Who leads the operations team?", "Marta Lindqvist"),
-  ("who leads the bittern project", "Ravi Chandran"),
-  ("WHERE IS THE HEAD OFFICE", "Tromsvik"),
-  ("Remind me how many days of paid leave we get.", "27 days"),
-  ("I need to know where to send my receipts.", "kvitto@"),
-  ("Tell me what happens to unused leave days", "expire"),
-  ("Describe what to do if the fire alarm rings.", "flagpole"),
-  ("Summarise what the manual says about unplugged cables.", "GAP"),
-  ("Explain how to calibrate a gauge.", "tidelog calibrate"),
-  ("what does error E17 mean?", "clock of the gauge"),
-  ("how often is the guage read", "90 seconds"),
-  ("how long are log fles kept?", "400 days"),
-  ("Is the Havorn an electric ship?", "batteries"),
-  ("Does tidelog fill gaps by itself?", "never fills gaps"),
-  ("When was the Havorn built and how many passengers does it carry?", "1998"),
-  ("Which function removes spikes from the levels?", "despike"),
-  ("What does load_station raise when there is no header?", "StationError"),
-  ("how many times is an upload retried", "MAX_RETRIES"),
-  ("Was kostet ein Becher Kaffee?", "50 Cent"),
-  ("Wer reinigt die Maschine?", "Jonas"),
-  ("By when must the new booking system be ready?", "June 3rd"),
-  ("What is the capital of Mongolia?", None),
-  ("Thanks, that was very helpful!", None),
-  ("What did the mayor say about the new swimming pool?", None),
+  ("Who leads the operations team?", ("Marta Lindqvist",)),
+  ("who leads the bittern project", ("Ravi Chandran",)),
+  ("And by when must it be finished?", ("June 3rd",)),  # the project
+  ("WHERE IS THE HEAD OFFICE", ("Tromsvik",)),
+  ("Remind me how many days of paid leave we get.", ("27 days",)),
+  ("I need to know where to send my receipts.", ("kvitto@",)),
+  ("Tell me what happens to unused leave days", ("expire",)),
+  ("Describe what to do if the fire alarm rings.", ("flagpole",)),
+  ("Summarise what the manual says about unplugged cables.", ("GAP",)),
+  ("Explain how to calibrate a gauge.", ("tidelog calibrate",)),
+  ("what does error E17 mean?", ("clock of the gauge",)),
+  ("how often is the guage read", ("90 seconds",)),
+  ("how long are log fles kept?", ("400 days",)),
+  ("Does tidelog fill gaps by itself?", ("never fills gaps",)),
+  ("When was the Havorn built and how many passengers does it carry?",
+   ("1998", "340")),
+  ("Is it an electric ship?", ("batteries",)),  # the Havorn
+  ("Which function removes spikes from the levels?", ("despike",)),
+  ("What does load_station raise when there is no header?", ("StationError",)),
+  ("how many times is an upload retried", ("MAX_RETRIES",)),
+  ("Was kostet ein Becher Kaffee?", ("50 Cent",)),
+  ("Wer reinigt die Maschine?", ("Jonas",)),
+  ("What is the capital of Mongolia?", ()),
+  ("Thanks, that was very helpful!", ()),
+  ("What did the mayor say about the new swimming pool?", ()),
 )
 
 
@@ -132,11 +134,11 @@ def test_everyday_prompts_read_the_right_place(smollm2):
     mc.ingest(text, name=name)
   right, invented = [], []
   for prompt, expected in PROMPTS:
-    out = mc.generate(prompt, max_new_tokens=0, remember=False)
+    out = mc.generate(prompt, max_new_tokens=24)
     read = " ".join(" ".join(s.text for s in out.sources).split())
-    if expected is None:
-      (invented if read else right).append(prompt)
-    elif expected in read:
+    if not expected and read:
+      invented.append(prompt)
+    elif all(words in read for words in expected):
       right.append(prompt)
     print(f"{out.answerable:.2f}", prompt in right, prompt, "->", read[:160])
   mc.close()
