@@ -64,6 +64,18 @@ def newest(tree: MegaContextTree, tokenizer: Tokenizer, start: int, stop: int
   return start
 
 
+def asked_before(tree: MegaContextTree, tokenizer: Tokenizer) -> np.ndarray:
+  """Ids [n] of the user's newest words in a chat; none without one."""
+  start = max(0, tree.cursor - _TURN)
+  said = speakers(tree, tokenizer, start, tree.cursor) == USER
+  ends = np.flatnonzero(said[:-1] & ~said[1:]) + 1
+  if not len(ends):
+    return np.zeros(0, np.int32)
+  stop = int(ends[-1])
+  return tree.tokens(start + int(np.flatnonzero(~said[:stop])[-1]) + 1
+                     if not said[:stop].all() else start, start + stop)
+
+
 def has_turns(tree: MegaContextTree, tokenizer: Tokenizer) -> bool:
   """Whether the history may hold turns of a chat."""
   special = np.array(sorted(tokenizer.special_ids), np.int64)

@@ -38,6 +38,10 @@ _SPANS = ("own", "near", "wide")  # a block, with 1 and with 2 on each side
 _SHARES = ("exact", "spelling", "meaning", "pairs")
 _RANKED = ("exact_near", "exact_wide", "meaning_near", "spelling_near",
            "times_near", "times_wide", "key_own", "key_near", "pairs_near")
+# Of the prompt's words and those of the user's turn before it, together.
+_JOINED = ("exact_own", "exact_near", "exact_wide", "meaning_near",
+           "times_near", "key_near")
+_RANKED_JOINED = ("joined_exact_near", "joined_meaning_near")
 
 NAMES = (
   *(f"{share}_{span}" for share in _SHARES for span in _SPANS),
@@ -49,12 +53,15 @@ NAMES = (
   "known", "length", "new_share", "asked",
   "raw", "gist", "buried", "distance", "within_2048", "within_256",
   *MARKS,
+  *(f"joined_{name}" for name in _JOINED),
+  *(f"best_{name}" for name in _RANKED_JOINED),
+  *(f"rank_{name}" for name in _RANKED_JOINED), "top_joined", "before",
 )
 FEATURES = len(NAMES)
 CONSTANT = tuple(  # the same for every row of a window
   i for i, name in enumerate(NAMES)
   if name.startswith("top_") or name in ("known", "length", "new_share",
-                                         "asked"))
+                                         "asked", "before"))
 
 
 class Rows(NamedTuple):
@@ -92,6 +99,9 @@ class Asking(Protocol):
   @property
   def asked(self) -> bool: ...
 
+  @property
+  def query_before(self) -> np.ndarray | None: ...
+
 
 class LensQuery(NamedTuple):
   """What is asked for, as LensNet reads it.
@@ -103,6 +113,9 @@ class LensQuery(NamedTuple):
     asked: it is a prompt, not just the newest text.
     end: tokens of the history that it is compared with: those before a prompt;
       all where the newest text is the query.
+    joined: the words of a prompt and of the user's turn before it, which a
+      prompt such as "And who leads it?" leans on; `words` where there is none.
+    joined_key: [K] int32 learned key of both.
   """
 
   words: QueryWords
@@ -110,6 +123,8 @@ class LensQuery(NamedTuple):
   gist: np.ndarray
   asked: bool
   end: int
+  joined: QueryWords
+  joined_key: np.ndarray
 
   @property
   def blocks(self) -> int:
@@ -184,10 +199,17 @@ def read_query(matcher: Matcher, keyer, encoder: GistEncoder,
   part = ids[-BRANCHING:]
   newest[BRANCHING - len(part) :] = part
   end = view.query_start if view.asked else view.tree.cursor
+  words = joined = matcher.query(ids, view.query_weights, end // BRANCHING)
+  key = joined_key = keyer.query(ids, view.query_weights)
+  before = view.query_before
+  if view.asked and before is not None and len(before):
+    both = np.concatenate([ids, before]).astype(np.int32)
+    weights = np.ones(len(both), np.float32)
+    joined = matcher.query(both, weights, end // BRANCHING)
+    joined_key = keyer.query(both, weights)
   return LensQuery(
-    matcher.query(ids, view.query_weights, end // BRANCHING),
-    keyer.query(ids, view.query_weights),
-    encoder.encode_tokens(newest[None])[0], view.asked, end)
+    words, key, encoder.encode_tokens(newest[None])[0], view.asked, end,
+    joined, joined_key)
 
 
 def gather(
@@ -226,15 +248,20 @@ def row_features(
   at = np.array([  # the last row of padded arrays is a block that is not there
     [place.get(block + d, len(around)) for d in range(-REACH, REACH + 1)]
     for block in rows.block.tolist()])
-  matches = matcher.match(around, query.words)
-  out = _match_features(matches, query.words, at)
-  out |= _key_features(matcher.keys(around), query.key, at)
+  matches, keys = matcher.match(around, query.words), matcher.keys(around)
+  out = joined = _match_features(matches, query.words, at) | _key_features(
+    keys, query.key, at)
+  if query.joined is not query.words:
+    joined = _match_features(
+      matcher.match(around, query.joined), query.joined, at
+    ) | _key_features(keys, query.joined_key, at)
+  out = out | {f"joined_{name}": joined[name] for name in _JOINED}
   out["parent"] = _parent_share(tree, rows.block, query.words)
   out |= _novelty(matches, query.words, at, rows.state)
   out["repeats"] = np.zeros(len(rows), np.float32)
   if not query.asked:
     out["repeats"] = _repeats(tree, rows)
-  for name in _RANKED:
+  for name in (*_RANKED, *_RANKED_JOINED):
     value = out[name]
     out[f"best_{name}"] = value / (value.max(initial=0.0) + 1e-3)
     rank = np.empty(len(value))
@@ -242,8 +269,12 @@ def row_features(
     out[f"rank_{name}"] = 1.0 / (1.0 + rank / 4.0)
   for name, source in (("exact", "exact_near"), ("meaning", "meaning_near"),
                        ("times", "times_near"), ("key", "key_near"),
-                       ("pairs", "pairs_near")):
+                       ("pairs", "pairs_near"),
+                       ("joined", "joined_exact_near")):
     out[f"top_{name}"] = np.full(len(rows), out[source].max(initial=0.0))
+  more = query.joined.weights.sum() - query.words.weights.sum()
+  out["before"] = np.full(
+    len(rows), max(0.0, more) / (query.joined.weights.sum() + 1e-6))
   out["known"] = np.full(len(rows), query.words.known)
   out["length"] = np.full(len(rows), np.log2(1 + len(query.words.ids)) / 8)
   out["asked"] = np.full(len(rows), float(query.asked))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from mcjax.answer.matching import Matcher, WordTable
+from mcjax.answer.matching import Matcher, QueryWords, WordTable
 from mcjax.answer.reading import Reader, chosen
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
@@ -40,27 +40,66 @@ _SCAN = 1 << 15  # blocks up to which all keys are read: 1M tokens, 8 MFLOP
 
 
 class Finder:
-  """Both searches of one history for one query, continued while it stays."""
+  """Both searches of one history for one query, continued while it stays.
+
+  A prompt that follows a turn of the user is searched for by itself and
+  together with that turn, with half of the nodes each.
+  """
 
   def __init__(self, tree: MegaContextTree, query: LensQuery, last: int):
     """Begins to look for `query` in the blocks before `last`."""
     self._tree, self._last = tree, last
+    parts = [_Part(tree, query.words, query.key, last)]
+    if query.joined is not query.words:
+      parts.append(_Part(tree, query.joined, query.joined_key, last))
+    self._parts = parts
+
+  @property
+  def touched(self) -> int:
+    """Nodes read so far."""
+    return sum(part.touched for part in self._parts)
+
+  @property
+  def bytes_read(self) -> int:
+    """Bytes of keys read so far."""
+    return sum(part.bytes_read for part in self._parts)
+
+  def run(self, max_nodes: int) -> None:
+    """Goes on for at most so many nodes in each search."""
+    for part in self._parts:
+      part.run(max_nodes // len(self._parts))
+
+  def blocks(self) -> list[int]:
+    """What was found so far, with the blocks beside the best."""
+    own, *joined = self._parts
+    first = [b for part in (own, *joined) for b in part.best(FOUND // 2)
+             ] if joined else []
+    beside = [b + d for b in own.best(_BESIDE) for d in (-1, 1)
+              if 0 <= b + d < self._last]
+    found = np.array(list(dict.fromkeys(
+      [*first, *own.best(FOUND), *beside])), np.int64)
+    return found[~touched(self._tree.journal.forgotten, found)].tolist()
+
+
+class _Part:
+  """The searches by words and by keys for one set of words."""
+
+  def __init__(self, tree: MegaContextTree, words: QueryWords,
+               key: np.ndarray, last: int):
     self.touched = self.bytes_read = 0
-    words = query.words
     self._words: TreeSearch | None = None
     if np.any(words.token_weights > 0) and last:
       self._words = by_words(tree, words.token_ids, words.token_weights,
                              k=FOUND, stop_block=last)
-    score = learned_keys.scorer(query.key)
-    width = len(query.key)
     self._keys: TreeSearch | None = None
     self._nearest: list[int] = []
     if last > _SCAN:
-      self._keys = by_keys(tree, query.key, k=FOUND, stop_block=last)
+      self._keys = by_keys(tree, key, k=FOUND, stop_block=last)
     elif last:
-      found = brute_force(tree, score, k=FOUND, stop_block=last)
+      found = brute_force(
+        tree, learned_keys.scorer(key), k=FOUND, stop_block=last)
       self._nearest = [b for b, _ in found]
-      self.touched, self.bytes_read = last, last * width
+      self.touched, self.bytes_read = last, last * len(key)
 
   def run(self, max_nodes: int) -> None:
     """Goes on for at most so many nodes in each search."""
@@ -71,16 +110,12 @@ class Finder:
         self.touched += search.touched - before[0]
         self.bytes_read += search.bytes_read - before[1]
 
-  def blocks(self) -> list[int]:
-    """What was found so far, with the blocks beside the best."""
-    words = [b for b, _ in self._words.best(FOUND)] if self._words else []
-    keys = self._nearest
+  def best(self, count: int) -> list[int]:
+    """The best `count` blocks of each search so far."""
+    words = [b for b, _ in self._words.best(count)] if self._words else []
     if self._keys is not None:
-      keys = [b for b, _ in self._keys.best(FOUND)]
-    beside = [b + d for b in (*words[:_BESIDE], *keys[:_BESIDE])
-              for d in (-1, 1) if 0 <= b + d < self._last]
-    found = np.array(list(dict.fromkeys([*words, *keys, *beside])), np.int64)
-    return found[~touched(self._tree.journal.forgotten, found)].tolist()
+      return [*words, *(b for b, _ in self._keys.best(count))]
+    return [*words, *self._nearest[:count]]
 
 
 class LensNetPolicy:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mcjax.answer.matching import MARKS, Matcher, Sentence
+from mcjax.answer.matching import MARKS, Matcher, QueryWords, Sentence
 from mcjax.answer.reading import Reader
 from mcjax.answer.sentences import QUESTION_MARKS, asks
 from mcjax.lens.features import LensQuery
@@ -20,7 +20,10 @@ from mcjax.types import BRANCHING
 
 _MATCHES = ("exact", "spelling", "meaning")
 _WHERE = ("own", "near", "before", "after")
-_RANKED = ("share", "wanted", "exact_own", "meaning_own", "exact_near", "key")
+_RANKED = ("share", "wanted", "exact_own", "meaning_own", "exact_near", "key",
+           "joined_share")
+# Of the prompt's words and those of the user's turn before it, together.
+_JOINED = ("exact_own", "exact_near", "meaning_own", "share", "key")
 _PLACES = {"first": 0, "behind_first": 1, "ahead_of_first": -1, "second": 2}
 _LOOK = ("opening", "new", "length", "digits", "capitals", "quotes", "colon",
          "new_words", "asks", "holds_question")
@@ -30,7 +33,8 @@ NAMES = (
   "strength", "strength_gap", "strength_before", "strength_after",
   "share", "wanted",
   *(f"{how}_{name}" for name in _RANKED for how in ("part", "gap", "rank")),
-  "key", "key_before", "key_after", *_LOOK, "by_user", *_PLACES,
+  "key", "key_before", "key_after", *(f"joined_{name}" for name in _JOINED),
+  *_LOOK, "by_user", *_PLACES,
   "leans", "leans_on", "weight", "words", "top_share",
 )
 FEATURES = len(NAMES)
@@ -65,26 +69,20 @@ def sentence_features(matcher: Matcher, query: LensQuery,
     spans: S token spans (start, stop) in order.
     strength: [S] LensNet's score of the best block each one touches.
   """
-  weights = query.words.weights
-  total = weights.sum() + 1e-6
-  held, look, keys = _read(matcher, query, spans)
-  beside = _Beside(spans)
-  out: dict[str, np.ndarray] = {}
-  for match in _MATCHES:
-    here = held[match]
-    before, after = beside(here)
-    for where, words in zip(_WHERE, (
-        here, np.maximum(np.maximum(before, after), here), before, after)):
-      out[f"{match}_{where}"] = words @ weights / total
-  pair = np.minimum(weights[:-1], weights[1:])
-  out["pairs"] = held["pairs"] @ pair / (pair.sum() + 1e-6)
+  told = [matcher.sentence(span) for span in spans]
+  keys = np.stack([one.key for one in told])
+  look, beside = _looks(told, query.words.ids), _Beside(spans)
+  out = joined = _matching(matcher, told, query.words, beside) | {
+    "key": keys @ _unit(query.key)}
+  if query.joined is not query.words:
+    joined = _matching(matcher, told, query.joined, beside) | {
+      "key": keys @ _unit(query.joined_key)}
+  out = out | {f"joined_{name}": joined[name] for name in _JOINED}
+  share, total = out["share"], query.words.weights.sum()
   logit = np.arctanh(np.clip(strength, _LEAST, -_LEAST))
   out["strength"], out["strength_gap"] = logit, logit - logit.max()
   out["strength_before"], out["strength_after"] = beside(logit + 4.0)
-  share = held["share"] @ weights / total
-  out["share"], out["wanted"] = share, share * np.maximum(strength, 0.0)
-  length = np.linalg.norm(query.key.astype(np.float32)) + 1e-6
-  out["key"] = keys @ query.key.astype(np.float32) / length
+  out["wanted"] = share * np.maximum(strength, 0.0)
   out["key_before"], out["key_after"] = beside(out["key"])
   out |= look | _compared(out)
   blocks = np.array([a // BRANCHING for a, _ in spans], np.int64)
@@ -95,7 +93,8 @@ def sentence_features(matcher: Matcher, query: LensQuery,
     out[name] = place == at
   out["leans"] = look["opening"] * (place == 1)
   out["leans_on"] = beside(share)[0] / (look["opening"] + 0.2)
-  for name, value in (("weight", total / 50), ("words", len(weights) / 10),
+  for name, value in (("weight", total / 50),
+                      ("words", len(query.words.ids) / 10),
                       ("top_share", share.max())):
     out[name] = np.full(len(spans), value)
   return np.stack([np.asarray(out[name], np.float32) for name in NAMES], 1)
@@ -119,26 +118,33 @@ class _Beside:
     return before, after
 
 
-def _read(matcher: Matcher, query: LensQuery,
-          spans: Sequence[tuple[int, int]]) -> tuple[
-            dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
-  """How sentences match the query's words [S, Q], `_LOOK` [S], keys [S, K]."""
-  table, q = matcher.table, query.words.ids
-  count = len(spans)
-  held = {name: np.zeros((count, len(q)), np.float32)
+def _unit(key: np.ndarray) -> np.ndarray:
+  key = key.astype(np.float32)
+  return key / (np.linalg.norm(key) + 1e-6)
+
+
+def _matching(matcher: Matcher, told: Sequence[Sentence], query: QueryWords,
+              beside: _Beside) -> dict[str, np.ndarray]:
+  """How much of the query's weight S sentences hold, in several senses."""
+  q, weights = query.ids, query.weights
+  held = {name: np.zeros((len(told), len(q)), np.float32)
           for name in (*_MATCHES, "share")}
-  held["pairs"] = np.zeros((count, max(0, len(q) - 1)), np.float32)
-  look = {name: np.zeros(count, np.float32) for name in _LOOK}
-  keys = np.zeros((count, table.vectors.shape[1]), np.float32)
-  for i, span in enumerate(spans):
-    told = matcher.sentence(span)
-    keys[i] = told.key
-    if len(told.words):
-      for name, row in _matched(table, told.words, q).items():
+  held["pairs"] = np.zeros((len(told), max(0, len(q) - 1)), np.float32)
+  for i, one in enumerate(told):
+    if len(one.words):
+      for name, row in _matched(matcher.table, one.words, q).items():
         held[name][i] = row
-      for name, value in _looks(told, ~np.isin(told.words, q)).items():
-        look[name][i] = value
-  return held, look, keys
+  total, out = weights.sum() + 1e-6, {}
+  for match in _MATCHES:
+    here = held[match]
+    before, after = beside(here)
+    for where, words in zip(_WHERE, (
+        here, np.maximum(np.maximum(before, after), here), before, after)):
+      out[f"{match}_{where}"] = words @ weights / total
+  pair = np.minimum(weights[:-1], weights[1:])
+  out["pairs"] = held["pairs"] @ pair / (pair.sum() + 1e-6)
+  out["share"] = held["share"] @ weights / total
+  return out
 
 
 def _matched(table, words: np.ndarray, q: np.ndarray) -> dict[str, np.ndarray]:
@@ -156,7 +162,17 @@ def _matched(table, words: np.ndarray, q: np.ndarray) -> dict[str, np.ndarray]:
   return out
 
 
-def _looks(told: Sentence, new: np.ndarray) -> dict[str, float]:
+def _looks(told: Sequence[Sentence], q: np.ndarray) -> dict[str, np.ndarray]:
+  """What S sentences look like, beside the words [Q] asked for."""
+  out = {name: np.zeros(len(told), np.float32) for name in _LOOK}
+  for i, one in enumerate(told):
+    if len(one.words):
+      for name, value in _look(one, ~np.isin(one.words, q)).items():
+        out[name][i] = value
+  return out
+
+
+def _look(told: Sentence, new: np.ndarray) -> dict[str, float]:
   """What a sentence looks like; `new` [n] bool: words not in the prompt."""
   text, counts = told.text, told.counts
   words = text.split()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from mcjax import pretrained
 from mcjax.base.load import BaseLM
 from mcjax.lens import features as lens_features
@@ -11,6 +13,8 @@ from mcjax.lens import network as lensnet
 from mcjax.lens import sentence_net
 from mcjax.lens.keyer import TABLE
 from mcjax.types import McjaxError
+
+_GROWN = (64,)  # features of earlier weights that read the first of today's
 
 
 def save_lensnet(path, params, config: lensnet.LensNetConfig, card: dict
@@ -54,7 +58,8 @@ def read_weights(lm: BaseLM, source=None, reads: bool = True
                        f"{fields.get('d_model')}, but {lm.name} embeds in "
                        f"{lm.config.d_model}")
     return lensnet.init_params(config), config, None
-  if fields.get("features") == lens_features.FEATURES:
+  fields["features"] = _grow(params, fields.get("features"))
+  if fields["features"] == lens_features.FEATURES:
     config = pretrained.laid_out(
       path, params, lensnet.init_params, lensnet.LensNetConfig, fields,
       exact=False)
@@ -71,6 +76,32 @@ def _with_keys_of(params, config: lensnet.LensNetConfig):
   """Fresh scores, and the keys that stand in trees."""
   fresh = lensnet.init_params(config)
   return fresh | {k: params[k] for k in ("keys",) if k in params}
+
+
+def _grow(params, features: int | None) -> int | None:
+  """Lets scores that end before the last features read those as nothing.
+
+  Features are added behind the others. Their scale is 0 until they are taught.
+
+  Returns:
+    the number of features that the scores read now.
+  """
+  if features not in _GROWN:
+    return features
+  new = lens_features.FEATURES - features
+  constant = sum(i < features for i in lens_features.CONSTANT)
+  more = len(lens_features.CONSTANT) - constant
+  for part in (params[name] for name in ("score", "text") if name in params):
+    for name in ("mean", "scale"):
+      part[name] = np.pad(part[name], (0, new))
+    for name in ("feature_in", "project_features"):
+      if name in part:
+        part[name]["kernel"] = np.pad(
+          part[name]["kernel"], ((0, new), (0, 0)))
+    facts = part["facts"]["kernel"]
+    part["facts"]["kernel"] = np.insert(
+      facts, [constant] * more, 0.0, axis=0)
+  return lens_features.FEATURES
 
 
 def _check_table(path, params, lm: BaseLM) -> None:
@@ -93,7 +124,7 @@ def read_initial(lm: BaseLM, path=None) -> tuple[dict | None, dict | None]:
   if fields.get("gists", True) and (
       fields.get("d_model") != lm.config.d_model):
     return None, None
-  if fields.get("features") != lens_features.FEATURES:
+  if _grow(params, fields.get("features")) != lens_features.FEATURES:
     params.pop("score", None)
     params.pop("text", None)
   return params, card

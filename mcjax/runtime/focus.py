@@ -53,6 +53,7 @@ class Query:
       from the LM.
     head: tokens of the prompt in front of the user's words.
     turn: it is a turn of a chat, not plain text to be continued.
+    before: [B] int32 what the user said before it, which it may lean on.
   """
 
   ids: np.ndarray
@@ -62,6 +63,7 @@ class Query:
   prompt: int = 0
   head: int = 0
   turn: bool = False
+  before: np.ndarray | None = None
 
 
 class Focus:
@@ -259,6 +261,7 @@ class Focus:
       can_expand=legal.expand[:count], can_collapse=legal.collapse[:count],
       room=window.free - need, max_edits=self._config.max_edits,
       context_lm=self.context, continuation=continuation,
+      query_before=query.before,
     )
 
   def _legal_edits(self) -> focus_allocator.Legal:

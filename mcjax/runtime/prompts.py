@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mcjax.answer import turns
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.runtime.focus import Query
 from mcjax.tree.tree import MegaContextTree
@@ -95,12 +96,17 @@ def turn(prompt: Prompt, tree: MegaContextTree, tokenizer: Tokenizer,
     line = line_break(tree, tokenizer)
     ids = np.concatenate([line, ids])
     own = np.concatenate([np.zeros(len(line), bool), own])
+    earlier = [i for i, m in enumerate(messages[:-1]) if m["role"] == "user"]
+    before = (chat.ids[chat.owner == earlier[-1]] if earlier
+              else turns.asked_before(tree, tokenizer))
   else:
     text = "\n\n".join(m["content"] for m in messages)
     ids = with_bos(tokenizer.encode(text), tree, tokenizer)
     own, closing = np.ones(len(ids), bool), np.zeros(0, np.int32)
+    before = closing
   query = dataclasses.replace(
-    _query(ids[own], own, tree, tokenizer), turn=template)
+    _query(ids[own], own, tree, tokenizer), turn=template,
+    before=before[-_QUESTION:])
   return Turn(ids, closing, query)
 
 

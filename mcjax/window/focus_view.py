@@ -33,6 +33,7 @@ class FocusView:
     context_lm: the LM's window, for policies that look at embeddings or at
       counterfactual losses.
     continuation: [H] int32 true next tokens, known in `score` only.
+    query_before: [B] int32 what the user said before a prompt, if anything.
   """
 
   entries: Entries
@@ -48,6 +49,7 @@ class FocusView:
   max_edits: int
   context_lm: ContextLM
   continuation: np.ndarray | None = None
+  query_before: np.ndarray | None = None
 
 
 def fading_weights(count: int) -> np.ndarray:

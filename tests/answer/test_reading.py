@@ -97,7 +97,8 @@ def test_a_system_prompt_is_no_evidence_and_text_behind_a_turn_is():
 
 def test_a_sentence_longer_than_what_is_looked_at_is_cut_between_words():
   words = [f"word{i}" for i in range(80)]
-  reader, tokenizer, matcher = reader_of(" ".join(words) + "." + " The end." * 9)
+  reader, tokenizer, matcher = reader_of(
+    " ".join(words) + "." + " The end." * 9)
   whole = range(reader.tree.num_nodes(1))
   spans = sorted(reader.candidates([(b, 0.9) for b in whole],
                                    reader.tree.cursor))
@@ -106,8 +107,8 @@ def test_a_sentence_longer_than_what_is_looked_at_is_cut_between_words():
   told = [tokenizer.decode(reader.tree.tokens(*span)) for span in spans]
   assert {w.strip(".") for text in told for w in text.split()} <= {
     *words, "The", "end"}
-  assert len(read(reader, tokenizer, matcher, "word33", [(b, 0.9) for b in whole],
-                  most=500)) >= 1
+  assert len(read(reader, tokenizer, matcher, "word33",
+                  [(b, 0.9) for b in whole], most=500)) >= 1
 
 
 def test_what_one_block_sees_whole_is_not_read_in_part_too():
@@ -133,6 +134,22 @@ def test_the_newest_turns_begin_behind_other_text():
     begin = turns.newest(tree, tokenizer, 0, len(ids))
     assert len(ids) - 1 <= begin if expected is None else (
       begin in (expected, expected - 1))
+
+
+def test_what_the_user_said_last_is_known():
+  tokenizer = tiny_base.byte_tokenizer(chat=True)
+  turns_ids = tokenizer.chat([
+    {"role": "user", "content": "Who runs the mill?"},
+    {"role": "assistant", "content": "Ada does."},
+    {"role": "user", "content": "And since when?"},
+    {"role": "assistant", "content": "Since May."}], first=False,
+    add_generation_prompt=False).ids
+  text = np.asarray(tokenizer.encode("A cat came in.\n" * 5), np.int32)
+  for ids, said in ((text, ""), (np.concatenate([text, turns_ids]),
+                                 "And since when?"),
+                    (np.concatenate([turns_ids, text]), "And since when?")):
+    tree = reader_of(ids, chat=True)[0].tree
+    assert tokenizer.decode(turns.asked_before(tree, tokenizer)).strip() == said
 
 
 def test_the_newest_tokens_before_the_prompt_may_answer():

@@ -1,5 +1,7 @@
 """What LensNet is shown: rows, their matches with the query, the tail."""
 
+import dataclasses
+
 from lens_cases import asked_view, opened, view_of
 import numpy as np
 import pytest
@@ -77,8 +79,11 @@ def test_every_feature_is_finite_and_says_something(tiny_lm, tiny_gistnet):
   blocks = Rows(np.arange(80), np.resize([RAW, GIST, BURIED], 80).astype(
     np.int32), np.zeros(80, np.int64))
   seen = []
-  for view in (asked_view(mc, "what does " + mc.text(1000, 1040) + " say?"),
-               view_of(mc)):
+  asked = asked_view(mc, "what does " + mc.text(1000, 1040) + " say?")
+  before = np.asarray(mc.lm.tokenizer.encode("a word no text has"), np.int32)
+  for view in (asked, view_of(mc),
+               dataclasses.replace(asked, query_ids=asked.query_ids.copy(),
+                                   query_before=before)):
     policy = prepared(mc, view)
     seen.append(lens_features.row_features(
       mc.tree, blocks, policy._query, policy._matcher))
@@ -105,6 +110,35 @@ def test_what_is_shown_raw_is_not_new(tiny_lm, tiny_gistnet):
                   blocks.entry),
     policy._query, policy._matcher)
   assert column(hidden, "new_near")[0] > column(shown, "new_near")[0]
+
+
+def test_a_prompt_that_leans_on_the_turn_before_it_matches_both(
+    tiny_lm, tiny_gistnet):
+  text = tiny_base.text(3000)
+  told = "THE HARBOUR OF QUENFORD WAS DREDGED IN JULY. "
+  other = "THE HARBOUR OF ASHAMO WAS DREDGED IN MARCH. "
+  mc = opened(tiny_lm, tiny_gistnet, 0,
+              text=text[:640] + other + text[640:1600] + told + text[1600:])
+  view = asked_view(mc, "when was the harbour dredged there?")
+  before = np.asarray(mc.lm.tokenizer.encode("who runs quenford?"), np.int32)
+  other_block, told_block = 640 // 32, (1600 + len(other)) // 32
+  alone, joined = [
+    lens_features.row_features(
+      mc.tree, rows_of(other_block, told_block), policy._query,
+      policy._matcher)
+    for policy in (prepared(mc, v) for v in (
+      view, dataclasses.replace(
+        asked_view(mc, "when was the harbour dredged there?"),
+        query_before=before)))]
+  assert (column(alone, "before") == 0).all()
+  assert (column(joined, "before") > 0).all()
+  for name in ("exact_near", "times_near", "known"):  # the prompt's own words
+    np.testing.assert_array_equal(column(alone, name), column(joined, name))
+  np.testing.assert_array_equal(
+    column(alone, "joined_exact_near"), column(alone, "exact_near"))
+  near = column(joined, "joined_exact_near")
+  assert near[1] > near[0]
+  assert column(alone, "exact_near")[1] <= column(alone, "exact_near")[0] + 0.01
 
 
 def test_a_passage_that_is_repeated_foretells_what_follows(

@@ -3,8 +3,8 @@
 Documentation, company text and code stand in one history, behind the
 project's documents as they were when these prompts were written: text that no
 edit of today's documents changes. One conversation of statements, imperatives,
-follow-ups with pronouns, misspelled, lower-case and German prompts, of two facts at
-once, and some that nothing answers; every prompt is answered and remembered.
+follow-ups with pronouns, misspelled, lower-case and German prompts, of two
+facts at once, and some that nothing answers; each is answered and remembered.
 """
 
 import pathlib

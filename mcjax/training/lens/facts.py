@@ -94,6 +94,7 @@ _LEADS = ("Let me tell you about {name}.", "{name} came up today.",
           "We talked about {name} for a while.", "{name} sends greetings.",
           "Yesterday I read a page on {name}.")
 _PRONOUNS = ("It", "She", "He", "They", "This one")
+_LEANING = ("it", "she", "he", "they", "this one", "them", "him", "her", "that")
 _KIN = "sister brother cousin aunt uncle neighbour grandmother".split()
 _REPLIES = ("Noted.", "Thank you, I will remember that.", "Good to know!",
             "I see, thanks for telling me.", "Understood.")
@@ -109,11 +110,15 @@ class Fact(NamedTuple):
     text: tells it.
     question: asks for it.
     lead: sentence before it that says whom or what it is about, or "".
+    name: whom or what it is about.
+    leaning: the question with a pronoun for the name; "" where that has none.
   """
 
   text: str
   question: str
   lead: str = ""
+  name: str = ""
+  leaning: str = ""
 
 
 def _name(rng: np.random.Generator) -> str:
@@ -123,7 +128,23 @@ def _name(rng: np.random.Generator) -> str:
 
 def draw(rng: np.random.Generator) -> Fact:
   """A made-up fact in one of its wordings, and one question about it."""
-  told, asked, kind = _FACTS[int(rng.integers(len(_FACTS)))]
+  return _drawn(rng, int(rng.integers(len(_FACTS))), _name(rng))
+
+
+def draw_two(rng: np.random.Generator) -> tuple[Fact, Fact]:
+  """Two facts on one name; the question about the second may lean on it."""
+  first, second = rng.permutation(len(_FACTS))[:2].tolist()
+  name = _name(rng)
+  return _drawn(rng, first, name), _drawn(rng, second, name)
+
+
+def pronoun(rng: np.random.Generator) -> str:
+  """One for a name that was said before."""
+  return str(rng.choice(_LEANING))
+
+
+def _drawn(rng: np.random.Generator, number: int, name: str) -> Fact:
+  told, asked, kind = _FACTS[number]
   word = (str(rng.choice(_FIRST)) + str(rng.choice(_SECOND))).lower()
   if kind == "number":
     value = str(rng.integers(100, 100000))
@@ -131,14 +152,18 @@ def draw(rng: np.random.Generator) -> Fact:
     value = word + str(rng.integers(10, 100))
   else:
     value = str(rng.choice(_VALUES[kind]))
-  fields = dict(name=_name(rng), value=value, word=word,
+  fields = dict(name=name, value=value, word=word,
                 kin=str(rng.choice(_KIN)))
   text, question = str(rng.choice(told)), str(rng.choice(asked))
   lead = ""
   if text.startswith("{name} ") and "{name}" in question and rng.integers(2):
     lead = str(rng.choice(_LEADS)).format(**fields)
     text = str(rng.choice(_PRONOUNS)) + text.removeprefix("{name}")
-  return Fact(text.format(**fields), question.format(**fields), lead)
+  leaning = ""
+  if "{name}" in question:
+    leaning = question.format(**{**fields, "name": pronoun(rng)})
+  return Fact(text.format(**fields), question.format(**fields), lead, name,
+              leaning)
 
 
 def reply(rng: np.random.Generator) -> str:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-import dataclasses
 import json
 import lzma
 import re
@@ -31,6 +30,15 @@ from mcjax.base.tokenizer import Tokenizer
 from mcjax.training.common.data import TokenStore
 from mcjax.training.lens import facts as made_up
 from mcjax.training.lens import other_words
+from mcjax.training.lens.prompts import (
+  Example,
+  History,
+  Talk,
+  common_words,
+  leaning,
+  typed,
+  words_of,
+)
 from mcjax.types import BRANCHING, McjaxError
 
 LENGTH = 32768  # tokens of a history, about
@@ -47,43 +55,11 @@ _SENTENCE = re.compile(r"(?<=[.!?\"\u201d])\s+")
 _QUOTED = ('print(client.complete("{}"))', 'prompts = ["{}", "Thanks."]',
            'assert answers("{}") == expected', "Q: {}", "- {}", "# {}",
            '{{"role": "user", "content": "{}"}}', "Somebody asked: {}")
-_LEADS = ("", "", "", "Please tell me: ", "I need to know ", "Remind me, ",
-          "Do you remember ", "Can you say ", "Explain: ", "Quick question - ")
 
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-  """One query of a history.
-
-  Attributes:
-    kind: of the query.
-    query: [Q] int32 token ids.
-    asked: it is a prompt; else the newest tokens.
-    gold: token spans that answer it; none where the history does not.
-    best: token spans in these that the answer was taken from, if known.
-    cursor: tokens of the history that are there.
-    future: [F] int32 what comes next, where it is known.
-  """
-
-  kind: str
-  query: np.ndarray
-  asked: bool
-  gold: tuple[tuple[int, int], ...]
-  cursor: int
-  future: np.ndarray
-  best: tuple[tuple[int, int], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class History:
-  """Token ids [N] int32, and what is asked of them."""
-
-  ids: np.ndarray
-  examples: tuple[Example, ...]
 
 
 def read_questions(path, split: str, tokenizer: Tokenizer) -> list[tuple]:
-  """(ids, [(question, gold spans, best spans)]) of the documents of a split.
+  """Documents of a split: (ids, [(question, gold, best spans, answer)]).
 
   Args:
     path: JSON lines, xz-compressed; documents of "sections" or of "turns".
@@ -120,7 +96,7 @@ def _document(record: dict, tokenizer: Tokenizer) -> tuple:
     if found:
       answer = q.get("answer") or " ".join(q["answers"])
       asked.append((q["question"], [(edges[i], edges[i + 1]) for i in found],
-                    text.telling(found, answer)))
+                    text.telling(found, answer), answer))
   return np.concatenate(pieces).astype(np.int32), asked
 
 
@@ -136,7 +112,7 @@ class _Sentences:
       for sentence in _SENTENCE.split(text):
         size = len(sentence.encode()) + 1
         a, b = int(at * per_byte), int(np.ceil((at + size) * per_byte))
-        own.append(((start + a, start + min(b, len(ids))), _words(sentence)))
+        own.append(((start + a, start + min(b, len(ids))), words_of(sentence)))
         at += size
       self._of.append(own)
       start += len(ids)
@@ -150,7 +126,7 @@ class _Sentences:
 
     Those with at least `_NEAR` of the best one's, in rarity.
     """
-    wanted = _words(answer)
+    wanted = words_of(answer)
     scored = [(sum(self._rarity[w] for w in words & wanted), span)
               for i in parts for span, words in self._of[i]]
     top = max((score for score, _ in scored), default=0.0)
@@ -158,13 +134,13 @@ class _Sentences:
       span for score, span in scored if top and score >= _NEAR * top))
 
 
-def _words(text: str) -> set[str]:
-  return set(re.findall(r"\w+", text.casefold()))
-
-
 def question_histories(documents: Sequence[tuple], tokenizer: Tokenizer,
                        seed: int) -> Iterator[History]:
-  """Histories of several documents each, every question once."""
+  """Histories of several documents each, every question once.
+
+  In every second one they are asked in a conversation behind the documents,
+  where one question in two may lean on the one before it.
+  """
   rng = np.random.default_rng([seed, 1])
   groups: list[list[tuple]] = [[]]
   for index in rng.permutation(len(documents)).tolist():
@@ -173,22 +149,27 @@ def question_histories(documents: Sequence[tuple], tokenizer: Tokenizer,
       groups.append([])
     groups[-1].append(documents[index])
   every = [q for _, asked in documents for q, *_ in asked]
+  common = common_words(every)
   for group in groups:
-    ids = np.concatenate([ids for ids, _ in group])
-    examples, at = [], 0
-    own = {q for _, others in group for q, *_ in others}
+    talk = Talk(np.concatenate([ids for ids, _ in group]), tokenizer, rng)
+    own, at = {q for _, others in group for q, *_ in others}, 0
     for part, asked in group:
-      for question, gold, best in asked:
+      last = ""
+      for question, gold, best, answer in asked:
         gold, best = (tuple((a + at, b + at) for a, b in spans)
                       for spans in (gold, best))
         if rng.integers(_FOREIGN) == 0:
           question, gold, best = every[int(rng.integers(len(every)))], (), ()
           if question in own:
             continue
-        examples.append(_asking("questions", question, gold, len(ids),
-                                tokenizer, rng, best))
+          answer = made_up.wrong_answer(rng)
+        text = question
+        if last and talk.goes_on and rng.integers(2):
+          text = leaning(question, last, common, rng)
+        talk.ask("questions", text, gold, answer, best)
+        last = question
       at += len(part)
-    yield History(ids, tuple(examples))
+    yield talk.history()
 
 
 def _joined(questions: Sequence[str], rng: np.random.Generator) -> str:
@@ -198,30 +179,6 @@ def _joined(questions: Sequence[str], rng: np.random.Generator) -> str:
     return link.join(questions)
   first, *others = (q.rstrip("?. ") for q in questions)
   return link.join([first, *(q[:1].lower() + q[1:] for q in others)]) + "?"
-
-
-def _asking(kind: str, question: str, gold, cursor: int, tokenizer: Tokenizer,
-            rng: np.random.Generator, best=()) -> Example:
-  """An example of a prompt, in one of the ways people type."""
-  return Example(kind, np.asarray(
-    tokenizer.encode(_typed(question, rng)), np.int32), True, tuple(gold),
-    cursor, np.zeros(0, np.int32), tuple(best))
-
-
-def _typed(question: str, rng: np.random.Generator) -> str:
-  """A question in one of the ways people type."""
-  text = str(rng.choice(_LEADS))
-  text += question if not text else question[:1].lower() + question[1:]
-  way = rng.integers(8)
-  if way == 0:
-    text = text.lower()
-  elif way == 1:
-    text = text.rstrip("?.! ")
-  elif way == 2:
-    text = text.lower().rstrip("?.! ")
-  elif way == 3 and rng.integers(3) == 0:
-    text = text.upper()
-  return text
 
 
 class TextHistories:
@@ -265,9 +222,10 @@ class TextHistories:
       parts.append(kept)
       at += len(kept)
     chosen = rng.permutation(len(asked))[:count]
-    return History(np.concatenate(parts), tuple(
-      _asking("cloze", asked[i][0], [asked[i][1]], at, self._tokenizer, rng)
-      for i in chosen.tolist()))
+    talk = Talk(np.concatenate(parts), self._tokenizer, rng)
+    for i in chosen.tolist():
+      talk.ask("cloze", asked[i][0], [asked[i][1]], made_up.wrong_answer(rng))
+    return talk.history()
 
   def facts(self, number: int, count: int = 24) -> History:
     """Made-up facts in text and in turns of a chat, and questions on them."""
@@ -275,38 +233,43 @@ class TextHistories:
     host = np.concatenate([self._document(rng, self._length // 3)
                            for _ in range(3)])
     drawn = [made_up.draw(rng) for _ in range(count)]
+    pairs = [(i, i + 1) for i in range(0, count - 1, 2) if rng.integers(2)]
+    for i, j in pairs:
+      drawn[i], drawn[j] = made_up.draw_two(rng)
+    told_at = rng.permutation(count)
     cuts = np.sort(rng.integers(0, len(host), count))
     chat = self._tokenizer.has_chat_template and rng.integers(2) == 0
-    parts, places, at, total = [], [], 0, 0
-    for fact, cut in zip(drawn, cuts.tolist()):
-      piece, told = self._told(fact, bool(chat), rng)
+    parts, at, total = [], 0, 0
+    places: dict[int, tuple[int, int]] = {}
+    for i, cut in zip(told_at.tolist(), cuts.tolist()):
+      piece, told = self._told(drawn[i], bool(chat), rng)
       parts += [host[at:cut], piece]
       total += cut - at
-      places.append((total + told[0], total + told[1]))
+      places[i] = total + told[0], total + told[1]
       total, at = total + len(piece), cut
       if not chat and rng.integers(3) == 0:
-        asked = _typed(drawn[int(rng.integers(count))].question, rng)
+        asked = typed(drawn[int(rng.integers(count))].question, rng)
         line = "\n" + str(rng.choice(_QUOTED)).format(asked) + "\n"
         parts.append(self._tokenizer.encode(line))
         total += len(parts[-1])
-    ids = np.concatenate([*parts, host[at:]]).astype(np.int32)
-    examples = [
-      _asking("facts", fact.question, [place], len(ids), self._tokenizer, rng)
-      for fact, place in zip(drawn, places)]
+    talk = Talk(np.concatenate([*parts, host[at:]]), self._tokenizer, rng)
+    leans = {j: drawn[j].leaning for i, j in pairs if talk.goes_on
+             and drawn[i].name in drawn[i].question and drawn[j].leaning}
+    for i, fact in enumerate(drawn):
+      question = leans[i] if i in leans and rng.integers(4) else fact.question
+      talk.ask("facts", question, [places[i]], made_up.wrong_answer(rng))
     for _ in range(count // 4):
       some = rng.permutation(count)[: int(rng.integers(2, 5))].tolist()
-      examples.append(_asking(
-        "facts", _joined([drawn[i].question for i in some], rng),
-        [places[i] for i in sorted(some)], len(ids), self._tokenizer, rng))
+      talk.ask("facts", _joined([drawn[i].question for i in some], rng),
+               [places[i] for i in sorted(some)], made_up.wrong_answer(rng))
     for _ in range(count // 3):
       if rng.integers(2):
-        examples.append(_asking("nothing", made_up.draw(rng).question, [],
-                                len(ids), self._tokenizer, rng))
+        talk.ask("nothing", made_up.draw(rng).question, [],
+                 made_up.wrong_answer(rng))
       else:
-        idle = self._tokenizer.encode(str(rng.choice(_IDLE)))
-        examples.append(Example("nothing", np.asarray(idle, np.int32), True,
-                                (), len(ids), np.zeros(0, np.int32)))
-    return History(ids, tuple(examples))
+        talk.ask("nothing", str(rng.choice(_IDLE)), [], made_up.reply(rng),
+                 as_it_is=True)
+    return talk.history()
 
   def reworded(self, number: int, count: int = 24) -> History:
     """Everyday facts among text, and questions in other words."""
@@ -324,10 +287,10 @@ class TextHistories:
       total += cut - at
       asked.append((question, (total, total + len(piece))))
       total, at = total + len(piece), cut
-    ids = np.concatenate([*parts, host[at:]]).astype(np.int32)
-    return History(ids, tuple(
-      _asking("reworded", question, [place], len(ids), self._tokenizer, rng)
-      for question, place in asked))
+    talk = Talk(np.concatenate([*parts, host[at:]]), self._tokenizer, rng)
+    for question, place in asked:
+      talk.ask("reworded", question, [place], made_up.wrong_answer(rng))
+    return talk.history()
 
   def text(self, number: int, count: int = 24) -> History:
     """Text that is read on from several places."""
@@ -392,7 +355,7 @@ class TextHistories:
     messages = [{"role": "user", "content": f"{fact.lead} {fact.text}".strip()},
                 {"role": "assistant", "content": made_up.reply(rng)}]
     if rng.integers(2):  # an earlier question about it, wrongly answered
-      messages += [{"role": "user", "content": _typed(fact.question, rng)},
+      messages += [{"role": "user", "content": typed(fact.question, rng)},
                    {"role": "assistant", "content": made_up.wrong_answer(rng)}]
     turn = tokenizer.chat(messages, first=False, add_generation_prompt=False)
     own = np.flatnonzero(turn.owner == 0)

@@ -23,8 +23,9 @@ from mcjax.parallel.places import place
 from mcjax.settings import read_fields
 from mcjax.training.common.data import TokenStore
 from mcjax.training.lens import histories
-from mcjax.training.lens.histories import History, TextHistories
+from mcjax.training.lens.histories import TextHistories
 from mcjax.training.lens.losses import LensObjective
+from mcjax.training.lens.prompts import History
 from mcjax.training.lens.trainer import LensTrainConfig, LensTrainer, evaluate
 from mcjax.training.lens.windows import WindowMaker, WindowSet
 from mcjax.types import McjaxError

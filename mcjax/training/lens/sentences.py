@@ -32,7 +32,7 @@ from mcjax.lens.sentence_features import (
   sentence_features,
 )
 from mcjax.parallel import places
-from mcjax.training.lens.histories import Example, History
+from mcjax.training.lens.prompts import Example, History
 from mcjax.training.lens.windows import ROWS, WindowMaker
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError

@@ -274,14 +274,16 @@ def normalised(score: Mapping[str, Any], windows: Mapping[str, WindowSet],
   What was trained before keeps those it was trained with.
   """
   out = jax.tree.map(lambda a: jnp.array(a, copy=True), dict(score))
-  if np.any(np.asarray(out["mean"])):
+  mean, scale = np.asarray(out["mean"]), np.asarray(out["scale"])
+  new = scale == 0 if mean.any() else np.ones(len(mean), bool)
+  if not new.any():
     return out
   seen = np.concatenate([
     w.features[::8][w.block[::8] >= 0] for kind, w in windows.items()
     if part_of(kind) == part or len(windows) == 1])
   seen = seen.astype(np.float32)
-  out["mean"] = jnp.asarray(seen.mean(0))
-  out["scale"] = jnp.asarray(1.0 / (seen.std(0) + 1e-2))
+  out["mean"] = jnp.asarray(np.where(new, seen.mean(0), mean))
+  out["scale"] = jnp.asarray(np.where(new, 1.0 / (seen.std(0) + 1e-2), scale))
   return out
 
 

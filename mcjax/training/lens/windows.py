@@ -33,8 +33,8 @@ from mcjax.lens.features import (
 from mcjax.lens.keyer import LensKeyer
 from mcjax.lens.policy import Finder
 from mcjax.parallel import places
-from mcjax.training.lens.histories import Example, History
 from mcjax.training.lens.losses import Targets
+from mcjax.training.lens.prompts import Example, History
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING
 from mcjax.window.focus_view import fading_weights
@@ -196,7 +196,8 @@ class WindowMaker:
     weights = np.ones(len(ids), np.float32)
     if not example.asked:
       weights = fading_weights(len(ids))
-    view = _Query(tree, ids, weights, tree.cursor, example.asked)
+    view = _Query(tree, ids, weights, tree.cursor, example.asked,
+                  example.before)
     query = lens_features.read_query(
       matcher, self._keyer, self.encoder, self._lm.tokenizer, view)
     last = tree.num_nodes(1)
@@ -245,6 +246,7 @@ class _Query:
   query_weights: np.ndarray
   query_start: int
   asked: bool
+  query_before: np.ndarray | None
 
 
 def _rows(found: list[int], last: int, rng) -> Rows:

@@ -21,6 +21,7 @@ from mcjax.training.lens import (
   histories,
   losses,
   other_words,
+  prompts,
   windows,
 )
 from mcjax.training.lens import run as lens_run
@@ -87,7 +88,7 @@ def finished(tmp_path_factory, lm, encoder, stores, questions):
 
 def test_a_question_knows_the_section_that_answers(lm, questions):
   (ids, asked), _ = histories.read_questions(questions, "train", lm.tokenizer)
-  question, [(a, b)], best = asked[0]
+  question, [(a, b)], best, _ = asked[0]
   assert "KAI SOLHEIM" in lm.tokenizer.decode(ids[a:b])
   told = [lm.tokenizer.decode(ids[x:y]) for x, y in best]
   assert all(a <= x < y <= b for x, y in best)
@@ -126,6 +127,43 @@ def test_facts_are_where_they_are_said_to_be(lm, stores):
     for a, b in (span for e in told for span in e.gold):
       text = one.tokenizer.decode(history.ids[a:b]).strip()
       assert text.endswith(".") and "<|" not in text
+
+
+def test_a_question_leans_on_what_the_last_one_named():
+  rng = np.random.default_rng(0)
+  common = {"what", "who", "did", "the", "to", "do", "want", "was", "why", "a"}
+  for question, last, kept in (
+      ("What did the peasant want to do?", "Who was the peasant?",
+       "What did | want to do?"),
+      ("Why was Canonbie Dick's coin bad?", "Where did Canonbie Dick go?",
+       "Why was |'s coin bad?"),
+      ("What did the king want?", "Who was the peasant?", "")):
+    told = prompts.leaning(question, last, common, rng)
+    start, _, end = kept.partition("|")
+    assert told.startswith(start) and told.endswith(end)
+    assert (told == question) == (not kept)
+    assert "peasant" not in told and "Dick" not in told
+
+
+def test_a_conversation_leans_on_its_own_turns(lm, stores):
+  """The turn before a prompt is the user's last one, and stands before it."""
+  chat = tiny_base.byte_tokenizer(chat=True)
+  seen = leant = 0
+  for number in range(6):
+    source = histories.TextHistories(stores["train"], chat, number, 2048)
+    history = source.facts(number, count=8)
+    for last, example in zip((None, *history.examples), history.examples):
+      if example.before is None:
+        continue
+      seen += 1
+      assert last is not None
+      np.testing.assert_array_equal(example.before, last.query)
+      told = chat.decode(history.ids[last.cursor : example.cursor])
+      assert chat.decode(last.query) in told
+      assert all(b <= example.cursor for _, b in example.gold)
+      asked = set(prompts.words_of(chat.decode(example.query)))
+      leant += bool({"he", "she", "it", "they", "them", "him", "her"} & asked)
+  assert seen > 10 and leant > 1
 
 
 def test_facts_and_questions_come_in_many_wordings():
