@@ -49,6 +49,23 @@ def speakers(tree: MegaContextTree, tokenizer: Tokenizer, start: int, stop: int
   return said[start - low :]
 
 
+def frame(tree: MegaContextTree, tokenizer: Tokenizer, start: int, stop: int
+          ) -> tuple[tuple[int, int], ...]:
+  """Token spans of what the template writes before and behind a user's turn.
+
+  Of that in which the tokens [start, stop) were said; none around other text.
+  """
+  low, high = max(0, start - _TURN), min(tree.cursor, stop + _TURN)
+  said = speakers(tree, tokenizer, low, high) == USER
+  edges = np.flatnonzero(~said) + low
+  before, behind = edges[edges < start], edges[edges >= stop]
+  if not said[start - low] or not len(before) or not len(behind):
+    return ()
+  first, last = int(before[-1]) + 1, int(behind[0])
+  return ((first - len(tokenizer.question_ids), first),
+          (last, last + len(tokenizer.end_of_turn_ids)))
+
+
 def newest(tree: MegaContextTree, tokenizer: Tokenizer, start: int, stop: int
            ) -> int:
   """Where the turns begin that end at `stop`, with no other text between.

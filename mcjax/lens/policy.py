@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from mcjax.answer import turns
 from mcjax.answer.matching import Matcher, QueryWords, WordTable
 from mcjax.answer.reading import Reader, chosen
 from mcjax.base.load import BaseLM
@@ -213,10 +214,14 @@ class LensNetPolicy:
   def _sentences(self, view: FocusView, score: float) -> dict[int, float]:
     """{block: score} of all blocks of the sentences that would be read.
 
-    A sentence goes on where its block ends, and is read as a whole.
+    A sentence goes on where its block ends, and is read as a whole. What the
+    user said in a turn is read with its role.
     """
     last = view.query_start // BRANCHING
-    return {block: score for a, b in self.sources
+    spans = list(self.sources)
+    for a, b in self.sources:
+      spans += turns.frame(view.tree, self._table.tokenizer, a, b)
+    return {block: score for a, b in spans
             for block in range(a // BRANCHING, -(-b // BRANCHING))
             if block < last}
 

@@ -295,12 +295,26 @@ class Focus:
         spans = [_whole_blocks(a, b) for a, b in spans]
       inside = self._config.read_place == "turn"
       attention = Attention((FIRST, *spans), self.query.prompt,
-                            self.query.head if inside else 0)
+                            self.query.head if inside else 0,
+                            framed=self._framed(raw))
     elif self.query.turn and self._policy.denies:
       attention = Attention(
         (FIRST, self._conversation()), self.query.prompt, evidence=False)
     if self.context.attend(attention) and self._config.kv == "exact":
       self.context.forget()
+
+  def _framed(self, raw: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """The sources that the user said in a turn, with its role around them.
+
+    As far as all of that is among the tokens `raw` [n], sorted.
+    """
+    tokenizer, out = self.context.lm.tokenizer, []
+    for a, b in self.sources:
+      around = turns.frame(self.tree, tokenizer, a, b)
+      if around and np.isin(
+          np.concatenate([np.arange(*span) for span in around]), raw).all():
+        out += [around[0], (a, b), around[1]]
+    return tuple(out)
 
   def _conversation(self) -> tuple[int, int]:
     """Token span of the turns before the prompt with no other text between.

@@ -28,6 +28,8 @@ class Attention(NamedTuple):
     start: first token of the prompt; from there on nothing is hidden.
     head: tokens of the prompt that stand before what is read: what the chat
       template writes in front of the user's words.
+    framed: spans of earlier text that are turns of the conversation, what the
+      template writes around them included: they stay before the head.
     evidence: the spans are what is read for the answer: they are run anew
       beside each other alone. Else they are the conversation so far.
   """
@@ -35,6 +37,7 @@ class Attention(NamedTuple):
   spans: tuple[tuple[int, int], ...]
   start: int
   head: int = 0
+  framed: tuple[tuple[int, int], ...] = ()
   evidence: bool = True
 
   def earlier(self, entries: Entries) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +45,7 @@ class Attention(NamedTuple):
     token = entries.start()
     earlier = (entries.level == 0) & (token < self.start)
     inside = np.zeros(len(entries), bool)
-    for start, stop in self.spans:
+    for start, stop in (*self.spans, *self.framed):
       inside |= (token >= start) & (token < stop)
     return earlier & inside, earlier & ~inside
 
@@ -50,10 +53,12 @@ class Attention(NamedTuple):
     """Rows [E] in the order in which the LM reads them.
 
     That of time, but the prompt's head comes right behind the first token, so
-    that what is read stands inside the user's turn.
+    that what is read stands inside the user's turn, and behind other turns.
     """
     token = entries.start()
     rank = np.where(token == FIRST[0], 0, 2)
+    for start, stop in self.framed if self.head else ():
+      rank[(token >= start) & (token < stop)] = 0
     rank[(token >= self.start) & (token < self.start + self.head)] = 1
     rank[token >= self.start + self.head] = 3
     return np.argsort(rank, kind="stable")

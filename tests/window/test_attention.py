@@ -183,6 +183,34 @@ def test_what_nothing_answers_sees_the_conversation_alone():
   mc.close()
 
 
+@pytest.mark.parametrize("place", ["before", "turn"])
+def test_what_the_user_said_is_read_with_its_role(place):
+  """Before the prompt's own turn, wherever other text is read."""
+  lm = tiny_base.make_lm(chat=True)
+  mc = MegaContext.create(tiny_base.memory_url(), lm, Config(
+    **{**SMALL, "policy": "similarity", "read_place": place}))
+  mc.ingest(tiny_base.text(200, 3))
+  told = "The harbour master of Quenford is called Ilvik."
+  mc.generate(f"{told} Good to know.", max_new_tokens=3)
+  mc.ingest(tiny_base.text(60, 4))
+  out = mc.generate("What is the harbour master of Quenford called?",
+                    max_new_tokens=1)
+  assert [s.text.strip() for s in out.sources] == [told]
+  window = mc._loop.context.window
+  rows = window.attention.order(window.entries)
+  ids = window.entries.index[rows][
+    (~window.hidden() & (window.entries.level == 0))[rows]]
+  seen = lm.tokenizer.decode(np.array([
+    int(mc.tree.tokens(t, t + 1)[0]) for t in ids.tolist()], np.int32))
+  opening = np.asarray(lm.tokenizer.question_ids)
+  first = int(np.flatnonzero(np.diff(ids) != 1)[0]) + 1  # behind the sink
+  np.testing.assert_array_equal(
+    mc.tree.tokens(int(ids[first]), int(ids[first]) + len(opening)), opening)
+  assert seen.index(told) < seen.index("What is the harbour master")
+  assert "Good to know" not in seen
+  mc.close()
+
+
 def test_whole_blocks_may_be_read_instead(make):
   mc = make(raw_attention="blocks", gist_attention="masked")
   out = mc.generate(QUESTION, max_new_tokens=3)
