@@ -35,6 +35,6 @@ def get_config():
     "../shared/data/meeting-questions.jsonl.xz"))
   c.objective = configs.defaults(LensObjective)
   c.train = configs.defaults(LensTrainConfig)
-  c.mixture = dict(fairytale=3.0, meeting=2.0, facts=1.5, cloze=1.0,
+  c.mixture = dict(fairytale=3.0, meeting=2.0, facts=1.5, cloze=1.0, code=1.0,
                    reworded=1.0, text=1.0)
   return c

@@ -173,8 +173,7 @@ class LensNetPolicy:
     card = self.card or {}
     if not self.config.gists:
       return "steps" in card
-    made_for = card.get("refitted_to_gistnet", card.get("gistnet"))
-    return made_for == encoder.fingerprint
+    return card.get("gistnet") == encoder.fingerprint
 
   def score(self, view: FocusView) -> np.ndarray:
     """Signed score per entry, [E] float32.

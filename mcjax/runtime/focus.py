@@ -285,8 +285,8 @@ class Focus:
     self.found = list(self._policy.sources) if self.query.asked else []
     self.answerable = self._policy.answerable if self.query.asked else 0.0
     e = self.context.window.entries
+    raw = e.start()[e.level == 0]
     if self.query.asked and self._config.raw_attention != "all":
-      raw = e.start()[e.level == 0]
       self.sources = [part for span in self.found
                       for part in _raw_parts(raw, *span)]
     if self.sources:

@@ -44,7 +44,7 @@ from experiments.configs import lensnet_tiny
 def get_config():
   c = lensnet_tiny.get_config()
   c.base, c.data = {lm!r}, {data!r}
-  c.windows.update(facts=2, cloze=0, reworded=0, text=1, length=2048)
+  c.windows.update(facts=2, cloze=0, code=0, reworded=0, text=1, length=2048)
   c.train.update({lens})
   return c
 """, "alternate": """
@@ -57,7 +57,7 @@ def get_config():
   c.gist.phases = [dict(steps=3, turns=[{{}}])]
   c.gist.objective.update({objective})
   c.gist.train.update({train})
-  c.lens.windows.update(facts=2, cloze=0, text=1, length=2048)
+  c.lens.windows.update(facts=2, cloze=0, code=0, text=1, length=2048)
   c.lens.train.update({lens})
   return c
 """}

@@ -54,9 +54,8 @@ def test_auto_is_lensnet_where_its_weights_fit(tiny_lm, tiny_gistnet, shipped):
   few = dataclasses.replace(AUTO, read_tokens=7, search_nodes=64)
   policy_choice.choose(few, tiny_lm, other, given)
   assert given._read_tokens == 7 and given._step_nodes == 64
-  shipped({"gistnet": "elsewhere",
-           "refitted_to_gistnet": tiny_gistnet.fingerprint})
-  assert policy_choice.choose(AUTO, tiny_lm, tiny_gistnet).name == "lensnet"
+  shipped({"gistnet": "elsewhere"})
+  assert policy_choice.choose(AUTO, tiny_lm, tiny_gistnet).name == "similarity"
 
 
 @pytest.mark.parametrize("policy", ["recency", "random", "similarity"])

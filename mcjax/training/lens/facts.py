@@ -95,6 +95,9 @@ _LEADS = ("Let me tell you about {name}.", "{name} came up today.",
           "Yesterday I read a page on {name}.")
 _PRONOUNS = ("It", "She", "He", "They", "This one")
 _LEANING = ("it", "she", "he", "they", "this one", "them", "him", "her", "that")
+_CHANGES = ("Correction:", "No, that is wrong.", "This has changed.",
+            "I was mistaken before.", "Actually,", "An update:",
+            "Not any more:")
 _KIN = "sister brother cousin aunt uncle neighbour grandmother".split()
 _REPLIES = ("Noted.", "Thank you, I will remember that.", "Good to know!",
             "I see, thanks for telling me.", "Understood.")
@@ -136,6 +139,15 @@ def draw_two(rng: np.random.Generator) -> tuple[Fact, Fact]:
   first, second = rng.permutation(len(_FACTS))[:2].tolist()
   name = _name(rng)
   return _drawn(rng, first, name), _drawn(rng, second, name)
+
+
+def draw_changed(rng: np.random.Generator) -> tuple[Fact, Fact]:
+  """A fact as it was told first, and as it is told later, when it holds."""
+  number, name = int(rng.integers(len(_FACTS))), _name(rng)
+  before, now = _drawn(rng, number, name), _drawn(rng, number, name)
+  if not now.lead and rng.integers(2):
+    now = now._replace(lead=str(rng.choice(_CHANGES)))
+  return before, now
 
 
 def pronoun(rng: np.random.Generator) -> str:

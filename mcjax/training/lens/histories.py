@@ -3,12 +3,14 @@
   questions  natural questions about stories and meetings, with the sections or
              turns that answer them, and the sentences in these that share most
              words with the answer; one in seven is asked of other texts
-  cloze      a sentence taken out of a text asks for the place it stood at, as
-             does a heading or docstring for what stands below it
+  cloze      a sentence taken out of a text asks for the place it stood at; a
+             heading, docstring or comment for what stands below it
+  code       names that code defines and uses far away ask for the definition
   facts      made-up facts, asked for in other words, one by one and several
              at once, among distractors, in plain text and in turns of a chat;
-             some were asked before, or stand quoted elsewhere, and these words
-             are no answer; prompts that ask for nothing
+             some were asked before, or stand quoted elsewhere, or were told
+             otherwise before they changed, and these words are no answer;
+             prompts that ask for nothing
   reworded   everyday facts in plain text, asked for in other words throughout
   text       text that is read on: what stands far back is worth as much as it
              foretells of the next tokens
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+import itertools
 import json
 import lzma
 import re
@@ -50,6 +53,13 @@ _IDLE = ("Thanks!", "Thank you very much.", "Go on.", "Please continue.", "ok",
          "Hello!", "how nice", "Tell me a joke.", "Write a short poem.",
          "That was helpful.", "Danke!", "I see.", "Good morning.", "sure",
          "What do you think?", "haha", "No, that is wrong.", "Bye.")
+_TITLE = re.compile(r'\s*(#|"""|/\*\*|//|=+ \w)')  # of what stands below
+_BELOW = 96  # tokens below a title that it tells about
+_DEFINES = re.compile(
+  r"(?m)^\s*(?:def|class|function|struct|interface|fn|func)\s+(\w{3,})")
+_LOOKUPS = ("What does {} do?", "Where is {} defined?", "how does {} work",
+            "Explain {}.", "Show me the code of {}.", "What are the arguments "
+            "of {}?", "what happens in {}", "Was macht {}?")
 _NEAR = 0.8  # of the best sentence's shared words that others must share
 _SENTENCE = re.compile(r"(?<=[.!?\"\u201d])\s+")
 _QUOTED = ('print(client.complete("{}"))', 'prompts = ["{}", "Thanks."]',
@@ -201,8 +211,7 @@ class TextHistories:
     self._reworded = other_words.facts(split)
     self._seed, self._length = seed, length
     self._long = self._documents(_LONG) or self._documents(1)
-    self._kinds = sorted(self._long)
-    if not self._kinds:
+    if not self._long:
       raise McjaxError("no text to learn focus from")
 
   def _documents(self, shortest: int) -> dict[str, np.ndarray]:
@@ -227,6 +236,32 @@ class TextHistories:
       talk.ask("cloze", asked[i][0], [asked[i][1]], made_up.wrong_answer(rng))
     return talk.history()
 
+  def code(self, number: int, count: int = 48) -> History:
+    """Names that are defined once and used elsewhere, and their definitions."""
+    rng = np.random.default_rng([self._seed, 6, number])
+    kind = {"code": self._long["code"]} if "code" in self._long else self._long
+    parts, asked, at = [], [], 0
+    while at < self._length:
+      text = self._tokenizer.decode(self._document(rng, 8192, kind))
+      names = Counter(re.findall(r"\w+", text))
+      defined = Counter(_DEFINES.findall(text))
+      starts = [m.start() for m in _DEFINES.finditer(text)]
+      for a, b in itertools.pairwise([0, *starts, len(text)]):
+        ids = self._tokenizer.encode(text[a:b])
+        found = _DEFINES.match(text[a:b])
+        if found and defined[found[1]] == 1 < names[found[1]]:
+          asked.append((found[1], (at, at + min(len(ids), _BELOW))))
+        parts.append(ids)
+        at += len(ids)
+    talk = Talk(np.concatenate(parts), self._tokenizer, rng)
+    for i in rng.permutation(len(asked))[:count].tolist():
+      name, place = asked[i]
+      if rng.integers(4) == 0:
+        name = name.replace("_", " ")
+      talk.ask("code", str(rng.choice(_LOOKUPS)).format(name), [place],
+               made_up.wrong_answer(rng))
+    return talk.history()
+
   def facts(self, number: int, count: int = 24) -> History:
     """Made-up facts in text and in turns of a chat, and questions on them."""
     rng = np.random.default_rng([self._seed, 3, number])
@@ -236,16 +271,27 @@ class TextHistories:
     pairs = [(i, i + 1) for i in range(0, count - 1, 2) if rng.integers(2)]
     for i, j in pairs:
       drawn[i], drawn[j] = made_up.draw_two(rng)
-    told_at = rng.permutation(count)
-    cuts = np.sort(rng.integers(0, len(host), count))
+    changed: dict[int, int] = {}
+    told = drawn.copy()  # and what some of them were before, told earlier
+    for i in sorted({*range(count)} - {i for pair in pairs for i in pair}):
+      if rng.integers(2):
+        earlier, drawn[i] = made_up.draw_changed(rng)
+        told[i] = drawn[i]
+        told.append(earlier)
+        changed[len(told) - 1] = i
+    order = rng.permutation(len(told))
+    for earlier, later in changed.items():
+      a, b = sorted(np.flatnonzero(np.isin(order, (earlier, later))).tolist())
+      order[a], order[b] = earlier, later
+    cuts = np.sort(rng.integers(0, len(host), len(told)))
     chat = self._tokenizer.has_chat_template and rng.integers(2) == 0
     parts, at, total = [], 0, 0
     places: dict[int, tuple[int, int]] = {}
-    for i, cut in zip(told_at.tolist(), cuts.tolist()):
-      piece, told = self._told(drawn[i], bool(chat), rng)
+    for i, cut in zip(order.tolist(), cuts.tolist()):
+      piece, span = self._told(told[i], bool(chat), rng)
       parts += [host[at:cut], piece]
       total += cut - at
-      places[i] = total + told[0], total + told[1]
+      places[i] = total + span[0], total + span[1]
       total, at = total + len(piece), cut
       if not chat and rng.integers(3) == 0:
         asked = typed(drawn[int(rng.integers(count))].question, rng)
@@ -306,16 +352,22 @@ class TextHistories:
       Example("text", ids[c - _QUERY : c], False, (), c, ids[c : c + _FUTURE])
       for c in np.sort(cursors).tolist()))
 
-  def _document(self, rng, longest: int) -> np.ndarray:
-    """A part of a document; of several where all of them are short."""
-    ids = self._part(rng, longest)
+  def _document(self, rng, longest: int,
+                kinds: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+    """A part of a document; of several where all of them are short.
+
+    Of `kinds`, {kind: documents}; of any by default.
+    """
+    kinds = kinds or self._long
+    ids = self._part(rng, longest, kinds)
     while len(ids) < min(longest, _LONG):
-      ids = np.concatenate([ids, self._part(rng, longest)])
+      ids = np.concatenate([ids, self._part(rng, longest, kinds)])
     return ids[:longest]
 
-  def _part(self, rng, longest: int) -> np.ndarray:
-    kind = self._kinds[int(rng.integers(len(self._kinds)))]
-    ids = self._stores[kind].document(int(rng.choice(self._long[kind])))
+  def _part(self, rng, longest: int, kinds) -> np.ndarray:
+    names = sorted(kinds)
+    kind = names[int(rng.integers(len(names)))]
+    ids = self._stores[kind].document(int(rng.choice(kinds[kind])))
     start = int(rng.integers(0, max(1, len(ids) - longest)))
     return np.asarray(ids[start : start + longest], np.int32)
 
@@ -332,13 +384,16 @@ class TextHistories:
         taken[i] = pieces[i].strip(" \n#=-*\"'`")
     parts, gaps, total = [], [], 0
     for i, piece in enumerate(pieces):
+      title = bool(_TITLE.match(piece))
       if i in taken and rng.integers(3):  # one in three stays where it is
-        gaps.append((taken[i], (max(0, total - 32), total + 64)))
+        gaps.append((taken[i], (total, total + _BELOW) if title else
+                     (max(0, total - 32), total + 64)))
         continue
       encoded = self._tokenizer.encode(
         piece if piece.endswith("\n") else piece + " ")
       if i in taken:
-        gaps.append((taken[i], (total, total + len(encoded))))
+        gaps.append((taken[i], (
+          total, total + len(encoded) + (_BELOW if title else 0))))
       parts.append(encoded)
       total += len(encoded)
     gaps = [(t, (a, min(b, total))) for t, (a, b) in gaps if a < total]

@@ -30,7 +30,7 @@ from mcjax.training.lens.trainer import LensTrainConfig, LensTrainer, evaluate
 from mcjax.training.lens.windows import WindowMaker, WindowSet
 from mcjax.types import McjaxError
 
-TEXT_KINDS = ("facts", "cloze", "reworded", "text")
+TEXT_KINDS = ("facts", "cloze", "code", "reworded", "text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LensWindows:
     questions: files of natural questions with the text that answers them, a
       kind of window each, named by the file.
     passes: how often every question is put, among other documents each time.
-    facts, cloze, reworded, text: histories of each kind, see `histories`.
+    facts, cloze, code, reworded, text: histories of each kind, see `histories`.
     validation: histories of each kind, and of the questions, at most.
     length: tokens of a history.
     most: histories of each file of questions at most; 0 takes all.
@@ -51,6 +51,7 @@ class LensWindows:
   passes: int = 2
   facts: int = 48
   cloze: int = 40
+  code: int = 24
   reworded: int = 40
   text: int = 48
   validation: int = 8

@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import re
+import types
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ from mcjax.training.lens import run as lens_run
 from mcjax.training.lens import trainer as lens_trainer
 from mcjax.training.lens.losses import LensObjective
 from mcjax.training.lens.trainer import LensTrainConfig
-from mcjax.types import McjaxError
+from mcjax.types import BRANCHING, McjaxError
 
 SIZES = dict(width=8, heads=2, layers=1, feature_width=8, match_dim=8,
              key_dim=8)
@@ -69,12 +70,12 @@ def questions(tmp_path_factory):
 def config_of(questions, **train):
   return lens_run.LensRunConfig(
     lens_run.LensWindows(
-      (str(questions),), passes=1, facts=1, cloze=1, reworded=1, text=1,
+      (str(questions),), passes=1, facts=1, cloze=1, code=0, reworded=1, text=1,
       validation=1, length=2048),
     LensObjective(), LensTrainConfig(**{**dict(
       steps=6, batch=8, warmup=1, save_every=2, evaluate_every=3), **train}),
-    (("tales", 2.0), ("facts", 1.0), ("cloze", 1.0), ("reworded", 1.0),
-     ("text", 1.0)),
+    (("tales", 2.0), ("facts", 1.0), ("cloze", 1.0),
+     ("reworded", 1.0), ("text", 1.0)),
     tuple(sorted(SIZES.items())))
 
 
@@ -109,6 +110,43 @@ def test_what_is_taken_out_of_a_text_stood_where_it_says(lm, stores):
   for example in history.examples:
     [(a, b)] = example.gold
     assert 0 <= a < b <= len(history.ids)
+
+
+def test_a_name_asks_for_its_definition(lm):
+  text = "".join(
+    f"def probe_{i}(x):\n  return probe_{(i + 1) % 40}(x) + {i}\n\n"
+    for i in range(40)) * 1 + "z = 1\n" * 100
+  ids = np.asarray(lm.tokenizer.encode(text), np.int32)
+  store = types.SimpleNamespace(
+    offsets=np.array([0, len(ids)]), document=lambda _: ids)
+  source = histories.TextHistories({"code": store}, lm.tokenizer, 0, 1500)
+  history = source.code(0)
+  assert len(history.examples) > 10
+  for example in history.examples:
+    [(a, b)] = example.gold
+    asked = lm.tokenizer.decode(example.query).casefold().replace(" ", "_")
+    told = lm.tokenizer.decode(history.ids[a:b]).strip()
+    name = re.match(r"def (\w+)\(", told)[1]
+    assert name in asked
+
+
+def test_what_has_changed_is_asked_for_as_it_is_now(lm, stores):
+  """What was told before stands earlier, and is not what answers."""
+  rng = np.random.default_rng(0)
+  before, now = facts.draw_changed(rng)
+  assert before.name == now.name and before.text != now.text
+  source = histories.TextHistories(stores["train"], lm.tokenizer, 1, 2048)
+  seen = 0
+  for number in range(8):
+    history = source.facts(number, count=12)
+    for example in history.examples[:12]:
+      [(start, stop)] = example.gold
+      lead = lm.tokenizer.decode(history.ids[max(0, start - 24) : start])
+      if lead.strip().endswith(("Correction:", "Actually,", "An update:",
+                                "changed.", "wrong.", "mistaken before.")):
+        seen += 1
+        assert start > BRANCHING and stop <= len(history.ids)
+  assert seen
 
 
 def test_facts_are_where_they_are_said_to_be(lm, stores):
