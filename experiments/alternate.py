@@ -8,7 +8,7 @@ validation text and windows: whether alternating helped.
 
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands, training
-from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gist_weights
 from mcjax.lens.weights import read_initial
 from mcjax.parallel import processes
 from mcjax.parallel.places import place
@@ -30,8 +30,8 @@ def main(argv) -> bool:
   train = gist_trainer.read_config(g.train, g.objective, g.phases)
   lens = lens_run.read_config(c.lens.to_dict())
   lm = load_base_lm(c.base, dtype=c.dtype)
-  initial, config, _ = gistnet.start(
-    lm, g.gistnet, c.initial or gistnet.shipped_for(lm) or "", train.seed)
+  initial, config, _ = gist_weights.start(
+    lm, g.gistnet, c.initial or gist_weights.shipped_for(lm) or "", train.seed)
   stores, mixture = data.open_mixture(c.data, g.mixture, g.kinds, lm)
   run = alternating.Alternation(
     lm, config, train, lens, c.cycles, stores,

@@ -8,7 +8,7 @@ from absl import flags
 
 from mcjax.base.load import load_base_lm
 from mcjax.cli import commands, training
-from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gist_weights
 from mcjax.training.common import data
 from mcjax.training.gist import key_value_loss
 from mcjax.training.gist import trainer as gist_trainer
@@ -27,7 +27,7 @@ def main(argv) -> bool:
   train = gist_trainer.read_config(c.train, c.objective, c.phases)
   mesh = gist_trainer.make_mesh(train)
   lm = load_base_lm(c.base, dtype=c.dtype, mesh=mesh if mesh.size > 1 else None)
-  initial, gist_config, lineage = gistnet.start(
+  initial, gist_config, lineage = gist_weights.start(
     lm, c.gistnet, c.initial, train.seed)
   stores, mixture = data.open_mixture(c.data, c.mixture, c.kinds, lm)
   if gist_config.key_value:

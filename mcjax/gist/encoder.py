@@ -1,4 +1,4 @@
-"""GistNet as the runtime and the trainer use it: parameters, costs, files.
+"""GistNet as the runtime and the trainer use it: gists, and what they cost.
 
 `network.py` is the network, a Flax Linen module used as a pure function
 of its parameters. `GistEncoder` binds it to a base model. Beside the network's
@@ -8,70 +8,28 @@ base reads them through it (`with_adapter`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent import futures
 import dataclasses
-import functools
 import os
-import pathlib
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 import numpy as np
 
-from mcjax import pretrained
 from mcjax.base import model
 from mcjax.base.load import BaseLM
 from mcjax.gist import adapters
 from mcjax.gist import lora as low_rank
+from mcjax.gist import weights as gist_weights
 from mcjax.gist.network import GistNet, GistNetConfig
-from mcjax.parallel import sharding
-from mcjax.settings import check_names
 from mcjax.types import BRANCHING, Array, McjaxError
 
 # Padded batches, so that nothing recompiles; 64 blocks fit a CPU core's cache.
 BATCH_SIZES = (1, 64)
-# Fields of the configuration that have no part in writing a gist's vector.
-_READING = ("adapter_", "lora_", "key_value", "base_shape")
-_SAMPLE = 4096  # embeddings whose size is measured
 # XLA's CPU backend runs these small products on one core, a batch each.
 _THREADS = min(8, os.cpu_count() or 1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def init_params(config: GistNetConfig, seed: int = 0):
-  """Fresh parameters; a leading [levels] axis on the network's if `per_level`.
-
-  "adapter" is there if the configuration has layers for it, and changes
-  nothing yet.
-  """
-  params = GistNet(config).init(
-    jax.random.key(seed),
-    jnp.zeros((1, BRANCHING, config.d_model), jnp.float32), jnp.int32(1),
-  )["params"]
-  if config.per_level:
-    params = jax.tree.map(lambda a: jnp.stack([a] * config.levels), params)
-  if config.adapter_layers:
-    params = {**params, "adapter": adapters.init(config, seed)}
-  return params
-
-
-def _continued(params, config: GistNetConfig, seed: int) -> dict:
-  """Trained parameters, completed by fresh ones for what they lack."""
-  fresh = init_params(config, seed)
-  whole = dict(fresh)
-  for name, stage in params.items():
-    if isinstance(stage, Mapping) and name in fresh:
-      stage = {**fresh[name], **stage}
-    shapes = [jax.tree.map(lambda a: a.shape, s)
-              for s in (stage, fresh.get(name))]
-    if shapes[0] != shapes[1]:
-      raise McjaxError(f"the trained GistNet's {name} does not fit the "
-                       "configuration")
-    whole[name] = stage
-  return whole
 
 
 def apply(params, config: GistNetConfig, children: Float[Array, "n 32 D"],
@@ -103,66 +61,6 @@ def token_features(base_params, base_config: model.DecoderConfig,
     x = jax.vmap(lambda block: model.forward(
       base_params | {"layers": first}, config, block, positions)[0])(x)
   return x.astype(jnp.float32)
-
-
-@jax.jit
-def _rms(embed: jax.Array) -> jax.Array:
-  sample = embed[:_SAMPLE].astype(jnp.float32)
-  return jnp.sqrt(jnp.mean(jnp.square(sample)))
-
-
-def _input_rms(embed: jax.Array) -> float:
-  """Root mean square of the first embeddings, the same on every mesh.
-
-  A sum over shards rounds otherwise than one over a whole array does.
-  """
-  if isinstance(embed, jax.Array) and len(embed.sharding.device_set) > 1:
-    embed = jnp.asarray(sharding.fetch(_first_rows(embed)))
-  return float(_rms(embed))
-
-
-@jax.jit
-def _first_rows(embed: jax.Array) -> jax.Array:
-  return embed[:_SAMPLE]
-
-
-def default_config(base_params, base_config: model.DecoderConfig,
-                   **overrides) -> GistNetConfig:
-  """The default sizes for a base, in the unit of its embeddings.
-
-  With an `input_rms` among `overrides` the parameters are not looked at.
-  """
-  d = base_config.d_model
-  heads = max(1, round(d / 96))
-  sizes: dict[str, Any] = dict(
-    d_model=d, heads=heads, width=32 * heads, mlp_width=36 * heads,
-    slot_mlp_width=64 * heads, adapter_layers=base_config.n_layers)
-  if overrides.get("lora_rank") or overrides.get("key_value"):
-    sizes["base_shape"] = low_rank.shape_of(base_config)
-  if "input_rms" not in overrides:
-    sizes["input_rms"] = _input_rms(base_params["embed"])
-  return GistNetConfig(**(sizes | overrides))
-
-
-def configure(base_params, base_config: model.DecoderConfig,
-              values: Mapping[str, Any]) -> GistNetConfig:
-  """`default_config` with plain values of a configuration file.
-
-  Args:
-    base_params, base_config: of the base.
-    values: fields of `GistNetConfig`; None leaves one as it would be.
-
-  Raises:
-    McjaxError: names an unknown field or an invalid value.
-  """
-  return default_config(base_params, base_config, **_given(values))
-
-
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-  """What is set of plain values, checked."""
-  check_names("config.gistnet", values,
-              [field.name for field in dataclasses.fields(GistNetConfig)])
-  return {k: v for k, v in values.items() if v is not None}
 
 
 def flops_per_token(config: GistNetConfig,
@@ -213,76 +111,6 @@ def params_per_layer(params) -> dict[str, int]:
   return sizes
 
 
-def fingerprint(params, config: GistNetConfig) -> str:
-  """Identifies what wrote a gist: the network's weights and configuration.
-
-  The adapter reads gists, so it has no part in it.
-  """
-  fields = {name: value for name, value in dataclasses.asdict(config).items()
-            if not name.startswith(_READING)}
-  if not config.context_blocks:  # as it was before there was such a field
-    del fields["context_blocks"]
-  return pretrained.fingerprint(adapters.without_adapter(params), fields)
-
-
-def save_gistnet(path, params, config: GistNetConfig, card: dict) -> None:
-  """Writes weights, configuration and the facts of `card` as safetensors.
-
-  The adapter's low-rank map, a quarter of the file, is stored as float16.
-  """
-  adapter = adapters.stored(params.get("adapter", {}))
-  pretrained.save_weights(
-    path, "gistnet", {**params, "adapter": adapter} if adapter else params,
-    dataclasses.asdict(config), card)
-
-
-def read_gistnet(path) -> tuple[dict, GistNetConfig, dict]:
-  """Reads (params, config, card) that `save_gistnet` wrote.
-
-  Raises:
-    McjaxError: no such file, not a GistNet, of another version, or weights
-      that do not fit the stored configuration.
-  """
-  params, fields, card = pretrained.read_weights(path, "gistnet")
-  config = pretrained.laid_out(
-    path, params, init_params, GistNetConfig, fields)
-  return params, config, card
-
-
-def start(lm: BaseLM, values: Mapping[str, Any], path: str = "", seed: int = 0
-          ) -> tuple[dict | None, GistNetConfig, dict]:
-  """What a training run starts from: a fresh GistNet, or a trained one.
-
-  Args:
-    lm: the base.
-    values: plain values of a configuration file; what is to differ from the
-      default or the trained configuration, None where nothing is. What the
-      trained one lacks of this, as an adapter or its low-rank map, starts
-      fresh.
-    path: of a gistnet.safetensors to be trained on; none if empty.
-    seed: of what starts fresh.
-
-  Returns:
-    parameters (None: all are fresh), configuration, and what the card of the
-    result takes over: the old one as "initial_run", and whether the LM does
-    better with the gists in view.
-
-  Raises:
-    McjaxError: as `read_gistnet`; an unknown setting, or one that the trained
-      weights do not fit.
-  """
-  if not path:
-    return None, configure(lm.params, lm.config, values), {}
-  params, config, card = read_gistnet(path)
-  given = _given(values)
-  if given.get("lora_rank") or given.get("key_value"):
-    given["base_shape"] = low_rank.shape_of(lm.config)
-  config = dataclasses.replace(config, **given)
-  kept = {k: card[k] for k in ("gist_attention", "gists_seen") if k in card}
-  return _continued(params, config, seed), config, {
-    **kept, "initial_run": card}
-
-
 # Two programs, so that tokens and gists share the large one.
 _read_tokens = jax.jit(
   token_features, static_argnames=("base_config", "input_layer"))
@@ -293,7 +121,7 @@ class GistEncoder:
   """A GistNet bound to a base model: token ids or gists in, gists out.
 
   Attributes:
-    fingerprint: see `fingerprint`.
+    fingerprint: see `weights.fingerprint`.
     d_model: width of a gist.
     slots_per_gist: vectors per gist.
     trained: False for the untrained start (the last-token control).
@@ -310,7 +138,7 @@ class GistEncoder:
     if config.adapter_layers not in (0, lm.config.n_layers):
       raise McjaxError(f"this GistNet adapts {config.adapter_layers} layers, "
                        f"but {lm.name} has {lm.config.n_layers}")
-    self.fingerprint = fingerprint(params, config)
+    self.fingerprint = gist_weights.fingerprint(params, config)
     self.d_model = config.d_model
     self.slots_per_gist = config.slots_per_gist
     self.trained = trained
@@ -455,14 +283,6 @@ class GistEncoder:
     return gists[:, 0]
 
 
-def shipped_for(lm: BaseLM) -> pathlib.Path | None:
-  """The weights shipped for a base of this name and width, if any."""
-  path = pretrained.shipped(lm.name, "gistnet")
-  if path is None or read_gistnet(path)[1].d_model != lm.config.d_model:
-    return None
-  return path
-
-
 def load_gistnet(lm, path=None, lora=None) -> GistEncoder:
   """The GistNet of a base: the given weights, else the shipped, else fresh.
 
@@ -476,11 +296,12 @@ def load_gistnet(lm, path=None, lora=None) -> GistEncoder:
   Raises:
     McjaxError: a file is missing, unreadable or made for another base.
   """
-  path = path or shipped_for(lm)
+  path = path or gist_weights.shipped_for(lm)
   if path:
-    params, config, card = read_gistnet(path)
+    params, config, card = gist_weights.read_gistnet(path)
     encoder = GistEncoder(lm, params, config, trained=True, card=card)
   else:
-    config = default_config(lm.params, lm.config)
-    encoder = GistEncoder(lm, init_params(config), config, trained=False)
+    config = gist_weights.default_config(lm.params, lm.config)
+    encoder = GistEncoder(
+      lm, gist_weights.init_params(config), config, trained=False)
   return encoder.with_lora(lm, lora) if lora else encoder

@@ -22,7 +22,8 @@ import numpy as np
 
 from mcjax.base.load import load_base_lm
 from mcjax.base.tokenizer import Tokenizer
-from mcjax.gist.encoder import load_gistnet, save_gistnet
+from mcjax.gist.encoder import load_gistnet
+from mcjax.gist.weights import save_gistnet
 from mcjax.testing import corruption, tiny_base, tiny_models
 from mcjax.testing import tree_reference as reference
 from mcjax.tree.store import (

@@ -13,7 +13,8 @@ from mcjax.base.decoder_config import DecoderConfig
 from mcjax.base.load import BaseLM
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.gist import lora
-from mcjax.gist.encoder import GistEncoder, default_config, init_params
+from mcjax.gist.encoder import GistEncoder
+from mcjax.gist.weights import default_config, init_params
 from mcjax.tree.tree import MegaContextTree
 
 VOCAB = 300

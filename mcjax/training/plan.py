@@ -20,7 +20,7 @@ import numpy as np
 from mcjax.base.decoder_config import DecoderConfig
 from mcjax.base.layout import param_shapes
 from mcjax.base.load import load_decoder_config
-from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gist_weights
 from mcjax.lens import network as lensnet
 from mcjax.parallel.sharding import AXES, RULES, Rules, make_mesh
 from mcjax.training.gist.run_config import (
@@ -101,10 +101,10 @@ def plan(base: DecoderConfig, mesh: AbstractMesh, train: TrainConfig,
     McjaxError: something does not divide among the devices.
   """
   shapes = abstract_base(base, dtype)
-  config = gistnet.configure(None, base, {
+  config = gist_weights.configure(None, base, {
     **gist, "input_rms": gist.get("input_rms") or 1.0})
   state = jax.eval_shape(
-    lambda: init_state(train, gistnet.init_params(config)))
+    lambda: init_state(train, gist_weights.init_params(config)))
   lens = jax.eval_shape(
     lambda: _lens_state(lensnet.LensNetConfig(d_model=base.d_model)))
   lead = int(config.per_level)
@@ -156,10 +156,10 @@ def compiled_bytes(base: DecoderConfig, mesh, train: TrainConfig,
   Args:
     mesh: of devices that exist; the other arguments are as of `plan`.
   """
-  config = gistnet.configure(None, base, {
+  config = gist_weights.configure(None, base, {
     **gist, "input_rms": gist.get("input_rms") or 1.0})
   state = jax.eval_shape(
-    lambda: init_state(train, gistnet.init_params(config)))
+    lambda: init_state(train, gist_weights.init_params(config)))
   o = train.objective(0)
   ids = jax.ShapeDtypeStruct(
     (train.batch // train.micro_batch, train.micro_batch, o.window), jnp.int32)

@@ -9,6 +9,7 @@ import pytest
 
 from mcjax import pretrained
 from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gist_weights
 from mcjax.types import BRANCHING, McjaxError
 
 _PLAIN = gistnet.GistNetConfig(
@@ -20,7 +21,7 @@ _apply = jax.jit(gistnet.apply, static_argnums=(1, 4))
 
 def _trained():
   """Parameters away from the zero start, so that every branch speaks."""
-  leaves, tree = jax.tree.flatten(gistnet.init_params(_CONFIG, 3))
+  leaves, tree = jax.tree.flatten(gist_weights.init_params(_CONFIG, 3))
   rng = np.random.default_rng(3)
   return jax.tree.unflatten(tree, [
     a + jnp.asarray(rng.normal(0, 0.3, a.shape).astype(np.float32))
@@ -56,7 +57,7 @@ def test_gists_of_gists_read_their_children_alone():
 
 
 def test_it_starts_as_the_network_without():
-  fresh = gistnet.init_params(_CONFIG, 5)
+  fresh = gist_weights.init_params(_CONFIG, 5)
   rest = {k: v for k, v in fresh.items() if not k.startswith("context")}
   x = _children(4)
   np.testing.assert_allclose(
@@ -65,9 +66,9 @@ def test_it_starts_as_the_network_without():
 
 
 def test_the_encoder_writes_text_by_text_and_a_history_refuses_it(tiny_lm):
-  config = gistnet.default_config(
+  config = gist_weights.default_config(
     tiny_lm.params, tiny_lm.config, context_blocks=2)
-  params = gistnet.init_params(config)
+  params = gist_weights.init_params(config)
   kernel = params["context"]["wo"]
   params["context"]["wo"] = jnp.ones_like(kernel) * 0.1
   encoder = gistnet.GistEncoder(tiny_lm, params, config, trained=True)
@@ -81,13 +82,13 @@ def test_the_encoder_writes_text_by_text_and_a_history_refuses_it(tiny_lm):
 
 
 def test_a_network_without_is_told_as_before_there_was_such_a_field():
-  params = gistnet.init_params(_PLAIN)
+  params = gist_weights.init_params(_PLAIN)
   fields = {k: v for k, v in dataclasses.asdict(_PLAIN).items()
             if not k.startswith(
               ("adapter_", "lora_", "key_value", "base_shape", "context_"))}
-  assert gistnet.fingerprint(params, _PLAIN) == pretrained.fingerprint(
+  assert gist_weights.fingerprint(params, _PLAIN) == pretrained.fingerprint(
     params, fields)
-  assert gistnet.fingerprint(params, _PLAIN) != gistnet.fingerprint(
+  assert gist_weights.fingerprint(params, _PLAIN) != gist_weights.fingerprint(
     params, _CONFIG)
 
 
@@ -97,7 +98,7 @@ def test_its_operations_are_counted():
   context = gistnet.GistNetConfig(**sizes, context_blocks=8)
 
   def compiled(config):
-    params = jax.eval_shape(lambda: gistnet.init_params(config))
+    params = jax.eval_shape(lambda: gist_weights.init_params(config))
     x = jax.ShapeDtypeStruct((16, BRANCHING, 576), jnp.float32)
     return jax.jit(lambda p, x: gistnet.apply(p, config, x)).lower(
       params, x).compile().cost_analysis()["flops"] / (16 * BRANCHING)

@@ -13,6 +13,7 @@ from mcjax.base.decoder_config import DecoderConfig
 from mcjax.base.load import BaseLM
 from mcjax.gist import adapters
 from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gist_weights
 from mcjax.types import BRANCHING, McjaxError
 
 _SMALL = gistnet.GistNetConfig(
@@ -49,7 +50,7 @@ def _base(d_model=24, vocab=64, name="tiny"):
 
 def _trained(config=_SMALL, seed=3):
   """Parameters away from the zero start, so that every branch speaks."""
-  params = gistnet.init_params(config, seed)
+  params = gist_weights.init_params(config, seed)
   leaves, tree = jax.tree.flatten(params)
   rng = np.random.default_rng(seed)
   leaves = [a + jnp.asarray(rng.normal(0, 0.3, a.shape).astype(np.float32))
@@ -67,7 +68,7 @@ def _children(n=2, d=24, seed=1):
 def test_start_is_the_last_token_of_every_part(m):
   config = dataclasses.replace(_SMALL, slots_per_gist=m)
   x = _children()
-  gists = _apply(gistnet.init_params(config), config, x)
+  gists = _apply(gist_weights.init_params(config), config, x)
   part = BRANCHING // m
   np.testing.assert_array_equal(gists, x[:, part - 1 :: part])
 
@@ -112,7 +113,7 @@ def test_no_nan_at_any_input_scale(scale):
 
 
 def test_scale_is_not_clamped():
-  params = gistnet.init_params(_SMALL)
+  params = gist_weights.init_params(_SMALL)
   params["scale"] = jnp.full((1,), 100.0)
   x = _children()
   gists = _apply(params, _SMALL, x)
@@ -128,7 +129,7 @@ def test_clamped_norm_option():
 
 def test_default_size_and_cost_are_within_the_bounds():
   config = gistnet.GistNetConfig(d_model=576)
-  params = jax.eval_shape(lambda: gistnet.init_params(config))
+  params = jax.eval_shape(lambda: gist_weights.init_params(config))
   layers = gistnet.params_per_layer(params)
   assert max(layers.values()) <= 500_000
   counted = gistnet.flops_per_token(config)
@@ -137,7 +138,7 @@ def test_default_size_and_cost_are_within_the_bounds():
 
 def test_an_adapter_counts_by_layers_of_the_base():
   config = dataclasses.replace(_SMALL, adapter_layers=5, adapter_rank=3)
-  params = gistnet.init_params(config)
+  params = gist_weights.init_params(config)
   assert gistnet.params_per_layer(params)["adapter"] == 24 * (2 + 2 * 3)
   more = gistnet.flops_per_token(config) - gistnet.flops_per_token(_SMALL)
   assert more == 2 * 5 * 24 * (1 + 2 * 3) // BRANCHING
@@ -145,7 +146,7 @@ def test_an_adapter_counts_by_layers_of_the_base():
 
 def test_flops_count_agrees_with_the_compiler():
   config = gistnet.GistNetConfig(d_model=576)
-  params = jax.eval_shape(lambda: gistnet.init_params(config))
+  params = jax.eval_shape(lambda: gist_weights.init_params(config))
   x = jax.ShapeDtypeStruct((16, BRANCHING, 576), jnp.float32)
   compiled = jax.jit(
     lambda p, x: _apply(p, config, x)).lower(params, x).compile()
@@ -202,7 +203,7 @@ def test_children_of_a_gist_must_be_complete():
 
 def test_per_level_weights():
   config = dataclasses.replace(_SMALL, per_level=True)
-  params = gistnet.init_params(config)
+  params = gist_weights.init_params(config)
   params["scale"] = jnp.asarray([[1.0], [2.0], [3.0]])
   x = _children(1)
   for level, expected in ((1, 1.0), (2, 2.0), (3, 3.0), (9, 3.0)):
@@ -214,7 +215,7 @@ def test_hidden_state_features_follow_the_base():
   lm = _base()
   config = dataclasses.replace(_SMALL, input_layer=1)
   encoder = gistnet.GistEncoder(
-    lm, gistnet.init_params(config), config, trained=False)
+    lm, gist_weights.init_params(config), config, trained=False)
   ids = np.arange(BRANCHING)[None]
   shallow = np.asarray(lm.params["embed"])[31]
   assert np.abs(encoder.encode(ids)[0, 0] - shallow).max() > 1e-3
@@ -225,7 +226,7 @@ def test_hidden_state_features_follow_the_base():
 def test_several_vectors_per_gist_are_for_ablation_only():
   config = dataclasses.replace(_SMALL, slots_per_gist=2)
   encoder = gistnet.GistEncoder(
-    _base(), gistnet.init_params(config), config, trained=False)
+    _base(), gist_weights.init_params(config), config, trained=False)
   ids = np.zeros((3, BRANCHING), int)
   assert encoder.encode(ids).shape == (3, 2, 24)
   with pytest.raises(McjaxError, match="vectors per"):
@@ -244,7 +245,7 @@ def test_untrained_default_is_deterministic():
 def test_save_and_load(tmp_path):
   lm, params = _base(), _trained()
   path = tmp_path / "gistnet.safetensors"
-  gistnet.save_gistnet(path, params, _SMALL, {"steps": 7})
+  gist_weights.save_gistnet(path, params, _SMALL, {"steps": 7})
   loaded = gistnet.load_gistnet(lm, path)
   made = gistnet.GistEncoder(lm, params, _SMALL, trained=True)
   assert loaded.trained and loaded.card == {"steps": 7}
@@ -257,25 +258,25 @@ def test_save_and_load(tmp_path):
 def test_the_low_rank_map_is_stored_in_16_bits_where_they_hold_it(
     tmp_path, most, tolerance):
   config = dataclasses.replace(_SMALL, adapter_layers=2, adapter_rank=4)
-  params = gistnet.init_params(config)
+  params = gist_weights.init_params(config)
   params["adapter"]["up"] = most * jax.random.uniform(
     jax.random.key(1), params["adapter"]["up"].shape)
   path = tmp_path / "gistnet.safetensors"
-  gistnet.save_gistnet(path, params, config, {})
-  read = gistnet.read_gistnet(path)[0]
+  gist_weights.save_gistnet(path, params, config, {})
+  read = gist_weights.read_gistnet(path)[0]
   assert read["adapter"]["up"].dtype == jnp.float32
   np.testing.assert_allclose(
     read["adapter"]["up"], params["adapter"]["up"], rtol=tolerance, atol=1e-7)
-  gistnet.save_gistnet(path, read, config, {})
+  gist_weights.save_gistnet(path, read, config, {})
   jax.tree.map(np.testing.assert_array_equal, read,
-               gistnet.read_gistnet(path)[0])
+               gist_weights.read_gistnet(path)[0])
 
 
 def test_fingerprint_follows_the_weights():
   params = _trained()
-  before = gistnet.fingerprint(params, _SMALL)
+  before = gist_weights.fingerprint(params, _SMALL)
   params["scale"] = params["scale"] + 1
-  assert gistnet.fingerprint(params, _SMALL) != before
+  assert gist_weights.fingerprint(params, _SMALL) != before
 
 
 def test_the_adapter_reads_gists_and_has_no_part_in_writing_them():
@@ -300,29 +301,30 @@ def test_the_adapter_reads_gists_and_has_no_part_in_writing_them():
 def test_training_on_adds_what_the_trained_weights_lack(tmp_path):
   path, trained, lm = tmp_path / "gistnet.safetensors", _trained(), _base()
   old = {"steps": 7, "gist_attention": "masked"}
-  gistnet.save_gistnet(path, trained, _SMALL, old)
-  params, config, card = gistnet.start(lm, {"adapter_layers": 2}, path)
+  gist_weights.save_gistnet(path, trained, _SMALL, old)
+  params, config, card = gist_weights.start(lm, {"adapter_layers": 2}, path)
   assert card == {"gist_attention": "masked", "initial_run": old}
   assert config == dataclasses.replace(_SMALL, adapter_layers=2)
   jax.tree.map(np.testing.assert_array_equal,
                adapters.without_adapter(params), trained)
   assert params["adapter"]["gain"].shape == (2, 24)
   assert not np.asarray(params["adapter"]["gain"]).any()
-  gistnet.save_gistnet(path, params, config, {})
-  wider, _, _ = gistnet.start(lm, {"adapter_rank": 3}, path)
+  gist_weights.save_gistnet(path, params, config, {})
+  wider, _, _ = gist_weights.start(lm, {"adapter_rank": 3}, path)
   assert wider["adapter"]["down"].shape == (2, 24, 3)
   assert not np.asarray(wider["adapter"]["up"]).any()
   with pytest.raises(McjaxError, match="copy_gain does not fit"):
-    gistnet.start(lm, {"copy_heads": 3}, path)
+    gist_weights.start(lm, {"copy_heads": 3}, path)
   with pytest.raises(McjaxError, match="config.gistnet.depth"):
-    gistnet.start(lm, {"depth": 3}, path)
-  params, config, card = gistnet.start(lm, {"width": 12, "heads": 2})
+    gist_weights.start(lm, {"depth": 3}, path)
+  params, config, card = gist_weights.start(lm, {"width": 12, "heads": 2})
   assert params is None and config.width == 12 and card == {}
 
 
 def test_shipped_weights_are_found_by_the_base_name(tmp_path, monkeypatch):
   folder = tmp_path / "pretrained" / "tiny"
-  gistnet.save_gistnet(folder / "gistnet.safetensors", _trained(), _SMALL, {})
+  gist_weights.save_gistnet(
+    folder / "gistnet.safetensors", _trained(), _SMALL, {})
   monkeypatch.setattr(pretrained, "_ROOT", tmp_path / "pretrained")
   assert gistnet.load_gistnet(_base()).trained
   assert not gistnet.load_gistnet(_base(name="other")).trained
@@ -342,7 +344,7 @@ def test_unusable_files_are_refused(tmp_path):
   with pytest.raises(McjaxError, match="no gistnet"):
     gistnet.load_gistnet(lm, other)
   wide = tmp_path / "wide.safetensors"
-  gistnet.save_gistnet(wide, _trained(), _SMALL, {})
+  gist_weights.save_gistnet(wide, _trained(), _SMALL, {})
   with pytest.raises(McjaxError, match="24"):
     gistnet.load_gistnet(_base(d_model=32), wide)
   unfit = tmp_path / "unfit.safetensors"
@@ -362,7 +364,7 @@ def test_configuration_errors_name_the_field(field, value):
 def test_shipped_weights_open():
   """Every released weights file opens and carries its card."""
   for path in sorted(pretrained._ROOT.glob("*/gistnet.safetensors")):
-    params, config, card = gistnet.read_gistnet(path)
+    params, config, card = gist_weights.read_gistnet(path)
     assert config.slots_per_gist == 1
     assert card["steps"] > 0 and json.dumps(card)
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(params))
@@ -379,13 +381,13 @@ _TABLE = {"gists_seen": {"1024": 4, "512": 8}}
 def test_the_card_says_how_many_gists_to_attend_to(
     trained, card, window, expected):
   encoder = gistnet.GistEncoder(
-    _base(), gistnet.init_params(_SMALL), _SMALL, trained, card)
+    _base(), gist_weights.init_params(_SMALL), _SMALL, trained, card)
   assert encoder.gists_seen(window) == expected
 
 
 def test_shipped_weights_load_and_are_small():
   path = pretrained.shipped("smollm2-135m", "gistnet")
-  params, config, card = gistnet.read_gistnet(path)
+  params, config, card = gist_weights.read_gistnet(path)
   assert config.d_model == 576 and path.stat().st_size < 12e6
   assert card["base"] == "smollm2-135m" and card["steps"] > 0
   assert card["gist_attention"] in ("visible", "masked")

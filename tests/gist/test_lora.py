@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from mcjax.base import model
 from mcjax.gist import encoder as gistnet
 from mcjax.gist import lora
+from mcjax.gist import weights as gist_weights
 from mcjax.testing import tiny_base
 from mcjax.types import McjaxError
 
@@ -25,9 +26,9 @@ def _noisy(tree, seed=0):
 
 def _encoder(lm, scope="gists"):
   """A GistNet of this base whose maps do something."""
-  config = gistnet.configure(
+  config = gist_weights.configure(
     lm.params, lm.config, {"lora_rank": 3, "lora_scope": scope})
-  params = gistnet.init_params(config)
+  params = gist_weights.init_params(config)
   key = lora.SCOPES[scope]
   params["adapter"] = {**params["adapter"],
                        key: _noisy(params["adapter"][key])}
@@ -85,7 +86,7 @@ def test_a_peft_folder_is_what_was_saved(lm, tmp_path):
                found.params["adapter"]["lora"],
                encoder.params["adapter"]["lora"])
   path = tmp_path / "gistnet.safetensors"
-  gistnet.save_gistnet(path, found.params, found.config, {})
+  gist_weights.save_gistnet(path, found.params, found.config, {})
   again = gistnet.load_gistnet(lm, path)
   assert again.config == found.config
   with pytest.raises(McjaxError, match="no LoRA"):

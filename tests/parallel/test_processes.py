@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mcjax.base.load import load_base_lm
-from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gist_weights
 from mcjax.parallel import processes, sharding
 from mcjax.testing import tiny_models
 from mcjax.training.common import data
@@ -134,7 +134,7 @@ def alone(base, tmp_path_factory):
     _TRAIN, _OBJECTIVE, [dict(steps=_STEPS, turns=[{}])])
   lm = load_base_lm(base / "lm")
   return gist_trainer.GistTrainer(
-    lm, gistnet.default_config(lm.params, lm.config), c,
+    lm, gist_weights.default_config(lm.params, lm.config), c,
     data.open_split(base, "train"), tmp_path_factory.mktemp("alone"),
     {"own": 1.0}, mesh=sharding.make_mesh(1, devices=jax.devices()[:1]))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gist_weights
 from mcjax.lens import network as lensnet
 from mcjax.parallel import sharding
 from mcjax.parallel.checkpoints import Checkpoints
@@ -46,7 +47,7 @@ def test_every_trained_parameter_and_moment_has_a_rule(tiny_lm, tiny_gistnet):
 def test_weights_per_level_have_one_more_axis():
   config = gistnet.GistNetConfig(d_model=32, width=32, heads=2,
                                  per_level=True, adapter_layers=2)
-  params = jax.eval_shape(lambda: gistnet.init_params(config))
+  params = jax.eval_shape(lambda: gist_weights.init_params(config))
   found = RULES.shardings("gistnet", params, _mesh(fsdp=2), lead=1)
   assert found["w_in"].spec == P(None, "fsdp", None)
   assert found["adapter"]["gain"].spec == P(None, "fsdp")

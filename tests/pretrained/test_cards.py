@@ -8,6 +8,7 @@ from mcjax import Config, McjaxError, MegaContext, pretrained
 from mcjax.evaluation.systems import make
 from mcjax.evaluation.systems.models import Models
 from mcjax.gist import encoder
+from mcjax.gist import weights as gist_weights
 from mcjax.lens import network
 from mcjax.pretrained import cards
 from mcjax.testing import tiny_base
@@ -40,7 +41,7 @@ def test_every_shipped_card_is_whole_and_says_how_it_was_chosen():
 
 
 @pytest.mark.parametrize("kind, make, settings", [
-  ("gistnet", encoder.init_params, encoder.GistNetConfig),
+  ("gistnet", gist_weights.init_params, encoder.GistNetConfig),
   ("lensnet", network.init_params, network.LensNetConfig)])
 def test_shipped_weights_fit_their_configuration(kind, make, settings,
                                                  tmp_path):

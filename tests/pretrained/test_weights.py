@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mcjax import load_gistnet, load_lensnet, pretrained
-from mcjax.gist import encoder
+from mcjax.gist import weights as gist_weights
 from mcjax.gist.network import GistNetConfig
 from mcjax.testing import tiny_base
 from mcjax.types import McjaxError
@@ -25,9 +25,9 @@ def lm():
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, lm):
   """Tensors and metadata of a GistNet's file."""
-  config = encoder.default_config(lm.params, lm.config)
+  config = gist_weights.default_config(lm.params, lm.config)
   path = tmp_path_factory.mktemp("w") / "gistnet.safetensors"
-  encoder.save_gistnet(path, encoder.init_params(config), config, {})
+  gist_weights.save_gistnet(path, gist_weights.init_params(config), config, {})
   with pretrained.safe_open(path, framework="numpy") as file:
     tensors = {k: file.get_tensor(k) for k in file.keys()}
     return tensors, dict(file.metadata())

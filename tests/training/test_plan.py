@@ -9,7 +9,7 @@ import pytest
 from mcjax.base.config import decoder_config_from_hf
 from mcjax.base.load import load_base_lm, load_decoder_config
 from mcjax.cli import configs
-from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gist_weights
 from mcjax.testing import tiny_models
 from mcjax.training import plan
 from mcjax.training.gist import run_config
@@ -46,7 +46,8 @@ def test_the_plan_is_what_loading_takes(tmp_path):
   found = {r.name: r.whole for r in rows}
   assert found["base, float32"] == sum(
     a.nbytes for a in jax.tree.leaves(lm.params))
-  params = gistnet.init_params(gistnet.default_config(lm.params, lm.config))
+  params = gist_weights.init_params(
+    gist_weights.default_config(lm.params, lm.config))
   assert found["GistNet, parameters"] == sum(
     a.nbytes for a in jax.tree.leaves(params))
 
@@ -61,7 +62,7 @@ def test_every_configuration_follows_the_base(name):
   c = configs.load(str(folder / f"{name}.py"))
   for hf in (_LLAMA_70B, tiny_models.CONFIGS["llama"]):
     base = decoder_config_from_hf(hf)
-    sizes = gistnet.configure(None, base, {**c.gistnet, "input_rms": 1.0})
+    sizes = gist_weights.configure(None, base, {**c.gistnet, "input_rms": 1.0})
     assert sizes.d_model == base.d_model
     assert sizes.adapter_layers == base.n_layers
     assert sizes.heads == max(1, round(base.d_model / 96))

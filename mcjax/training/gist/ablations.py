@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gist_weights
 from mcjax.training.common import data
 from mcjax.training.gist import key_value_loss, recovery
 from mcjax.training.gist import trainer as gist_trainer
@@ -49,7 +50,7 @@ def start(lm, name: str, config, workdir: pathlib.Path
   """The trainer of an ablation, before its first step; as `run`."""
   train = gist_trainer.read_config(
     config.train, config.objective, config.phases)
-  initial, network, _ = gistnet.start(
+  initial, network, _ = gist_weights.start(
     lm, config.gistnet, config.initial, train.seed)
   stores, mixture = data.open_mixture(
     config.data, config.mixture, config.kinds, lm)

@@ -16,6 +16,7 @@ import numpy as np
 from mcjax.base import model
 from mcjax.gist import encoder as gistnet
 from mcjax.gist import key_value
+from mcjax.gist import weights as gist_weights
 from mcjax.parallel import sharding
 from mcjax.training.gist import attention_match, losses, recovery
 from mcjax.types import BRANCHING, McjaxError
@@ -35,7 +36,7 @@ def started(lm, gist_config: gistnet.GistNetConfig, params, stores,
     seed: of the excerpts.
   """
   if params is None:
-    params = gistnet.init_params(gist_config, seed)
+    params = gist_weights.init_params(gist_config, seed)
   writer = params["adapter"]["key_value"]
   if np.any(np.asarray(writer["pick"])) or not attention_match.covers(
       lm.config):

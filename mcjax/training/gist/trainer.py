@@ -18,6 +18,7 @@ import tqdm
 from mcjax.base import fused_attention
 from mcjax.gist import encoder as gistnet
 from mcjax.gist import lora
+from mcjax.gist import weights as gist_weights
 from mcjax.parallel import processes, sharding
 from mcjax.parallel.checkpoints import Checkpoints
 from mcjax.parallel.places import place
@@ -140,7 +141,7 @@ class GistTrainer:
     windows = {o.window for o in objectives}
     self._samplers = {w: data.WindowSampler(stores, w, weights, config.seed)
                       for w in windows}
-    start = gistnet.init_params(gist_config, config.seed)
+    start = gist_weights.init_params(gist_config, config.seed)
     state = init_state(config, start if initial is None else initial)
     self._state_sharding = RULES.shardings(
       "gistnet", state, self.mesh, lead=int(gist_config.per_level))
@@ -285,7 +286,7 @@ class GistTrainer:
     """Writes the current weights with the facts of `card`, on process 0."""
     phase, params = self.config.phases[-1], self.params()
     if processes.is_first():
-      gistnet.save_gistnet(
+      gist_weights.save_gistnet(
         path, params, self.gist_config,
         {"base": self._lm.name, "base_fingerprint": self._lm.fingerprint,
          "steps": self.step,

@@ -13,6 +13,7 @@ from mcjax.evaluation.report.writer import Report
 from mcjax.evaluation.suites import substitution, visible
 from mcjax.evaluation.systems import models
 from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gist_weights
 from mcjax.training.common import data
 from mcjax.training.gist import recovery as sub
 from mcjax.types import McjaxError
@@ -149,10 +150,10 @@ def test_cached_controls_are_the_same_and_not_measured_again(
 @pytest.mark.parametrize("slots", [2])
 @pytest.mark.slow
 def test_several_vectors_a_gist(tiny_lm, stores, slots):
-  config = gistnet.default_config(
+  config = gist_weights.default_config(
     tiny_lm.params, tiny_lm.config, slots_per_gist=slots)
   encoder = gistnet.GistEncoder(
-    tiny_lm, gistnet.init_params(config), config, trained=False)
+    tiny_lm, gist_weights.init_params(config), config, trained=False)
   bench = _bench(tiny_lm, stores)
   assert bench.gists(encoder).shape[1] == 3 * slots
   assert np.isfinite(bench.measure(encoder)["gist"]).all()

@@ -10,6 +10,7 @@ from mcjax.evaluation import runner
 from mcjax.evaluation.systems import models
 from mcjax.evaluation.systems.models import ModelSettings, TextSettings
 from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gist_weights
 from mcjax.testing import tiny_base
 from mcjax.training.common import data
 from mcjax.types import McjaxError
@@ -30,7 +31,7 @@ def test_the_given_gistnet_writes_the_history(
     tiny, tiny_lm, tmp_path, memory_url):
   path = tmp_path / "gistnet.safetensors"
   mine = tiny_base.gistnet(tiny_lm, seed=5, spread=0.1)
-  gistnet.save_gistnet(path, mine.params, mine.config, {})
+  gist_weights.save_gistnet(path, mine.params, mine.config, {})
   found = ModelSettings(gistnet=str(path)).load()
   assert found.encoder.fingerprint == mine.fingerprint
   with found.create(memory_url, Config(window=512, policy="recency")) as mc:

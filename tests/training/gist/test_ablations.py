@@ -10,6 +10,7 @@ from experiments.configs import gistnet as default
 from experiments.configs import gistnet_ablation
 from experiments.configs import gistnet_accelerator as accelerator
 from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gist_weights
 from mcjax.parallel import sharding
 from mcjax.training.gist import trainer as gist_trainer
 from mcjax.types import McjaxError
@@ -27,7 +28,7 @@ def _trainer(c, tiny_lm, tiny_stores, workdir):
   config = dataclasses.replace(
     config, batch=1, micro_batch=1, mesh_data=1,
     phases=(gist_trainer.Phase(2, *turns),))
-  network = gistnet.configure(tiny_lm.params, tiny_lm.config, c.gistnet)
+  network = gist_weights.configure(tiny_lm.params, tiny_lm.config, c.gistnet)
   return gist_trainer.GistTrainer(
     tiny_lm, network, config, tiny_stores, workdir, {"code": 1.0},
     mesh=sharding.make_mesh(1, devices=jax.devices()[:1]))
@@ -50,8 +51,8 @@ def test_reads(name, tiny_lm):
   c = gistnet_ablation.get_config(name)
   config = gist_trainer.read_config(c.train, c.objective, c.phases)
   assert config.steps == 80
-  network = gistnet.configure(tiny_lm.params, tiny_lm.config, c.gistnet)
-  params = jax.eval_shape(lambda: gistnet.init_params(network))
+  network = gist_weights.configure(tiny_lm.params, tiny_lm.config, c.gistnet)
+  params = jax.eval_shape(lambda: gist_weights.init_params(network))
   assert len(jax.tree.leaves(params)) > 10
   laid_out = sharding.RULES.shardings(  # every parameter has a rule
     "gistnet", params, sharding.make_mesh(1, devices=jax.devices()[:1]),
@@ -87,7 +88,7 @@ def test_accelerator_config():
   assert {t.level for t in turns} == {1, 2} and any(t.near for t in turns)
   sizes = {k: v for k, v in c.gistnet.items() if v is not None}
   network = gistnet.GistNetConfig(d_model=576, **sizes)
-  params = jax.eval_shape(lambda: gistnet.init_params(network))
+  params = jax.eval_shape(lambda: gist_weights.init_params(network))
   assert max(gistnet.params_per_layer(params).values()) <= 500_000
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mcjax.base import model
-from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gist_weights
 from mcjax.training.gist import loop_loss, losses
 from mcjax.types import McjaxError
 
@@ -24,7 +24,7 @@ def _ids(o, seed=0):
 
 
 def _params(tiny_gist_config):
-  params = gistnet.init_params(
+  params = gist_weights.init_params(
     dataclasses.replace(tiny_gist_config, adapter_layers=2))
   rng = np.random.default_rng(0)
   return jax.tree.map(
@@ -61,7 +61,7 @@ def test_a_window_holds_the_text_in_order(tiny_lm):
 def test_losses_are_those_of_plain_forwards(tiny_lm, tiny_gist_config):
   """The teacher reads all text, the hidden student all but gists."""
   ids, o = _ids(_LOWER), dataclasses.replace(_LOWER, expanded=0)
-  params = gistnet.init_params(tiny_gist_config)
+  params = gist_weights.init_params(tiny_gist_config)
   _, found = jax.jit(loop_loss.window_loss, static_argnums=(1, 3, 4))(
     params, tiny_gist_config, tiny_lm.params, tiny_lm.config, o, ids,
     jax.random.key(0))

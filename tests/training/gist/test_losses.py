@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mcjax.base import decoder_layer, model, rotation
-from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gist_weights
 from mcjax.training.gist import (
   attention_match,
   foreign_loss,
@@ -27,7 +27,7 @@ def _ids(n=128, vocab=64, seed=0):
 
 
 def _loss(lm, gist_config, o, ids, params=None):
-  params = gistnet.init_params(gist_config) if params is None else params
+  params = gist_weights.init_params(gist_config) if params is None else params
   return jax.jit(losses.window_loss, static_argnums=(1, 3, 4))(
     params, gist_config, lm.params, lm.config, o, ids, jax.random.key(0))
 
@@ -73,7 +73,7 @@ def test_random_tokens_cost_ln_vocabulary(tiny_lm, tiny_gist_config):
   unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
   echo["embed"] = jnp.asarray(unit)
   o = dataclasses.replace(_O, kl=0.0, nll=1.0)
-  gist_params = gistnet.init_params(tiny_gist_config)
+  gist_params = gist_weights.init_params(tiny_gist_config)
   run = jax.jit(lambda ids: losses.window_loss(
     gist_params, tiny_gist_config, echo, tiny_lm.config, o, ids,
     jax.random.key(0))[1]["nll"])
@@ -137,7 +137,7 @@ def test_terms_are_finite_and_reach_the_network(
   o = dataclasses.replace(_O, **terms)
   (loss, metrics), gradient = jax.jit(jax.value_and_grad(
     lambda p: _loss(tiny_lm, tiny_gist_config, o, _ids(), p),
-    has_aux=True))(gistnet.init_params(tiny_gist_config))
+    has_aux=True))(gist_weights.init_params(tiny_gist_config))
   assert np.isfinite(loss)
   assert all(np.isfinite(v) for v in metrics.values())
   assert np.abs(gradient["w_out"]).max() > 0
@@ -154,7 +154,7 @@ def test_bfloat16_parameters_change_the_gradient_little(
   def both(base):
     return jax.jit(jax.value_and_grad(lambda p: losses.window_loss(
       p, tiny_gist_config, base, tiny_lm.config, o, _ids(),
-      jax.random.key(0))[0]))(gistnet.init_params(tiny_gist_config))
+      jax.random.key(0))[0]))(gist_weights.init_params(tiny_gist_config))
 
   (exact, wanted), (rounded, found) = both(same), both(short)
   assert float(rounded) == pytest.approx(float(exact), rel=0.02)
@@ -254,7 +254,7 @@ class TestLevelTwo:
   @pytest.mark.slow
   def test_the_stretch_reaches_the_loss_and_every_weight_moves(
       self, tiny_lm, tiny_gist_config):
-    params = gistnet.init_params(tiny_gist_config)
+    params = gist_weights.init_params(tiny_gist_config)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
       lambda a: a + jnp.asarray(
@@ -287,7 +287,7 @@ def test_foreign_gists_change_nothing_where_they_are_not_seen(
     tiny_lm, tiny_gist_config):
   o = losses.Objective(
     window=160, near=32, segment=32, chunk=40, foreign=True)
-  params = gistnet.init_params(tiny_gist_config)
+  params = gist_weights.init_params(tiny_gist_config)
 
   def found(ids):
     return jax.jit(foreign_loss.window_loss, static_argnums=(1, 3, 4))(

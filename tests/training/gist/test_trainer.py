@@ -14,6 +14,7 @@ import pytest
 
 from mcjax.gist import adapters
 from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gist_weights
 from mcjax.parallel import sharding
 from mcjax.training.gist import trainer as gist_trainer
 from mcjax.training.gist.losses import Objective
@@ -92,7 +93,7 @@ def _noisy(config):
   rng = np.random.default_rng(0)
   return jax.tree.map(
     lambda a: a + jnp.asarray(rng.normal(0, 0.1, a.shape).astype(np.float32)),
-    gistnet.init_params(config))
+    gist_weights.init_params(config))
 
 
 def test_golden_step(whole):
