@@ -13,15 +13,17 @@ from mcjax.lens.network import LensNetConfig
 from mcjax.training.lens.losses import LensObjective
 from mcjax.training.lens.run import LensWindows
 from mcjax.training.lens.trainer import LensTrainConfig
+from mcjax.types import McjaxError
 
 
-def get_config():
+def get_config(size=""):
   """The run; see `LensRunConfig` for the fields.
 
-  On two idle cores 10 ms a window of a question, some 20,000 of them, and 0.15
-  s a step. `initial` gives the table of keys, and scores to start from where
-  they were trained on the same features; for another GistNet start from the
-  shipped weights with fewer steps.
+  Some 37,000 windows, 10 ms each, and 0.15 s a step on two idle cores;
+  `lensnet.py:large` has 210,000 (10 GB on disk and in memory). `initial` gives
+  the table of keys, and scores to start from where they were trained on the
+  first of today's features; for another GistNet start from the shipped weights
+  with fewer steps.
   """
   c = ml_collections.ConfigDict()
   c.base = "smollm2-135m"
@@ -37,4 +39,11 @@ def get_config():
   c.train = configs.defaults(LensTrainConfig)
   c.mixture = dict(fairytale=3.0, meeting=2.0, facts=1.5, cloze=1.0, code=1.0,
                    reworded=1.0, text=1.0)
+  if size not in ("", "large"):
+    raise McjaxError(f"no size {size!r} of lensnet.py; there is large")
+  if size:
+    c.windows.update(
+      passes=10, facts=1200, cloze=900, code=500, reworded=400, text=0)
+    c.mixture.text = 0.0
+    c.train.update(steps=6000, learning_rate=1e-3)
   return c
