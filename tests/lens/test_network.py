@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mcjax.focus.policy import WISH
+from mcjax.lens import features as lens_features
 from mcjax.lens import network as lensnet
 from mcjax.lens.features import FEATURES, TAIL, LensInputs
 
@@ -146,3 +147,14 @@ def test_neighbours_of_a_better_block_lose(params):
   alike = apply({**params, "apart": jnp.zeros(3)}, given)[:18]
   assert np.any(apart < alike), "they come later"
   assert (alike > WISH).all() and (apart > WISH).all(), "but they come"
+
+
+def test_flops_are_those_of_the_compiled_forward():
+  """Within the small change of norms, masks and activations."""
+  config, rows = lensnet.LensNetConfig(d_model=96, key_dim=8), 128
+  params = lensnet.init_params(config)
+  given = lens_features.empty_inputs(rows, 96)
+  counted = lensnet.apply.lower(
+    params["score"], params["apart"], config, given
+  ).compile().cost_analysis()["flops"]
+  assert 0.8 < lensnet.flops(config, rows) / counted < 1.2
