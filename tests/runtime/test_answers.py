@@ -187,3 +187,28 @@ def test_threads_share_a_handle(mc):
   for thread in threads:
     thread.join()
   assert not errors and len({tuple(a) for a in answers.values()}) == 1
+
+
+def test_a_prompt_knows_what_the_user_said_before_it():
+  """In the history, or among the messages that it comes with."""
+  lm = tiny_base.make_lm(chat=True)
+  mc = MegaContext.create(tiny_base.memory_url(), lm, Config(**SMALL))
+
+  def before() -> str:
+    return lm.tokenizer.decode(mc._loop.query.before).strip()
+
+  mc.ingest(tiny_base.text(600, 3))
+  mc.generate("Who runs the mill?", max_new_tokens=2)
+  assert before() == ""
+  mc.generate("And since when?", max_new_tokens=2)
+  assert before() == "Who runs the mill?"
+  mc.ingest(tiny_base.text(100, 4))
+  mc.generate("Why?", max_new_tokens=2)
+  assert before() == "And since when?"
+  mc.generate([{"role": "user", "content": "Who is Ada?"},
+               {"role": "assistant", "content": "A miller."},
+               {"role": "user", "content": "Where?"}], max_new_tokens=2)
+  assert before() == "Who is Ada?"
+  mc.generate("Once more", max_new_tokens=2, template=False)
+  assert before() == ""
+  mc.close()
