@@ -17,6 +17,7 @@ from mcjax.window.context_lm import ContextLM
 from mcjax.window.focus_view import FocusView
 
 WISH = 0.2  # tau, the allocator's: scores beyond it ask for an edit
+STAY = 0.01 - WISH  # the least score of what does not collapse by itself
 _COST = BRANCHING - 1  # slots of an expand
 
 
@@ -51,7 +52,7 @@ class Policy(Protocol):
 
 
 def age_scores(view: FocusView) -> np.ndarray:
-  """Scores in (-0.2, 0], older entries lower.
+  """Scores from 0 down to `STAY`, older entries lower.
 
   So nothing collapses on its own account, and where slots are short the oldest
   entries pay.
@@ -59,7 +60,7 @@ def age_scores(view: FocusView) -> np.ndarray:
   start = view.entries.start()
   cursor = max(int(start[-1]) + 1, 1) if len(start) else 1
   age = 1.0 - (start + view.entries.width() / 2) / cursor
-  return (-0.19 * np.clip(age, 0.0, 1.0)).astype(np.float32)
+  return (STAY * np.clip(age, 0.0, 1.0)).astype(np.float32)
 
 
 def with_payment(view: FocusView, scores: np.ndarray) -> np.ndarray:
@@ -72,7 +73,7 @@ def with_payment(view: FocusView, scores: np.ndarray) -> np.ndarray:
   scores as high as the entry whose expand it would pay for.
   """
   wishes = np.sort(scores[view.can_expand & (scores > WISH)])[::-1]
-  trades = max(1, view.max_edits // 2)
+  trades = max(1, view.max_edits // 2)  # a trade is two edits
   paid = max(0, view.room // _COST)  # expands that free slots pay for
   wishes = wishes[paid : max(paid, min(len(wishes), trades))]
   if not len(wishes):

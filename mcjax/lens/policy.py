@@ -16,7 +16,7 @@ from mcjax.answer.matching import Matcher, QueryWords, WordTable
 from mcjax.answer.reading import Reader, chosen
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
-from mcjax.focus.policy import WISH, age_scores, with_payment
+from mcjax.focus.policy import STAY, WISH, age_scores, with_payment
 from mcjax.gist.encoder import GistEncoder, load_gistnet
 from mcjax.lens import features as lens_features
 from mcjax.lens import network as lensnet
@@ -321,7 +321,7 @@ def entry_scores(view: FocusView, rows: Rows, scores: np.ndarray
   for at, state, score in zip(
       rows.entry.tolist(), rows.state.tolist(), scores.tolist()):
     if state == RAW:
-      least = out[at : at + BRANCHING] if not view.asked else -WISH + 0.01
+      least = out[at : at + BRANCHING] if not view.asked else STAY
       out[at : at + BRANCHING] = np.maximum(score, least)
     elif state != RAW and score > WISH:
       out[at] = max(score, out[at])

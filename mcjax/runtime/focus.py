@@ -34,7 +34,6 @@ from mcjax.window.working_context import (
   cold_start,
 )
 
-_DEEPER = 3  # refocus steps that follow a wish down, while text is read on
 _LAYERS = 8  # a base of no more compiles soon enough in a first call
 _QUERY = 64  # newest tokens that act as the query where there is no prompt
 
@@ -189,17 +188,17 @@ class Focus:
   # --- refocusing ---------------------------------------------------------
 
   def refocus_deeper(self, continuation: np.ndarray | None = None) -> int:
-    """A refocus step, and further ones while they expand, `_DEEPER` at most.
+    """A refocus step, and further ones while they expand.
 
     The way to a block leads through its coarse parents, and one step's edits
     may not pay for all of it; 32 tokens later, with another query, the wish
-    has often passed.
+    has often passed. So there are as many steps as the tree has levels.
 
     Returns:
       The edits applied.
     """
     edits = 0
-    for _ in range(_DEEPER):
+    for _ in range(max(1, self.tree.top_level)):
       edits += self.refocus(BRANCHING, continuation)
       if not self._deeper:
         break
