@@ -19,11 +19,12 @@ from mcjax.types import McjaxError
 def get_config(size=""):
   """The run; see `LensRunConfig` for the fields.
 
-  Some 37,000 windows, 10 ms each, and 0.15 s a step on two idle cores;
-  `lensnet.py:large` has 210,000 (10 GB on disk and in memory). `initial` gives
-  the table of keys, and scores to start from where they were trained on the
-  first of today's features; for another GistNet start from the shipped weights
-  with fewer steps.
+  Some 37,000 windows of prompts, 20 ms each, and 0.15 s a step on two idle
+  cores; `lensnet.py:large` has 210,000 (10 GB on disk and in memory).
+  `lensnet.py:text` teaches what blocks are worth while text is read on, which
+  the base measures: some 3 s a window. `initial` gives the table of keys, and
+  scores to start from where they were trained on the first of today's
+  features; for another GistNet start from the shipped weights with fewer steps.
   """
   c = ml_collections.ConfigDict()
   c.base = "smollm2-135m"
@@ -38,12 +39,16 @@ def get_config(size=""):
   c.objective = configs.defaults(LensObjective)
   c.train = configs.defaults(LensTrainConfig)
   c.mixture = dict(fairytale=3.0, meeting=2.0, facts=1.5, cloze=1.0, code=1.0,
-                   reworded=1.0, text=1.0)
-  if size not in ("", "large"):
-    raise McjaxError(f"no size {size!r} of lensnet.py; there is large")
-  if size:
-    c.windows.update(
-      passes=10, facts=1200, cloze=900, code=500, reworded=400, text=0)
-    c.mixture.text = 0.0
+                   reworded=1.0)
+  if size == "large":
+    c.windows.update(passes=10, facts=1200, cloze=900, code=500, reworded=400)
     c.train.update(steps=6000, learning_rate=1e-3)
+  elif size == "text":
+    c.windows.update(
+      questions=(), facts=0, cloze=0, code=0, reworded=0, text=40)
+    c.mixture = dict(text=1.0)
+    c.train.update(steps=600, learning_rate=7e-4)
+  elif size:
+    raise McjaxError(
+      f"no size {size!r} of lensnet.py; there are large and text")
   return c

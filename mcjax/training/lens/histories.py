@@ -12,8 +12,8 @@
              otherwise before they changed, and these words are no answer;
              prompts that ask for nothing
   reworded   everyday facts in plain text, asked for in other words throughout
-  text       text that is read on: what stands far back is worth as much as it
-             foretells of the next tokens
+  text       text that is read on, some with another one in between: what a
+             block is worth is measured (`effects.py`)
 
 Every history is a function of (seed, number) alone.
 """
@@ -46,7 +46,9 @@ from mcjax.types import BRANCHING, McjaxError
 
 LENGTH = 32768  # tokens of a history, about
 _LONG = 2048  # tokens of a document by itself; shorter ones are joined
-_FUTURE = 64  # tokens whose copies are counted while text is read on
+_TEXT = 12288  # tokens of a text that is read on
+_SPACING = 128  # tokens between the places where it is
+_FUTURE = 64  # next tokens by which blocks are valued there
 _QUERY = 64  # newest tokens that act as the query there
 _FOREIGN = 7  # one question in so many is asked of another history
 _IDLE = ("Thanks!", "Thank you very much.", "Go on.", "Please continue.", "ok",
@@ -339,18 +341,18 @@ class TextHistories:
     return talk.history()
 
   def text(self, number: int, count: int = 24) -> History:
-    """Text that is read on from several places."""
+    """Text that is read on, in steps, to its end."""
     rng = np.random.default_rng([self._seed, 4, number])
-    ids = self._document(rng, 16384)
-    if rng.integers(2):
-      ids = np.concatenate([ids, self._document(rng, 8192), ids[-2048:],
-                            self._document(rng, 4096)])
-    first = len(ids) // 3 // BRANCHING
-    last = (len(ids) - _FUTURE) // BRANCHING
-    cursors = rng.permutation(np.arange(first, last))[:count] * BRANCHING
+    ids = self._document(rng, _TEXT)
+    if rng.integers(2):  # another text comes between
+      cut = len(ids) - _FUTURE - count * _SPACING // 2
+      ids = np.concatenate([
+        ids[:cut], self._document(rng, count * _SPACING // 3), ids[cut:]])
+    last = (len(ids) - _FUTURE) // BRANCHING * BRANCHING
+    cursors = range(last, max(len(ids) // 2, _QUERY), -_SPACING)
     return History(ids, tuple(
       Example("text", ids[c - _QUERY : c], False, (), c, ids[c : c + _FUTURE])
-      for c in np.sort(cursors).tolist()))
+      for c in sorted(cursors[:count])))
 
   def _document(self, rng, longest: int,
                 kinds: Mapping[str, np.ndarray] | None = None) -> np.ndarray:

@@ -3,8 +3,9 @@
 A prompt's blocks are ranked (a softmax over the window must put its weight on
 blocks that answer, and on all of them) and weighed (each alone must say whether
 it answers, where a miss costs more than a wasted slot). While text is read on,
-the blocks that foretell the next tokens take the place of those that answer.
-One more output says whether the history answers at all.
+blocks are weighed by what they saved or cost: one is wished for where that is
+expected to save more than it costs. One more output says whether the history
+answers at all.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ class LensObjective:
     complete: all blocks that answer do.
     weigh: each block says whether it answers.
     miss: what a missed block costs, a wasted slot costing 1.
-    text_miss: the same while text is read on.
     answerable: whether the history answers.
     invented: what an answer from nothing costs, a missed one costing 1.
     dropout: share of features hidden from a step.
@@ -40,7 +40,6 @@ class LensObjective:
   complete: float = 0.3
   weigh: float = 0.5
   miss: float = 300.0
-  text_miss: float = 10.0
   answerable: float = 0.3
   invented: float = 4.0
   dropout: float = 0.05
@@ -56,7 +55,7 @@ class Targets(NamedTuple):
   """Labels of B windows; see `windows.WindowSet`.
 
   Attributes:
-    gold, worth: [B, R] float32.
+    gold, worth: [B, R] float32; worth is NaN where it is not known.
     asked, answerable: [B] bool.
   """
 
@@ -76,7 +75,7 @@ def loss(params, lens: lensnet.LensNetConfig, objective: LensObjective,
     features=inputs.features * keep[None, None].astype(jnp.float32))
   out = jax.vmap(lambda x: lensnet.evaluate(params, lens, x, part))(inputs)
   asked = targets.asked[:, None]
-  value = jnp.where(asked, targets.gold, jnp.maximum(targets.worth, 0.0))
+  value = jnp.where(asked, targets.gold, 0.0)
   gold = (value > 0) & inputs.mask
   known = jnp.any(gold, axis=1)
   log_share = jax.nn.log_softmax(out.rank, axis=1)
@@ -85,10 +84,12 @@ def loss(params, lens: lensnet.LensNetConfig, objective: LensObjective,
   share = jnp.where(gold, value, 0.0)
   share = share / jnp.maximum(jnp.sum(share, axis=1, keepdims=True), 1e-6)
   complete = -jnp.sum(share * jnp.where(gold, log_share, 0.0), axis=1)
+  saved = jnp.where(jnp.isnan(targets.worth), 0.0, targets.worth)
+  gain = jnp.where(asked, objective.miss * value, jnp.maximum(saved, 0.0))
+  cost = jnp.where(asked, jnp.where(gold, 0.0, 1.0),
+                   jnp.maximum(-saved, 0.0))
   twice = 2 * out.worth  # tanh(w) = 2 sigmoid(2 w) - 1
-  miss = jnp.where(asked, objective.miss, objective.text_miss)
-  weigh = (miss * jnp.where(gold, value, 0.0) * jax.nn.softplus(-twice)
-           + jnp.where(gold, 0.0, jax.nn.softplus(twice)))
+  weigh = gain * jax.nn.softplus(-twice) + cost * jax.nn.softplus(twice)
   rows = jnp.maximum(jnp.sum(inputs.mask.astype(jnp.float32), 1), 1.0)
   weigh = 4 * jnp.sum(jnp.where(inputs.mask, weigh, 0.0), 1) / rows
   logit = out.answerable

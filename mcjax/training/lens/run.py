@@ -23,6 +23,7 @@ from mcjax.parallel.places import place
 from mcjax.settings import read_fields
 from mcjax.training.common.data import TokenStore
 from mcjax.training.lens import histories
+from mcjax.training.lens.effects import Effects
 from mcjax.training.lens.histories import TextHistories
 from mcjax.training.lens.losses import LensObjective
 from mcjax.training.lens.prompts import History
@@ -41,9 +42,11 @@ class LensWindows:
     questions: files of natural questions with the text that answers them, a
       kind of window each, named by the file.
     passes: how often every question is put, among other documents each time.
-    facts, cloze, code, reworded, text: histories of each kind, see `histories`.
+    facts, cloze, code, reworded, text: histories of each kind, see `histories`;
+      for those of text the base runs.
     validation: histories of each kind, and of the questions, at most.
     length: tokens of a history.
+    window: slots of the window that reads text on.
     most: histories of each file of questions at most; 0 takes all.
   """
 
@@ -53,9 +56,10 @@ class LensWindows:
   cloze: int = 40
   code: int = 24
   reworded: int = 40
-  text: int = 48
+  text: int = 0
   validation: int = 8
   length: int = histories.LENGTH
+  window: int = 1024
   most: int = 0
 
   def __post_init__(self):
@@ -157,9 +161,13 @@ class LensRun:
     """Windows and training; False if stopped by a signal."""
     keyer = LensKeyer(self.params, self.lens, self._lm)
     found: dict[str, dict[str, WindowSet]] = {}
+    effects = None
+    if self._config.windows.text:
+      effects = Effects(self._lm, self._encoder, self.policy(),
+                        self._config.windows.window)
     for split in ("train", "validation"):
       maker = WindowMaker(self._lm, self._encoder, keyer,
-                          self._config.train.seed)
+                          self._config.train.seed, effects)
       files = self._make(split, maker)
       if files is None:
         return False

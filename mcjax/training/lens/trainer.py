@@ -338,8 +338,9 @@ def evaluate(params, lens, embed, windows: Mapping[str, WindowSet]
     KIND/wished, KIND/hit: blocks wished for of a prompt; share of prompts
       with an answering one among these.
     KIND/answers: area under the curve of telling what the history answers.
-    KIND/foretold: of text that is read on, the share of what blocks foretell
-      that is in those wished for; KIND/wished counts these.
+    KIND/saved: of text that is read on, what the blocks wished for are worth,
+      those that cost more than they save deducted, as a share of what all that
+      save are worth; KIND/wished counts them, of those measured.
   """
   found: dict[str, float] = {}
   for kind, some in windows.items():
@@ -361,8 +362,9 @@ def evaluate(params, lens, embed, windows: Mapping[str, WindowSet]
       if len(yes) and len(no):
         found[f"{kind}/answers"] = float((yes[:, None] > no).mean())
     if not asked.all():
-      worth = np.where(mask, np.maximum(some.worth[rows], 0), 0)[~asked]
-      found[f"{kind}/foretold"] = float(
-        (worth * wished[~asked]).sum() / max(worth.sum(), 1e-6))
-      found[f"{kind}/wished"] = float(wished[~asked].sum(1).mean())
+      worth = np.nan_to_num(some.worth[rows][~asked].astype(np.float32))
+      measured = wished[~asked] & (worth != 0)
+      found[f"{kind}/saved"] = float(
+        (worth * measured).sum() / max(np.maximum(worth, 0).sum(), 1e-6))
+      found[f"{kind}/wished"] = float(measured.sum(1).mean())
   return found

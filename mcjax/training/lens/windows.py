@@ -1,14 +1,15 @@
 """Windows that LensNet learns from: what it reads, what each block is worth.
 
-A window is made from a stored tree alone, without running the base: blocks
-that the searches find and some raw ones, their features, and labels by
-construction (`histories.py`). One file a history; files that are there are not
-made again, so an interrupted run goes on.
+A prompt's window is made from a stored tree alone, without running the base:
+blocks that the searches find and some raw ones, their features, and labels by
+construction (`histories.py`). Where text is read on, the base measures what
+blocks are worth (`effects.py`). One file a history; files that are there are
+not made again, so an interrupted run goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
 from typing import Any
@@ -33,17 +34,17 @@ from mcjax.lens.features import (
 from mcjax.lens.keyer import LensKeyer
 from mcjax.lens.policy import Finder
 from mcjax.parallel import places
+from mcjax.training.lens.effects import Effects
 from mcjax.training.lens.losses import Targets
 from mcjax.training.lens.prompts import Example, History
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING
 from mcjax.window.focus_view import fading_weights
+from mcjax.window.working_context import WorkingContext
 
 ROWS = 160  # of a window at most
 NODES = 256  # of a search
 _AROUND = 0.3  # of evidence around the sentence that answers
-_COPY = 3  # tokens of which the last one is foretold by the others
-_GAIN = 20.0  # focus score's logit for every foretold share of the next tokens
 
 
 @dataclasses.dataclass
@@ -54,7 +55,8 @@ class WindowSet:
     features: [N, ROWS, FEATURES] float16.
     block: [N, ROWS] int32; -1 for padding.
     gold: [N, ROWS] float16 how much of what answers the prompt a block holds.
-    worth: [N, ROWS] float16 score in [-1, 1] while text is read on.
+    worth: [N, ROWS] float16 in [-1, 1], what a block is worth while text is
+      read on; NaN where that was not measured.
     asked, answerable: [N] bool.
     newest: [N, 32] int32 newest tokens; -1 for none.
     query: [N, D] float16 gist of the query.
@@ -143,30 +145,26 @@ class WindowMaker:
 
   Attributes:
     encoder: the base's GistNet.
+    effects: measures blocks where text is read on; None if none is.
     table: of the words met so far.
   """
 
   def __init__(self, lm: BaseLM, encoder: GistEncoder, keyer: LensKeyer,
-               seed: int = 0):
+               seed: int = 0, effects: Effects | None = None):
     self._lm, self.encoder, self._keyer = lm, encoder, keyer
-    self._seed = seed
+    self._seed, self.effects = seed, effects
     self.table = WordTable(lm.tokenizer, keyer.vectors, keyer.salience)
 
   def write(self, path: epath.Path, history: History, number: int) -> None:
     """Writes the windows of a history, in one atomic step."""
     rng = np.random.default_rng([self._seed, 9, number])
-    found: list[dict] = []
     examples = sorted(history.examples, key=lambda e: e.cursor)
     if not examples:
       return
     self.table.clear()  # a word's vector is that of where it stood first
-    tree = self.tree(history.ids[: examples[0].cursor])
-    matcher = Matcher(tree, self.table)
-    for example in examples:
-      if tree.cursor < example.cursor:
-        tree.append(history.ids[tree.cursor : example.cursor])
-      if tree.num_nodes(1) >= BRANCHING and len(example.query):
-        found.append(self._window(tree, matcher, example, rng))
+    tree = self.tree(np.zeros(0, np.int32))
+    of = self._asked if examples[0].asked else self._read_on
+    found = list(of(tree, History(history.ids, tuple(examples)), rng))
     if not found:
       return
     arrays: dict[str, Any] = {
@@ -186,12 +184,45 @@ class WindowMaker:
       f"memory://{uuid.uuid4()}/windows", base_fingerprint=self._lm.fingerprint,
       base_name=self._lm.name, encoder=self.encoder,
       vocab_size=self._lm.config.vocab_size, keyer=self._keyer)
-    tree.append(ids)
+    if len(ids):
+      tree.append(ids)
     return tree
 
+  def _asked(self, tree: MegaContextTree, history: History, rng
+             ) -> Iterator[dict]:
+    """Windows of prompts."""
+    matcher = Matcher(tree, self.table)
+    for example in history.examples:
+      tree.append(history.ids[tree.cursor : example.cursor])
+      if tree.num_nodes(1) >= BRANCHING and len(example.query):
+        query, rows = self.look(tree, matcher, example, rng)
+        gold = _gold(rows.block, example.gold, example.best)
+        features = lens_features.row_features(tree, rows, query, matcher)
+        yield self._arrays(tree, example, query, rows, features, gold=gold)
+
+  def _read_on(self, tree: MegaContextTree, history: History, rng
+               ) -> Iterator[dict]:
+    """Windows of text that the base reads on."""
+    if self.effects is None:
+      raise ValueError("text is read on, and nothing measures what it is worth")
+    matcher = Matcher(tree, self.table)
+    for example, window in self.effects.follow(tree, history):
+      query, rows = self.look(tree, matcher, example, rng, window)
+      tail = lens_features.read_tail(tree, self._embeddings, query)
+      inputs = lens_features.gather(tree, rows, ROWS, query, matcher, tail)
+      features = inputs.features[: len(rows)]
+      worth = self.effects.label(
+        rows, features, self.effects.scores(inputs)[: len(rows)],
+        example.future, rng)
+      yield self._arrays(tree, example, query, rows, features, worth=worth)
+
+  def _embeddings(self, ids: np.ndarray) -> np.ndarray:
+    return np.asarray(self._lm.params["embed"][ids], np.float32)
+
   def look(self, tree: MegaContextTree, matcher: Matcher, example: Example,
-           rng) -> tuple[LensQuery, Rows]:
-    """The query of an example, and the rows of a window made for it."""
+           rng, window: WorkingContext | None = None
+           ) -> tuple[LensQuery, Rows]:
+    """The query of an example, and the rows of a window, or of one made up."""
     ids = example.query[-4 * BRANCHING :]
     weights = np.ones(len(ids), np.float32)
     if not example.asked:
@@ -205,25 +236,27 @@ class WindowMaker:
       last -= -(-len(ids) // BRANCHING)
     finder = Finder(tree, query, last)
     finder.run(NODES)
-    return query, _rows(finder.blocks(), last, rng)
+    if window is None:
+      return query, _rows(finder.blocks(), last, rng)
+    rows = lens_features.window_rows(window, finder.blocks(), tree.cursor)
+    return query, Rows(*(part[:ROWS] for part in rows))
 
-  def _window(self, tree: MegaContextTree, matcher: Matcher, example: Example,
-              rng) -> dict:
-    query, rows = self.look(tree, matcher, example, rng)
+  def _arrays(self, tree: MegaContextTree, example: Example, query: LensQuery,
+              rows: Rows, values: np.ndarray, gold=0.0, worth=np.nan) -> dict:
+    """One window, padded; `values` [R, FEATURES], labels [R] of the rows."""
     count = len(rows)
     features = np.zeros((ROWS, FEATURES), np.float16)
-    features[:count] = lens_features.row_features(tree, rows, query, matcher)
+    features[:count] = values
     block = np.full(ROWS, -1, np.int32)
     block[:count] = rows.block
-    gold, worth = np.zeros((2, ROWS), np.float16)
-    gold[:count] = _gold(rows.block, example.gold, example.best)
-    if len(example.future):
-      worth[:count] = _worth(tree, rows, example.future)
+    golds, worths = np.zeros(ROWS, np.float16), np.full(
+      ROWS, np.nan, np.float16)
+    golds[:count], worths[:count] = gold, worth
     newest = np.full(BRANCHING, -1, np.int32)
     part = self._newest(example)
     newest[BRANCHING - len(part) :] = part
     return dict(
-      features=features, block=block, gold=gold, worth=worth,
+      features=features, block=block, gold=golds, worth=worths,
       asked=np.bool_(example.asked), answerable=np.bool_(len(example.gold) > 0),
       newest=newest, query=query.gist.astype(np.float16),
       cursor=np.int32(tree.cursor))
@@ -285,40 +318,4 @@ def _shares(blocks: np.ndarray, spans) -> np.ndarray:
   for a, b in spans:
     inside = np.minimum(start + BRANCHING, b) - np.maximum(start, a)
     out = np.maximum(out, np.clip(inside / min(BRANCHING, b - a), 0, 1))
-  return out
-
-
-def _worth(tree: MegaContextTree, rows: Rows, future: np.ndarray) -> np.ndarray:
-  """Scores [R] of blocks by what they foretell of the next tokens.
-
-  A token is foretold by a block that holds it behind the same two tokens, as a
-  copying model would use it; what the raw text foretells counts for nothing.
-  """
-  context = np.concatenate([
-    tree.tokens(tree.cursor - _COPY + 1, tree.cursor), future]).astype(np.int64)
-  wanted = _grams(context)
-  raw = rows.block[rows.state == RAW]
-  shown = np.concatenate([np.zeros(0, np.int64), *(
-    _grams(tree.tokens(max(0, b * BRANCHING - _COPY),
-                       (b + 1) * BRANCHING).astype(np.int64))
-    for b in raw.tolist())])
-  new = ~np.isin(wanted, shown)
-  out = np.full(len(rows), -0.3, np.float32)
-  for i, b in enumerate(rows.block.tolist()):
-    low = max(0, b * BRANCHING - _COPY)
-    grams = _grams(tree.tokens(low, (b + 1) * BRANCHING).astype(np.int64))
-    held = np.isin(wanted, grams)
-    if rows.state[i] != RAW:
-      held &= new
-    share = held.mean()
-    if share > 1 / len(wanted):  # one alone is chance
-      out[i] = np.tanh(_GAIN * share)
-  return out
-
-
-def _grams(ids: np.ndarray) -> np.ndarray:
-  """Every run of `_COPY` token ids as one number."""
-  out = np.zeros(max(0, len(ids) - _COPY + 1), np.int64)
-  for k in range(_COPY):
-    out = out * (1 << 20) + ids[k : k + len(out)]
   return out

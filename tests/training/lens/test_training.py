@@ -11,13 +11,15 @@ import jax
 import numpy as np
 import pytest
 
+from mcjax.answer.matching import Matcher
 from mcjax.lens import network as lensnet
 from mcjax.lens import policy as lensnet_policy
-from mcjax.lens.features import BURIED, RAW, Rows
+from mcjax.lens.features import BURIED, RAW, row_features
 from mcjax.lens.keyer import LensKeyer
 from mcjax.testing import tiny_base
 from mcjax.training.common import data
 from mcjax.training.lens import (
+  effects,
   facts,
   histories,
   losses,
@@ -30,6 +32,8 @@ from mcjax.training.lens import trainer as lens_trainer
 from mcjax.training.lens.losses import LensObjective
 from mcjax.training.lens.trainer import LensTrainConfig
 from mcjax.types import BRANCHING, McjaxError
+from mcjax.window.counterfactual import Candidate, edit_losses
+from mcjax.window.working_context import EXPAND
 
 SIZES = dict(width=8, heads=2, layers=1, feature_width=8, match_dim=8,
              key_dim=8)
@@ -71,7 +75,7 @@ def config_of(questions, **train):
   return lens_run.LensRunConfig(
     lens_run.LensWindows(
       (str(questions),), passes=1, facts=1, cloze=1, code=0, reworded=1, text=1,
-      validation=1, length=2048),
+      validation=1, length=2048, window=256),
     LensObjective(), LensTrainConfig(**{**dict(
       steps=6, batch=8, warmup=1, save_every=2, evaluate_every=3), **train}),
     (("tales", 2.0), ("facts", 1.0), ("cloze", 1.0),
@@ -232,21 +236,53 @@ def test_facts_in_other_words_share_no_telling_word_with_their_questions(
       fact for fact, _ in other_words.facts("train")}
 
 
-def test_a_block_is_worth_what_it_foretells(encoder):
-  class Tree:
-    ids = np.concatenate([np.arange(1, 97), np.arange(200, 296)])
-    cursor = 192
+def test_a_block_is_worth_what_it_saves(lm, encoder, stores):
+  """As measured with the block in the window, and without."""
+  source = histories.TextHistories(stores["train"], lm.tokenizer, 1, 2048)
+  history = source.text(0, 2)
+  policy = lensnet_policy.load_lensnet(lm, gistnet=encoder)
+  measured = effects.Effects(lm, encoder, policy, window=256)
+  maker = windows.WindowMaker(lm, encoder, policy.keyer)
+  tree = maker.tree(history.ids[:0])
+  matcher = Matcher(tree, maker.table)
+  rng = np.random.default_rng(0)
+  for example, window in measured.follow(tree, history):
+    query, rows = maker.look(tree, matcher, example, rng, window)
+    features = row_features(tree, rows, query, matcher)
+    before = len(window.entries)
+    found = measured.label(rows, features, np.zeros(len(rows)),
+                           example.future, rng)
+    tried = np.flatnonzero(np.isfinite(found))
+    assert {int(s) for s in rows.state[tried]} >= {RAW, BURIED}
+    assert len(window.entries) == before, "nothing changes"
+    context, at = measured._context, tried[rows.state[tried] == BURIED][0]
+    base, [loss] = edit_losses(context, tree, [Candidate(
+      EXPAND, int(rows.entry[at]), int(rows.block[at]))], example.future)
+    assert found[at] == pytest.approx(np.clip(
+      effects._SCALE * (base - loss - effects._SLOTS), -1, 1), abs=1e-4)
 
-    def tokens(self, a, b):
-      return self.ids[a:b]
 
-  rows = Rows(np.array([0, 1, 2, 5]), np.array([BURIED, BURIED, BURIED, RAW]),
-              np.zeros(4, np.int64))
-  future = np.arange(40, 60)  # block 1 holds tokens 33 to 64
-  worth = windows._worth(Tree(), rows, future)
-  assert worth[1] > 0.9 and worth[0] == worth[2] == np.float32(-0.3)
-  shown = Rows(rows.block, np.array([BURIED, RAW, BURIED, RAW]), rows.entry)
-  assert windows._worth(Tree(), shown, future)[1] > 0.9, "it stays"
+def test_text_is_weighed_by_what_it_saved(lm, finished):
+  """A block that saves is to be wished for, one that costs is not."""
+  some = windows.WindowSet.load(sorted(
+    (finished.workdir / "windows" / "train").glob("text*.npz")))
+  inputs = some.inputs(np.arange(2), np.asarray(lm.params["embed"]))
+  targets = some.targets(np.arange(2))
+  assert np.isfinite(targets.worth).any() and not targets.gold.any()
+
+  def weigh(worth):
+    return losses.loss(
+      finished.params, finished.lens, LensObjective(), inputs,
+      targets._replace(worth=worth), jax.random.key(0), "text")[1]["weigh"]
+
+  none = np.full_like(targets.worth, np.nan)
+  assert float(weigh(none)) == 0.0
+  up, down = none.copy(), none.copy()
+  up[0, 0], down[0, 0] = 0.5, -0.5
+  assert float(weigh(up)) > 0 and float(weigh(down)) > 0
+  both = up.copy()
+  both[0, 1] = -0.5
+  assert float(weigh(both)) > float(weigh(up))
 
 
 def test_windows_are_made_once_and_hold_what_the_policy_reads(
@@ -312,7 +348,7 @@ def test_exported_weights_lead_a_history(finished, lm, encoder, tmp_path):
   policy = lensnet_policy.load_lensnet(lm, path, gistnet=encoder)
   assert policy.reads(encoder) and policy.card["windows"]["tales"] > 0
   found = finished.evaluate()
-  assert {"tales/recall@8", "text/foretold"} <= set(found)
+  assert {"tales/recall@8", "text/saved"} <= set(found)
 
 
 def test_the_search_for_apart_prefers_other_places():
