@@ -35,6 +35,7 @@ from mcjax.window.context_lm import ContextLM
 from mcjax.window.focus_view import FocusView
 
 _SURE = 0.5  # of `answerable`, from which on something is read
+_EVEN = 1 / (1 + lensnet.INVENTED)  # where an answer is as likely as none
 FOUND = 64  # blocks taken from each search
 _BESIDE = 8  # of these, the best ones with the blocks beside them
 _SCAN = 1 << 15  # blocks up to which all keys are read: 1M tokens, 8 MFLOP
@@ -130,7 +131,7 @@ class LensNetPolicy:
     by_meaning: whether its keys say what is alike in meaning.
     sources: token spans that answer the last call's prompt.
     answerable: how surely the history does, in [0, 1].
-    denies: whether trained weights say that it does not.
+    denies: whether trained weights say that it rather does not.
   """
 
   def __init__(self, config: lensnet.LensNetConfig, params, lm: BaseLM,
@@ -237,7 +238,7 @@ class LensNetPolicy:
       lensnet.apply(*weights, self.config, inputs))
     judged = view.asked and len(rows) > 0
     self.answerable = float(answerable) if judged else 0.0
-    self.denies = (judged and self.answerable < _SURE
+    self.denies = (judged and self.answerable < _EVEN
                    and "steps" in (self.card or {}))
     return scores[: len(rows)]
 

@@ -41,7 +41,7 @@ class LensObjective:
   weigh: float = 0.5
   miss: float = 300.0
   answerable: float = 0.3
-  invented: float = 4.0
+  invented: float = lensnet.INVENTED
   dropout: float = 0.05
 
   def __post_init__(self):
