@@ -20,7 +20,7 @@ def get_config(size=""):
   """The run; see `LensRunConfig` for the fields.
 
   Some 37,000 windows of prompts, 20 ms each, and 0.15 s a step on two idle
-  cores; `lensnet.py:large` has 210,000 (10 GB on disk and in memory).
+  cores; `lensnet.py:large` has 200,000 (10 GB on disk and in memory).
   `lensnet.py:text` teaches what blocks are worth while text is read on, which
   the base measures: some 3 s a window. `initial` gives the table of keys, and
   scores to start from where they were trained on the first of today's
@@ -41,7 +41,7 @@ def get_config(size=""):
   c.mixture = dict(fairytale=3.0, meeting=2.0, facts=1.5, cloze=1.0, code=1.0,
                    reworded=1.0)
   if size == "large":
-    c.windows.update(passes=10, facts=1200, cloze=900, code=500, reworded=400)
+    c.windows.update(passes=10, facts=700, cloze=350, code=700, reworded=1150)
     c.train.update(steps=6000, learning_rate=1e-3)
   elif size == "text":
     c.windows.update(

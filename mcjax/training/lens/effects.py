@@ -78,7 +78,7 @@ class Effects:
 
   def label(self, rows: Rows, features: np.ndarray, scores: np.ndarray,
             future: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Labels [R] in [-1, 1] of some rows of the window as it is; NaN for others.
+    """Labels [R] in [-1, 1] of some rows of the window; NaN for the others.
 
     Args:
       rows: of the window, see `lens.features.window_rows`.

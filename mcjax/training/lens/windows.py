@@ -210,7 +210,7 @@ class WindowMaker:
       query, rows = self.look(tree, matcher, example, rng, window)
       tail = lens_features.read_tail(tree, self._embeddings, query)
       inputs = lens_features.gather(tree, rows, ROWS, query, matcher, tail)
-      features = inputs.features[: len(rows)]
+      features = np.asarray(inputs.features[: len(rows)])
       worth = self.effects.label(
         rows, features, self.effects.scores(inputs)[: len(rows)],
         example.future, rng)
