@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mcjax.answer.matching import MARKS, Matcher, QueryWords, WordTable
-from mcjax.answer.reading import Reader, joined
+from mcjax.answer.reading import Reader
 from mcjax.focus.policy import WISH, HostPolicy, age_scores, with_payment
 from mcjax.tree.journal import touched
 from mcjax.tree.search import TreeSearch, by_words
@@ -84,16 +84,9 @@ class Similarity(HostPolicy):
     """Token spans of the sentences that hold the prompt's words."""
     if not self._asked or not self._targets:
       return ()
-    held = {span: self._reader.share(span, self._query)
-            for block, _ in self._targets
-            for span in self._reader.sentences(block, self._stop)}
-    least = _RIVAL * max(held.values(), default=0.0)
-    kept, left = [], self._read_tokens
-    for a, b in sorted(held, key=lambda span: -held[span]):
-      if not kept or b - a <= left and held[a, b] >= least:
-        kept.append((a, b))
-        left -= b - a
-    return joined(kept)
+    return self._reader.spans(
+      [(block, 1.0) for block, _ in self._targets], self._query,
+      self._read_tokens, self._stop, _RIVAL)
 
   def _ranked(self, view: FocusView, search: TreeSearch
               ) -> list[tuple[int, float]]:
