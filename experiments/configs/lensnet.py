@@ -41,7 +41,7 @@ def get_config(size=""):
   c.mixture = dict(fairytale=3.0, meeting=2.0, facts=1.5, cloze=1.0, code=1.0,
                    reworded=1.0)
   if size == "large":
-    c.windows.update(passes=10, facts=700, cloze=350, code=700, reworded=1150)
+    c.windows.update(passes=10, facts=700, cloze=350, code=700, reworded=1220)
     c.train.update(steps=6000, learning_rate=1e-3)
   elif size == "text":
     c.windows.update(
