@@ -74,17 +74,25 @@ def warm_up(params) -> None:
   likelihood(params, np.zeros((1, FEATURES), np.float32))
 
 
+def fits(params) -> bool:
+  """Whether parameters of LensNet, if they choose sentences, read `FEATURES`.
+  """
+  if PART not in params:
+    return True
+  try:
+    jax.eval_shape(logits, params[PART], np.zeros((1, FEATURES), np.float32))
+  except Exception:  # what Flax raises of other shapes
+    return False
+  return True
+
+
 def check(path, params) -> None:
   """Refuses weights of a file that read other features.
 
   Raises:
     McjaxError: names the file.
   """
-  if PART not in params:
-    return
-  try:
-    jax.eval_shape(logits, params[PART], np.zeros((1, FEATURES), np.float32))
-  except Exception as error:  # what Flax raises of other shapes
+  if not fits(params):
     raise McjaxError(
       f"{path}: its choice of sentences does not read {FEATURES} features: "
-      "fit it again by experiments.train_reader") from error
+      "fit it again by experiments.train_reader")

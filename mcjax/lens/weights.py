@@ -115,7 +115,8 @@ def _check_table(path, params, lm: BaseLM) -> None:
 def read_initial(lm: BaseLM, path=None) -> tuple[dict | None, dict | None]:
   """What training can start from of given or shipped weights, and their card.
 
-  None where there are none. Scores of an older LensNet are left out.
+  None where there are none. Scores of an older LensNet, and a choice of
+  sentences by other features, are left out.
   """
   path = path or pretrained.shipped(lm.name, "lensnet")
   if path is None:
@@ -127,4 +128,6 @@ def read_initial(lm: BaseLM, path=None) -> tuple[dict | None, dict | None]:
   if _grow(params, fields.get("features")) != lens_features.FEATURES:
     params.pop("score", None)
     params.pop("text", None)
+  if not sentence_net.fits(params):
+    params.pop(sentence_net.PART)
   return params, card
