@@ -155,7 +155,9 @@ def pronoun(rng: np.random.Generator) -> str:
   return str(rng.choice(_LEANING))
 
 
-def _drawn(rng: np.random.Generator, number: int, name: str) -> Fact:
+def _drawn(rng: np.random.Generator, number: int, name: str,
+           leads: bool = True) -> Fact:
+  """Fact `number` about a name, with what names that first if it `leads`."""
   told, asked, kind = _FACTS[number]
   word = (str(rng.choice(_FIRST)) + str(rng.choice(_SECOND))).lower()
   if kind == "number":
@@ -168,8 +170,12 @@ def _drawn(rng: np.random.Generator, number: int, name: str) -> Fact:
                 kin=str(rng.choice(_KIN)))
   text, question = str(rng.choice(told)), str(rng.choice(asked))
   lead = ""
-  if text.startswith("{name} ") and "{name}" in question and rng.integers(2):
+  if (leads and text.startswith("{name} ") and "{name}" in question
+      and rng.integers(2)):
     lead = str(rng.choice(_LEADS)).format(**fields)
+    if rng.integers(2):  # another fact about it
+      other = (number + int(rng.integers(1, len(_FACTS)))) % len(_FACTS)
+      lead = _drawn(rng, other, name, leads=False).text
     text = str(rng.choice(_PRONOUNS)) + text.removeprefix("{name}")
   leaning = ""
   if "{name}" in question:

@@ -12,6 +12,8 @@
              otherwise before they changed, and these words are no answer;
              prompts that ask for nothing
   reworded   everyday facts in plain text, asked for in other words throughout
+  (of these, too, some prompts are asked of other texts, in the same words, or
+  are natural questions about stories and meetings: nothing answers them)
   text       text that is read on, some with another one in between: what a
              block is worth is measured (`effects.py`)
 
@@ -51,6 +53,7 @@ _SPACING = 128  # tokens between the places where it is
 _FUTURE = 64  # next tokens by which blocks are valued there
 _QUERY = 64  # newest tokens that act as the query there
 _FOREIGN = 7  # one question in so many is asked of another history
+_OTHERS = 4  # one prompt in so many about text is asked of other text
 _IDLE = ("Thanks!", "Thank you very much.", "Go on.", "Please continue.", "ok",
          "Hello!", "how nice", "Tell me a joke.", "Write a short poem.",
          "That was helpful.", "Danke!", "I see.", "Good morning.", "sure",
@@ -202,14 +205,17 @@ class TextHistories:
     seed: of everything drawn.
     length: tokens of a history.
     split: of the facts that are asked for in other words.
+    strangers: questions that no text of these answers.
 
   Raises:
     McjaxError: there is no text.
   """
 
   def __init__(self, stores: Mapping[str, TokenStore], tokenizer: Tokenizer,
-               seed: int = 0, length: int = LENGTH, split: str = "train"):
+               seed: int = 0, length: int = LENGTH, split: str = "train",
+               strangers: Sequence[str] = ()):
     self._stores, self._tokenizer = dict(stores), tokenizer
+    self._strangers = tuple(strangers)
     self._reworded = other_words.facts(split)
     self._seed, self._length = seed, length
     self._long = self._documents(_LONG) or self._documents(1)
@@ -232,20 +238,21 @@ class TextHistories:
       asked += [(text, (a + at, b + at)) for text, (a, b) in gaps]
       parts.append(kept)
       at += len(kept)
-    chosen = rng.permutation(len(asked))[:count]
-    talk = Talk(np.concatenate(parts), self._tokenizer, rng)
-    for i in chosen.tolist():
-      talk.ask("cloze", asked[i][0], [asked[i][1]], made_up.wrong_answer(rng))
-    return talk.history()
+    others = self._without_some(self._document(rng, 8192), rng)[1]
+    return self._talk("cloze", np.concatenate(parts), asked,
+                      [text for text, _ in others], count, rng)
 
   def code(self, number: int, count: int = 48) -> History:
     """Names that are defined once and used elsewhere, and their definitions."""
     rng = np.random.default_rng([self._seed, 6, number])
     kind = {"code": self._long["code"]} if "code" in self._long else self._long
+    others = set(_DEFINES.findall(
+      self._tokenizer.decode(self._document(rng, 8192, kind))))
     parts, asked, at = [], [], 0
     while at < self._length:
       text = self._tokenizer.decode(self._document(rng, 8192, kind))
       names = Counter(re.findall(r"\w+", text))
+      others -= names.keys()
       defined = Counter(_DEFINES.findall(text))
       starts = [m.start() for m in _DEFINES.finditer(text)]
       for a, b in itertools.pairwise([0, *starts, len(text)]):
@@ -255,13 +262,34 @@ class TextHistories:
           asked.append((found[1], (at, at + min(len(ids), _BELOW))))
         parts.append(ids)
         at += len(ids)
-    talk = Talk(np.concatenate(parts), self._tokenizer, rng)
+    def lookup(name: str) -> str:
+      name = name if rng.integers(4) else name.replace("_", " ")
+      return str(rng.choice(_LOOKUPS)).format(name)
+
+    return self._talk(
+      "code", np.concatenate(parts), [(lookup(n), p) for n, p in asked],
+      [lookup(name) for name in sorted(others)], count, rng)
+
+  def _talk(self, kind: str, ids: np.ndarray, asked: Sequence[tuple],
+            others: Sequence[str], count: int, rng) -> History:
+    """A text [N], and so many prompts about it and about what it lacks.
+
+    Args:
+      kind: of the prompts.
+      ids: of the text.
+      asked: (prompt, the token span that answers it).
+      others: prompts of this kind that nothing in the text answers.
+      count: prompts at most.
+      rng: what is drawn by.
+    """
+    talk = Talk(ids, self._tokenizer, rng)
+    foreign = [some for some in (others, self._strangers) if some]
     for i in rng.permutation(len(asked))[:count].tolist():
-      name, place = asked[i]
-      if rng.integers(4) == 0:
-        name = name.replace("_", " ")
-      talk.ask("code", str(rng.choice(_LOOKUPS)).format(name), [place],
-               made_up.wrong_answer(rng))
+      (text, place), gold = asked[i], True
+      if foreign and rng.integers(_OTHERS) == 0:
+        some = foreign[int(rng.integers(len(foreign)))]
+        text, gold = some[int(rng.integers(len(some)))], False
+      talk.ask(kind, text, [place] if gold else [], made_up.wrong_answer(rng))
     return talk.history()
 
   def facts(self, number: int, count: int = 24) -> History:
@@ -312,8 +340,10 @@ class TextHistories:
                [places[i] for i in sorted(some)], made_up.wrong_answer(rng))
     for _ in range(count // 3):
       if rng.integers(2):
-        talk.ask("nothing", made_up.draw(rng).question, [],
-                 made_up.wrong_answer(rng))
+        text = made_up.draw(rng).question
+        if self._strangers and rng.integers(2):
+          text = self._strangers[int(rng.integers(len(self._strangers)))]
+        talk.ask("nothing", text, [], made_up.wrong_answer(rng))
       else:
         talk.ask("nothing", str(rng.choice(_IDLE)), [], made_up.reply(rng),
                  as_it_is=True)
@@ -324,7 +354,9 @@ class TextHistories:
     rng = np.random.default_rng([self._seed, 5, number])
     host = np.concatenate([self._document(rng, self._length // 3)
                            for _ in range(3)])
-    chosen = rng.permutation(len(self._reworded))[:count].tolist()
+    order = rng.permutation(len(self._reworded)).tolist()
+    chosen, others = order[:count], [
+      self._reworded[i][1] for i in order[count:]]
     cuts = np.sort(rng.integers(0, len(host), len(chosen))).tolist()
     parts, asked, at, total = [], [], 0, 0
     for cut, i in zip(cuts, chosen):
@@ -335,10 +367,8 @@ class TextHistories:
       total += cut - at
       asked.append((question, (total, total + len(piece))))
       total, at = total + len(piece), cut
-    talk = Talk(np.concatenate([*parts, host[at:]]), self._tokenizer, rng)
-    for question, place in asked:
-      talk.ask("reworded", question, [place], made_up.wrong_answer(rng))
-    return talk.history()
+    return self._talk("reworded", np.concatenate([*parts, host[at:]]), asked,
+                      others, count, rng)
 
   def text(self, number: int, count: int = 24) -> History:
     """Text that is read on, in steps, to its end."""

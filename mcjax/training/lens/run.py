@@ -249,15 +249,17 @@ def made_histories(
   c = config
   most = c.validation if split == "validation" else None
   asked = most or c.most or None
+  strangers: list[str] = []
   for path in c.questions:
     documents = histories.read_questions(path, split, tokenizer)
+    strangers += [question for _, some in documents for question, *_ in some]
     every = itertools.chain.from_iterable(
       histories.question_histories(documents, tokenizer, number)
       for number in range(1 if most else c.passes))
     kind = pathlib.Path(path).name.split("-")[0].split(".")[0]
     for i, history in enumerate(itertools.islice(every, asked)):
       yield kind, i, _given(history)
-  source = TextHistories(stores, tokenizer, seed, c.length, split)
+  source = TextHistories(stores, tokenizer, seed, c.length, split, strangers)
   for kind in TEXT_KINDS:
     for i in range(min(getattr(c, kind), most or getattr(c, kind))):
       yield kind, i, _drawn(source, kind, i)
