@@ -32,7 +32,6 @@ from mcjax.types import BRANCHING, Array
 
 KEY_SCALE = 254.0  # of a unit vector's components before rounding to int8
 APART = ((1, 1), (2, 3), (4, 8))  # blocks between two that compete
-INVENTED = 4.0  # what an answer from nothing costs in training, a missed one 1
 _MOST = 6.0  # standard deviations that a feature counts at most
 
 

@@ -34,8 +34,9 @@ from mcjax.types import BRANCHING
 from mcjax.window.context_lm import ContextLM
 from mcjax.window.focus_view import FocusView
 
-_SURE = 0.5  # of `answerable`, from which on something is read
-_EVEN = 1 / (1 + lensnet.INVENTED)  # where an answer is as likely as none
+_INVENTED = 2.0  # what an answer from nothing costs, a missed one 1
+_SURE = _INVENTED / (1 + _INVENTED)  # from which on something is read
+_EVEN = 0.5  # where an answer is as likely as none
 FOUND = 64  # blocks taken from each search
 _BESIDE = 8  # of these, the best ones with the blocks beside them
 _SCAN = 1 << 15  # blocks up to which all keys are read: 1M tokens, 8 MFLOP

@@ -32,7 +32,6 @@ class LensObjective:
     weigh: each block says whether it answers.
     miss: what a missed block costs, a wasted slot costing 1.
     answerable: whether the history answers.
-    invented: what an answer from nothing costs, a missed one costing 1.
     dropout: share of features hidden from a step.
   """
 
@@ -41,7 +40,6 @@ class LensObjective:
   weigh: float = 0.5
   miss: float = 300.0
   answerable: float = 0.3
-  invented: float = lensnet.INVENTED
   dropout: float = 0.05
 
   def __post_init__(self):
@@ -93,8 +91,7 @@ def loss(params, lens: lensnet.LensNetConfig, objective: LensObjective,
   rows = jnp.maximum(jnp.sum(inputs.mask.astype(jnp.float32), 1), 1.0)
   weigh = 4 * jnp.sum(jnp.where(inputs.mask, weigh, 0.0), 1) / rows
   logit = out.answerable
-  answers = jnp.where(targets.answerable, jax.nn.softplus(-logit),
-                      objective.invented * jax.nn.softplus(logit))
+  answers = jax.nn.softplus(jnp.where(targets.answerable, -logit, logit))
   terms = {
     "rank": _mean(rank, known), "complete": _mean(complete, known),
     "weigh": jnp.mean(weigh),
