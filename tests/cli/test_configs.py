@@ -14,7 +14,7 @@ from mcjax.base.decoder_config import DecoderConfig
 from mcjax.cli import configs
 from mcjax.config import Config
 from mcjax.evaluation import runner
-from mcjax.gist import encoder as gistnet
+from mcjax.gist import weights as gistnet
 from mcjax.gist.network import GistNetConfig
 from mcjax.settings import read_fields
 from mcjax.training.gist import trainer as gist_trainer
