@@ -6,6 +6,7 @@ come from other sources.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -129,9 +130,17 @@ def _name(rng: np.random.Generator) -> str:
   return name if rng.random() < 0.5 else f"{name} {_name(rng)}"
 
 
-def draw(rng: np.random.Generator) -> Fact:
-  """A made-up fact in one of its wordings, and one question about it."""
-  return _drawn(rng, int(rng.integers(len(_FACTS))), _name(rng))
+SORTS = len(_FACTS)  # of facts
+
+
+def draw(rng: np.random.Generator, sorts: Sequence[int] = range(SORTS)) -> Fact:
+  """A made-up fact in one of its wordings, and one question about it.
+
+  Args:
+    rng: what is drawn by.
+    sorts: numbers of the facts to draw from.
+  """
+  return _drawn(rng, int(rng.choice(sorts)), _name(rng))
 
 
 def draw_two(rng: np.random.Generator) -> tuple[Fact, Fact]:

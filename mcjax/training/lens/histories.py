@@ -47,6 +47,7 @@ from mcjax.training.lens.prompts import (
 from mcjax.types import BRANCHING, McjaxError
 
 LENGTH = 32768  # tokens of a history, about
+_FEW = 5  # sorts of facts in every second history of these
 _LONG = 2048  # tokens of a document by itself; shorter ones are joined
 _TEXT = 12288  # tokens of a text that is read on
 _SPACING = 128  # tokens between the places where it is
@@ -297,14 +298,17 @@ class TextHistories:
     rng = np.random.default_rng([self._seed, 3, number])
     host = np.concatenate([self._document(rng, self._length // 3)
                            for _ in range(3)])
-    drawn = [made_up.draw(rng) for _ in range(count)]
-    pairs = [(i, i + 1) for i in range(0, count - 1, 2) if rng.integers(2)]
+    alike = rng.integers(2) == 0  # many differ in names and values alone
+    sorts = rng.permutation(made_up.SORTS)[: _FEW if alike else None].tolist()
+    drawn = [made_up.draw(rng, sorts) for _ in range(count)]
+    pairs = [(i, i + 1) for i in range(0, count - 1, 2)
+             if not alike and rng.integers(2)]
     for i, j in pairs:
       drawn[i], drawn[j] = made_up.draw_two(rng)
     changed: dict[int, int] = {}
     told = drawn.copy()  # and what some of them were before, told earlier
     for i in sorted({*range(count)} - {i for pair in pairs for i in pair}):
-      if rng.integers(2):
+      if not alike and rng.integers(2):
         earlier, drawn[i] = made_up.draw_changed(rng)
         told[i] = drawn[i]
         told.append(earlier)
