@@ -213,7 +213,7 @@ def test_a_conversation_leans_on_its_own_turns(lm, stores):
   """The turn before a prompt is the user's last one, and stands before it."""
   chat = tiny_base.byte_tokenizer(chat=True)
   seen = leant = 0
-  for number in range(6):
+  for number in range(16):
     source = histories.TextHistories(stores["train"], chat, number, 2048)
     history = source.facts(number, count=8)
     for last, example in zip((None, *history.examples), history.examples):
