@@ -22,7 +22,7 @@ def get_config(size=""):
   Some 37,000 windows of prompts, 20 ms each, and 0.15 s a step on two idle
   cores; `lensnet.py:large` has 200,000 (10 GB on disk and in memory).
   `lensnet.py:text` teaches what blocks are worth while text is read on, which
-  the base measures: some 3 s a window. `initial` gives the table of keys, and
+  the base measures: 8 to 13 s a window. `initial` gives the table of keys, and
   scores to start from where they were trained on the first of today's
   features; for another GistNet start from the shipped weights with fewer steps.
   """
