@@ -206,10 +206,9 @@ class LensNetPolicy:
       evidence = _evidence(rows, scores)
     if evidence != self._evidence:
       self._evidence, self._chosen = evidence, self._choose(evidence)
-    whole = self._sentences(view, evidence[0][1] if evidence else -1.0)
-    self._whole = whole
+      self._whole = self._sentences(view, evidence[0][1] if evidence else -1.0)
     wished = np.array(
-      [whole.get(b, -1.0) for b in rows.block.tolist()], np.float32)
+      [self._whole.get(b, -1.0) for b in rows.block.tolist()], np.float32)
     return entry_scores(view, rows, np.maximum(scores, wished))
 
   def _sentences(self, view: FocusView, score: float) -> dict[int, float]:
