@@ -16,6 +16,17 @@ _FIRST = (
   "Cor Bel Anna Ben Clara Devi Emil Farah Goran Hana").split()
 _SECOND = ("wen ford ix amo dale ura eth oway ing ora ast elle ovic ana "
            "tor ustin evar ock illa ede").split()
+# Of names that are spelled by chance, and of those that are two plain words.
+_ONSETS = ["", *("b c ch d f g gr h j k kn l m n p ph pl r s sc sh sl sp t tw "
+                 "v w x y z").split()]
+_NUCLEI = "a e i o u a e i o u ai au ea ei ie oo ou ua y".split()
+_CODAS = [*[""] * 20, *("b ck d ff g l ll m mp n ng ns nt p r rn s ss t tz x "
+                       "z").split()]
+_PLAIN = ("North South Upper Lower Old New Grand Silver Iron Stone Winter "
+          "Summer Harbour Garden River Forest Mill Bridge Castle Valley "
+          "Lantern Orchard Meadow Market Granite Copper Sunset Morning Harvest "
+          "Island").split()
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _VALUES = {
   "place": ("Bergen Cusco Leuven Osaka Durban Malaga Tartu Hobart Ghent Salta "
             "Bristol Nantes Lagos Porto Quito Turin").split(),
@@ -126,8 +137,24 @@ class Fact(NamedTuple):
 
 
 def _name(rng: np.random.Generator) -> str:
-  name = str(rng.choice(_FIRST)) + str(rng.choice(_SECOND))
-  return name if rng.random() < 0.5 else f"{name} {_name(rng)}"
+  """One of so many that two facts of a history seldom share a word of it."""
+  way = rng.integers(8)
+  if way == 0:
+    first, second = rng.permutation(_PLAIN)[:2].tolist()
+    return f"{first} {second}"
+  if way == 1:
+    code = "".join(rng.choice(list(_LETTERS), int(rng.integers(1, 4))))
+    return code + str(rng.choice(("", "-", " "))) + str(rng.integers(2, 1000))
+  name = _spelled(rng) if way > 2 else (
+    str(rng.choice(_FIRST)) + str(rng.choice(_SECOND)))
+  return name if rng.random() < 0.6 else f"{name} {_name(rng)}"
+
+
+def _spelled(rng: np.random.Generator) -> str:
+  """A name of two or three syllables that no list holds."""
+  return "".join(
+    str(rng.choice(part)) for _ in range(int(rng.integers(2, 4)))
+    for part in (_ONSETS, _NUCLEI, _CODAS)).capitalize()
 
 
 SORTS = len(_FACTS)  # of facts

@@ -47,6 +47,8 @@ from mcjax.training.lens.prompts import (
 from mcjax.types import BRANCHING, McjaxError
 
 LENGTH = 32768  # tokens of a history, about
+_ENDS = ("\n", "", " ")  # of what is told between other text
+_REPEATS = 4  # in one history of so many questions were asked before, in vain
 _FEW = 5  # sorts of facts in every second history of these
 _LONG = 2048  # tokens of a document by itself; shorter ones are joined
 _TEXT = 12288  # tokens of a text that is read on
@@ -319,15 +321,16 @@ class TextHistories:
       order[a], order[b] = earlier, later
     cuts = np.sort(rng.integers(0, len(host), len(told)))
     chat = self._tokenizer.has_chat_template and rng.integers(2) == 0
+    repeats = rng.integers(_REPEATS) == 0
     parts, at, total = [], 0, 0
     places: dict[int, tuple[int, int]] = {}
     for i, cut in zip(order.tolist(), cuts.tolist()):
-      piece, span = self._told(told[i], bool(chat), rng)
+      piece, span = self._told(told[i], bool(chat), bool(repeats), rng)
       parts += [host[at:cut], piece]
       total += cut - at
       places[i] = total + span[0], total + span[1]
       total, at = total + len(piece), cut
-      if not chat and rng.integers(3) == 0:
+      if repeats and not chat and rng.integers(3) == 0:
         asked = typed(drawn[int(rng.integers(count))].question, rng)
         line = "\n" + str(rng.choice(_QUOTED)).format(asked) + "\n"
         parts.append(self._tokenizer.encode(line))
@@ -365,7 +368,7 @@ class TextHistories:
     parts, asked, at, total = [], [], 0, 0
     for cut, i in zip(cuts, chosen):
       fact, question = self._reworded[i]
-      end = str(rng.choice(("\n", "", " ")))
+      end = str(rng.choice(_ENDS))
       piece = self._tokenizer.encode(f" {fact}{end}")
       parts += [host[at:cut], piece]
       total += cut - at
@@ -435,17 +438,21 @@ class TextHistories:
     gaps = [(t, (a, min(b, total))) for t, (a, b) in gaps if a < total]
     return np.concatenate(parts).astype(np.int32), gaps
 
-  def _told(self, fact: made_up.Fact, chat: bool, rng):
-    """Ids of a fact as it is told, and the span of what tells it in them."""
+  def _told(self, fact: made_up.Fact, chat: bool, repeats: bool, rng):
+    """Ids of a fact as it is told, and the span of what tells it in them.
+
+    In a `chat`, where it `repeats`, half of the facts were asked for in vain.
+    """
     tokenizer = self._tokenizer
     lead = tokenizer.encode(f" {fact.lead}") if fact.lead else []
     if not chat:
+      end = str(rng.choice(_ENDS))
       ids = np.concatenate([np.asarray(lead, np.int32),
-                            tokenizer.encode(f" {fact.text}\n")])
+                            tokenizer.encode(f" {fact.text}{end}")])
       return ids.astype(np.int32), (len(lead), len(ids))
     messages = [{"role": "user", "content": f"{fact.lead} {fact.text}".strip()},
                 {"role": "assistant", "content": made_up.reply(rng)}]
-    if rng.integers(2):  # an earlier question about it, wrongly answered
+    if repeats and rng.integers(2):  # asked for before, and wrongly answered
       messages += [{"role": "user", "content": typed(fact.question, rng)},
                    {"role": "assistant", "content": made_up.wrong_answer(rng)}]
     turn = tokenizer.chat(messages, first=False, add_generation_prompt=False)

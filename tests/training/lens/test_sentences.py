@@ -6,6 +6,7 @@ import pytest
 from mcjax.lens.sentence_features import FEATURES, MOST, NAMES
 from mcjax.training.lens import sentences
 from mcjax.training.lens.sentences import ReaderFit, SentenceSet
+from mcjax.training.lens.trainer import LensTrainConfig
 from mcjax.types import McjaxError
 
 SHARE, LENGTH = NAMES.index("share"), NAMES.index("length")
@@ -46,6 +47,29 @@ def test_kinds_without_a_share_teach_nothing():
                         report=lambda line: None)
   np.testing.assert_array_equal(both["linear"]["kernel"],
                                 alone["linear"]["kernel"])
+
+
+@pytest.mark.parametrize("span, told", [
+  ((0, 10), 1.0),  # all of it is marked
+  ((0, 40), 1.0),  # it holds all that is marked, and more
+  ((4, 14), 0.6),  # six of its tokens, six of ten that are marked
+  ((8, 108), 0.2),  # two of the ten
+  ((10, 20), 0.0),
+])
+def test_a_long_sentence_that_holds_a_whole_fact_tells_it(span, told):
+  assert sentences.marked([span], [(0, 10)]) == pytest.approx(told)
+
+
+def test_a_sentence_of_a_long_answer_tells_it():
+  spans = [(120, 140), (190, 210), (300, 320)]
+  np.testing.assert_allclose(
+    sentences.marked(spans, [(100, 200)]), [1.0, 0.5, 0.0])
+  np.testing.assert_allclose(  # two marks meet in it
+    sentences.marked([(190, 210)], [(100, 200), (205, 400)]), [0.75])
+
+
+def test_no_history_teaches_both_scores_and_the_choice_of_sentences():
+  assert ReaderFit().seed != LensTrainConfig().seed
 
 
 def test_nothing_to_learn_from_is_told():

@@ -237,6 +237,15 @@ def test_facts_and_questions_come_in_many_wordings():
   assert len({" ".join(d.question.split()[:3]) for d in drawn}) > 25
 
 
+def test_facts_of_a_history_seldom_share_a_word_of_their_names():
+  rng = np.random.default_rng(0)
+  shared = 0
+  for _ in range(40):
+    words = [{*facts.draw(rng).name.split()} for _ in range(24)]
+    shared += sum(bool(words[i] & set().union(*words[:i])) for i in range(24))
+  assert shared < 0.055 * 40 * 24
+
+
 def test_facts_in_other_words_share_no_telling_word_with_their_questions(
     lm, stores):
   common = set("s its a an and after any at before did does do for from how in "
