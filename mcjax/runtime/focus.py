@@ -192,13 +192,14 @@ class Focus:
 
     The way to a block leads through its coarse parents, and one step's edits
     may not pay for all of it; 32 tokens later, with another query, the wish
-    has often passed. So there are as many steps as the tree has levels.
+    has often passed. So there are as many steps as the tree has levels, that of
+    raw tokens included.
 
     Returns:
       The edits applied.
     """
     edits = 0
-    for _ in range(max(1, self.tree.top_level)):
+    for _ in range(self.tree.top_level + 1):
       edits += self.refocus(BRANCHING, continuation)
       if not self._deeper:
         break
