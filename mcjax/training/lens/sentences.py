@@ -37,7 +37,7 @@ from mcjax.training.lens.windows import ROWS, WindowMaker
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
 
-_TELLS = 0.5  # share of a sentence that was marked, from which on it tells
+_TELLS = 0.5  # of `marked`, from which on a sentence tells
 _ANY = 0.7  # of the loss: that one of the telling sentences is the best
 
 
