@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
-import dataclasses
 
 import jax
 import numpy as np
 
-from mcjax.answer import turns
 from mcjax.config import Config
 from mcjax.focus import allocator as focus_allocator
 from mcjax.focus.policy import Policy
 from mcjax.gist.encoder import GistEncoder
+from mcjax.runtime import answer_attention
+from mcjax.runtime.query import Query
 from mcjax.runtime.telemetry import Telemetry, compile_count, peak_memory_mib
 from mcjax.runtime.warm_up import WarmUp, programs_of
 from mcjax.tree.tree import MegaContextTree
@@ -28,41 +28,12 @@ from mcjax.window.context_lm import ContextLM
 from mcjax.window.focus_view import FocusView, fading_weights
 from mcjax.window.working_context import (
   EXPAND,
-  FIRST,
-  Attention,
   Entries,
   cold_start,
 )
 
 _LAYERS = 8  # a base of no more compiles soon enough in a first call
 _QUERY = 64  # newest tokens that act as the query where there is no prompt
-
-
-@dataclasses.dataclass(frozen=True)
-class Query:
-  """What matters now, for the policies.
-
-  Attributes:
-    ids: [Q] int32 tokens.
-    weights: [Q] float32.
-    start: first token of the history that belongs to it; later spans are no
-      answer to it.
-    asked: it is a prompt, not just the newest text.
-    prompt: first token of the prompt that asks it; earlier text may be hidden
-      from the LM.
-    head: tokens of the prompt in front of the user's words.
-    turn: it is a turn of a chat, not plain text to be continued.
-    before: [B] int32 what the user said before it, which it may lean on.
-  """
-
-  ids: np.ndarray
-  weights: np.ndarray
-  start: int
-  asked: bool = False
-  prompt: int = 0
-  head: int = 0
-  turn: bool = False
-  before: np.ndarray | None = None
 
 
 class Focus:
@@ -276,55 +247,16 @@ class Focus:
   def attend(self) -> None:
     """Lets the LM attend to what answers the question; see `raw_attention`.
 
-    Until the answer ends. The history's first token stays too. Where the
-    policy says that nothing answers a turn, the LM sees the newest turns of the
-    conversation and no other text; else a window that shows none of what
-    answers is read as a whole.
+    Until the answer ends; see `answer_attention`.
     """
-    self.sources, attention = [], None
-    self.found = list(self._policy.sources) if self.query.asked else []
-    self.answerable = self._policy.answerable if self.query.asked else 0.0
-    e = self.context.window.entries
-    raw = e.start()[e.level == 0]
-    if self.query.asked and self._config.raw_attention != "all":
-      self.sources = [part for span in self.found
-                      for part in _raw_parts(raw, *span)]
-    if self.sources:
-      spans = self.sources
-      if self._config.raw_attention == "blocks":
-        spans = [_whole_blocks(a, b) for a, b in spans]
-      inside = self._config.read_place == "turn"
-      attention = Attention((FIRST, *spans), self.query.prompt,
-                            self.query.head if inside else 0,
-                            framed=self._framed(raw))
-    elif self.query.turn and self._policy.denies:
-      attention = Attention(
-        (FIRST, self._conversation()), self.query.prompt, evidence=False)
-    if self.context.attend(attention) and self._config.kv == "exact":
-      self.context.forget()
-
-  def _framed(self, raw: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """The sources that the user said in a turn, with its role around them.
-
-    As far as all of that is among the tokens `raw` [n], sorted.
-    """
-    tokenizer, out = self.context.lm.tokenizer, []
-    for a, b in self.sources:
-      around = turns.frame(self.tree, tokenizer, a, b)
-      if around and np.isin(
-          np.concatenate([np.arange(*span) for span in around]), raw).all():
-        out += [around[0], (a, b), around[1]]
-    return tuple(out)
-
-  def _conversation(self) -> tuple[int, int]:
-    """Token span of the turns before the prompt with no other text between.
-
-    And of what has been appended since the last block, which nobody scored.
-    """
-    stop = self.query.prompt
-    begin = turns.newest(self.tree, self.context.lm.tokenizer,
-                         max(0, stop - self._config.window), stop)
-    return min(begin, stop // BRANCHING * BRANCHING), stop
+    context, query = self.context, self.query
+    now = answer_attention.attend(
+      query, self._policy, self._config, context.window.entries, self.tree,
+      context.lm.tokenizer)
+    self.sources, self.found, self.answerable = (
+      now.sources, now.found, now.answerable)
+    if context.attend(now.attention) and self._config.kv == "exact":
+      context.forget()
 
   def sync(self, renew: int = 1) -> None:
     """Fetches inputs and runs the LM on what it has not seen; see ContextLM.
@@ -487,16 +419,3 @@ def _entered(edits) -> tuple[np.ndarray, np.ndarray]:
       nodes.append((level, index))
   levels, indices = np.array(nodes, np.int64).T
   return levels, indices
-
-
-def _raw_parts(raw: np.ndarray, start: int, stop: int
-               ) -> list[tuple[int, int]]:
-  """The parts of tokens [start, stop) that are among `raw` [n], sorted."""
-  here = raw[(raw >= start) & (raw < stop)]
-  runs = np.split(here, np.flatnonzero(np.diff(here) != 1) + 1)
-  return [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
-
-
-def _whole_blocks(start: int, stop: int) -> tuple[int, int]:
-  """The blocks that a span of tokens touches, as a span."""
-  return start // BRANCHING * BRANCHING, -(-stop // BRANCHING) * BRANCHING

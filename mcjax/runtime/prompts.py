@@ -10,7 +10,7 @@ import numpy as np
 
 from mcjax.answer import turns
 from mcjax.base.tokenizer import Tokenizer
-from mcjax.runtime.focus import Query
+from mcjax.runtime.query import Query
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import McjaxError
 

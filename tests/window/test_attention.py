@@ -5,7 +5,7 @@ import pytest
 from runtime_cases import FACT, QUESTION, SMALL, spans, with_fact
 
 from mcjax import Config, McjaxError, MegaContext
-from mcjax.runtime.focus import Query
+from mcjax.runtime.query import Query
 from mcjax.testing import tiny_base
 from mcjax.types import BRANCHING
 from mcjax.window import invariants

@@ -20,8 +20,8 @@ from mcjax.evaluation.data import texts
 from mcjax.evaluation.report.writer import progress
 from mcjax.evaluation.systems.models import Models
 from mcjax.runtime import policy_choice
-from mcjax.runtime.focus import Query
 from mcjax.runtime.focus_loop import FocusLoop
+from mcjax.runtime.query import Query
 from mcjax.runtime.telemetry import Telemetry
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING
