@@ -11,22 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-_FIRST = (
-  "Mor Tel Bran Kes Ul Fen Dar Ost Vel Quin Har Zan Lor Pem Wick Gor Ash Il "
-  "Cor Bel Anna Ben Clara Devi Emil Farah Goran Hana").split()
-_SECOND = ("wen ford ix amo dale ura eth oway ing ora ast elle ovic ana "
-           "tor ustin evar ock illa ede").split()
-# Of names that are spelled by chance, and of those that are two plain words.
-_ONSETS = ["", *("b c ch d f g gr h j k kn l m n p ph pl r s sc sh sl sp t tw "
-                 "v w x y z").split()]
-_NUCLEI = "a e i o u a e i o u ai au ea ei ie oo ou ua y".split()
-_CODAS = [*[""] * 20, *("b ck d ff g l ll m mp n ng ns nt p r rn s ss t tz x "
-                       "z").split()]
-_PLAIN = ("North South Upper Lower Old New Grand Silver Iron Stone Winter "
-          "Summer Harbour Garden River Forest Mill Bridge Castle Valley "
-          "Lantern Orchard Meadow Market Granite Copper Sunset Morning Harvest "
-          "Island").split()
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+from mcjax.training.lens import names
+
 _VALUES = {
   "place": ("Bergen Cusco Leuven Osaka Durban Malaga Tartu Hobart Ghent Salta "
             "Bristol Nantes Lagos Porto Quito Turin").split(),
@@ -136,27 +122,6 @@ class Fact(NamedTuple):
   leaning: str = ""
 
 
-def _name(rng: np.random.Generator) -> str:
-  """One of so many that two facts of a history seldom share a word of it."""
-  way = rng.integers(8)
-  if way == 0:
-    first, second = rng.permutation(_PLAIN)[:2].tolist()
-    return f"{first} {second}"
-  if way == 1:
-    code = "".join(rng.choice(list(_LETTERS), int(rng.integers(1, 4))))
-    return code + str(rng.choice(("", "-", " "))) + str(rng.integers(2, 1000))
-  name = _spelled(rng) if way > 2 else (
-    str(rng.choice(_FIRST)) + str(rng.choice(_SECOND)))
-  return name if rng.random() < 0.6 else f"{name} {_name(rng)}"
-
-
-def _spelled(rng: np.random.Generator) -> str:
-  """A name of two or three syllables that no list holds."""
-  return "".join(
-    str(rng.choice(part)) for _ in range(int(rng.integers(2, 4)))
-    for part in (_ONSETS, _NUCLEI, _CODAS)).capitalize()
-
-
 SORTS = len(_FACTS)  # of facts
 
 
@@ -167,19 +132,19 @@ def draw(rng: np.random.Generator, sorts: Sequence[int] = range(SORTS)) -> Fact:
     rng: what is drawn by.
     sorts: numbers of the facts to draw from.
   """
-  return _drawn(rng, int(rng.choice(sorts)), _name(rng))
+  return _drawn(rng, int(rng.choice(sorts)), names.name(rng))
 
 
 def draw_two(rng: np.random.Generator) -> tuple[Fact, Fact]:
   """Two facts on one name; the question about the second may lean on it."""
   first, second = rng.permutation(len(_FACTS))[:2].tolist()
-  name = _name(rng)
+  name = names.name(rng)
   return _drawn(rng, first, name), _drawn(rng, second, name)
 
 
 def draw_changed(rng: np.random.Generator) -> tuple[Fact, Fact]:
   """A fact as it was told first, and as it is told later, when it holds."""
-  number, name = int(rng.integers(len(_FACTS))), _name(rng)
+  number, name = int(rng.integers(len(_FACTS))), names.name(rng)
   before, now = _drawn(rng, number, name), _drawn(rng, number, name)
   if not now.lead and rng.integers(2):
     now = now._replace(lead=str(rng.choice(_CHANGES)))
@@ -195,7 +160,7 @@ def _drawn(rng: np.random.Generator, number: int, name: str,
            leads: bool = True) -> Fact:
   """Fact `number` about a name, with what names that first if it `leads`."""
   told, asked, kind = _FACTS[number]
-  word = (str(rng.choice(_FIRST)) + str(rng.choice(_SECOND))).lower()
+  word = names.syllables(rng).lower()
   if kind == "number":
     value = str(rng.integers(100, 100000))
   elif kind == "word":
