@@ -28,7 +28,7 @@ def get_config(steps="200"):
     del c.gist[name], c.lens[name]
   del c.gist.initial, c.lens.gistnet, c.lens.initial
   c.lens.windows.update(
-    passes=1, facts=12, cloze=8, code=8, reworded=8, text=4)
+    passes=1, facts=12, cloze=8, code=8, reworded=8, listed=8, text=4)
   c.lens.mixture.text = 1.0
   c.lens.train.steps = 300
   return c

@@ -39,13 +39,14 @@ def get_config(size=""):
   c.objective = configs.defaults(LensObjective)
   c.train = configs.defaults(LensTrainConfig)
   c.mixture = dict(fairytale=3.0, meeting=2.0, facts=1.5, cloze=1.0, code=1.0,
-                   reworded=1.0)
+                   reworded=1.0, listed=1.5)
   if size == "large":
-    c.windows.update(passes=10, facts=700, cloze=350, code=700, reworded=1220)
+    c.windows.update(passes=10, facts=700, cloze=350, code=700, reworded=1220,
+                     listed=400)
     c.train.update(steps=6000, learning_rate=1e-3)
   elif size == "text":
     c.windows.update(
-      questions=(), facts=0, cloze=0, code=0, reworded=0, text=40)
+      questions=(), facts=0, cloze=0, code=0, reworded=0, listed=0, text=40)
     c.mixture = dict(text=1.0)
     c.train.update(steps=600, learning_rate=7e-4)
   elif size:

@@ -44,7 +44,8 @@ from experiments.configs import lensnet_tiny
 def get_config():
   c = lensnet_tiny.get_config()
   c.base, c.data = {lm!r}, {data!r}
-  c.windows.update(facts=2, cloze=0, code=0, reworded=0, text=1, length=2048)
+  c.windows.update(facts=2, cloze=0, code=0, reworded=0, listed=0, text=1,
+                    length=2048)
   c.train.update({lens})
   return c
 """, "alternate": """

@@ -12,6 +12,8 @@
              otherwise before they changed, and these words are no answer;
              prompts that ask for nothing
   reworded   everyday facts in plain text, asked for in other words throughout
+  listed     hundreds of entries of one form, looked up by key, one or several,
+             together in the text or scattered over it
   (of these, too, some prompts are asked of other texts, in the same words, or
   are natural questions about stories and meetings: nothing answers them)
   text       text that is read on, some with another one in between: what a
@@ -34,7 +36,7 @@ import numpy as np
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.training.common.data import TokenStore
 from mcjax.training.lens import facts as made_up
-from mcjax.training.lens import other_words
+from mcjax.training.lens import lists, other_words
 from mcjax.training.lens.prompts import (
   Example,
   History,
@@ -238,7 +240,7 @@ class TextHistories:
     while at < self._length:
       ids = self._document(rng, 8192)
       kept, gaps = self._without_some(ids, rng)
-      asked += [(text, (a + at, b + at)) for text, (a, b) in gaps]
+      asked += [(text, [(a + at, b + at)]) for text, (a, b) in gaps]
       parts.append(kept)
       at += len(kept)
     others = self._without_some(self._document(rng, 8192), rng)[1]
@@ -262,7 +264,7 @@ class TextHistories:
         ids = self._tokenizer.encode(text[a:b])
         found = _DEFINES.match(text[a:b])
         if found and defined[found[1]] == 1 < names[found[1]]:
-          asked.append((found[1], (at, at + min(len(ids), _BELOW))))
+          asked.append((found[1], [(at, at + min(len(ids), _BELOW))]))
         parts.append(ids)
         at += len(ids)
     def lookup(name: str) -> str:
@@ -280,7 +282,7 @@ class TextHistories:
     Args:
       kind: of the prompts.
       ids: of the text.
-      asked: (prompt, the token span that answers it).
+      asked: (prompt, the token spans that answer it).
       others: prompts of this kind that nothing in the text answers.
       count: prompts at most.
       rng: what is drawn by.
@@ -288,11 +290,11 @@ class TextHistories:
     talk = Talk(ids, self._tokenizer, rng)
     foreign = [some for some in (others, self._strangers) if some]
     for i in rng.permutation(len(asked))[:count].tolist():
-      (text, place), gold = asked[i], True
+      text, places = asked[i]
       if foreign and rng.integers(_OTHERS) == 0:
         some = foreign[int(rng.integers(len(foreign)))]
-        text, gold = some[int(rng.integers(len(some)))], False
-      talk.ask(kind, text, [place] if gold else [], made_up.wrong_answer(rng))
+        text, places = some[int(rng.integers(len(some)))], []
+      talk.ask(kind, text, places, made_up.wrong_answer(rng))
     return talk.history()
 
   def facts(self, number: int, count: int = 24) -> History:
@@ -372,9 +374,40 @@ class TextHistories:
       piece = self._tokenizer.encode(f" {fact}{end}")
       parts += [host[at:cut], piece]
       total += cut - at
-      asked.append((question, (total, total + len(piece))))
+      asked.append((question, [(total, total + len(piece))]))
       total, at = total + len(piece), cut
     return self._talk("reworded", np.concatenate([*parts, host[at:]]), asked,
+                      others, count, rng)
+
+  def listed(self, number: int, count: int = 24) -> History:
+    """Entries of one form, and look-ups of one or several of their keys."""
+    rng = np.random.default_rng([self._seed, 7, number])
+    drawn = lists.draw(rng)
+    lines = [self._tokenizer.encode(line + "\n") for _, line in drawn.entries]
+    room = max(self._length // 8, self._length - sum(map(len, lines)))
+    host = np.concatenate([self._document(rng, room // 2) for _ in range(2)])
+    low, high = (0, len(host) + 1) if rng.integers(4) else (
+      [int(rng.integers(len(host)))] * 2)  # one list in four stands together
+    cuts = np.sort(rng.integers(low, high, len(lines))) if high > low else (
+      np.full(len(lines), low))
+    parts, at, total = [], 0, 0
+    places: dict[str, list[tuple[int, int]]] = {}
+    for (key, _), line, cut in zip(drawn.entries, lines, cuts.tolist()):
+      if cut > at:  # an entry begins a line
+        parts.append(np.concatenate([
+          host[at:cut], self._tokenizer.encode("\n")]))
+        total, at = total + len(parts[-1]), cut
+      parts.append(line)
+      places.setdefault(key, []).append((total, total + len(line)))
+      total += len(line)
+    keys, asked = list(places), []
+    for _ in range(count):
+      few = 1 if rng.integers(4) else int(rng.integers(2, 5))
+      some = [keys[i] for i in rng.permutation(len(keys))[:few].tolist()]
+      asked.append((drawn.question(some, rng), sorted(
+        place for key in some for place in places[key])))
+    others = [drawn.question([key], rng) for key in drawn.missing]
+    return self._talk("listed", np.concatenate([*parts, host[at:]]), asked,
                       others, count, rng)
 
   def text(self, number: int, count: int = 24) -> History:

@@ -31,7 +31,7 @@ from mcjax.training.lens.trainer import LensTrainConfig, LensTrainer, evaluate
 from mcjax.training.lens.windows import WindowMaker, WindowSet
 from mcjax.types import McjaxError
 
-TEXT_KINDS = ("facts", "cloze", "code", "reworded", "text")
+TEXT_KINDS = ("facts", "cloze", "code", "reworded", "listed", "text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,8 @@ class LensWindows:
     questions: files of natural questions with the text that answers them, a
       kind of window each, named by the file.
     passes: how often every question is put, among other documents each time.
-    facts, cloze, code, reworded, text: histories of each kind, see `histories`;
-      for those of text the base runs.
+    facts, cloze, code, reworded, listed, text: histories of each kind, see
+      `histories`; for those of text the base runs.
     validation: histories of each kind, and of the questions, at most.
     length: tokens of a history.
     window: slots of the window that reads text on.
@@ -56,6 +56,7 @@ class LensWindows:
   cloze: int = 40
   code: int = 24
   reworded: int = 40
+  listed: int = 40
   text: int = 0
   validation: int = 8
   length: int = histories.LENGTH

@@ -22,6 +22,7 @@ from mcjax.training.lens import (
   effects,
   facts,
   histories,
+  lists,
   losses,
   other_words,
   prompts,
@@ -74,12 +75,12 @@ def questions(tmp_path_factory):
 def config_of(questions, **train):
   return lens_run.LensRunConfig(
     lens_run.LensWindows(
-      (str(questions),), passes=1, facts=1, cloze=1, code=0, reworded=1, text=1,
-      validation=1, length=2048, window=256),
+      (str(questions),), passes=1, facts=1, cloze=1, code=0, reworded=1,
+      listed=1, text=1, validation=1, length=2048, window=256),
     LensObjective(), LensTrainConfig(**{**dict(
       steps=6, batch=8, warmup=1, save_every=2, evaluate_every=3), **train}),
     (("tales", 2.0), ("facts", 1.0), ("cloze", 1.0),
-     ("reworded", 1.0), ("text", 1.0)),
+     ("reworded", 1.0), ("listed", 1.0), ("text", 1.0)),
     tuple(sorted(SIZES.items())))
 
 
@@ -116,7 +117,7 @@ def test_what_is_taken_out_of_a_text_stood_where_it_says(lm, stores):
       assert 0 <= a < b <= len(history.ids)
 
 
-@pytest.mark.parametrize("kind", ["cloze", "facts", "reworded"])
+@pytest.mark.parametrize("kind", ["cloze", "facts", "reworded", "listed"])
 def test_some_prompts_are_about_what_the_history_lacks(lm, stores, kind):
   """Natural questions about other texts, and others like those it answers."""
   strangers = ["Why did the miller's daughter weep?"]
@@ -267,6 +268,31 @@ def test_facts_in_other_words_share_no_telling_word_with_their_questions(
       fact for fact, _ in other_words.facts("train")}
 
 
+def test_a_key_is_looked_up_in_the_lines_that_hold_it(lm, stores):
+  """All of its lines and no other, and none for a key that has no line."""
+  source = histories.TextHistories(stores["train"], lm.tokenizer, 3, 2048)
+  several = lacking = 0
+  for number in range(6):
+    rng = np.random.default_rng([3, 7, number])
+    drawn = lists.draw(rng)
+    assert len(drawn.entries) <= lists.MOST
+    lines = {line for _, line in drawn.entries}
+    assert not set(drawn.missing) & {key for key, _ in drawn.entries}
+    history = source.listed(number, 16)
+    for example in history.examples:
+      asked = lm.tokenizer.decode(example.query)
+      told = [lm.tokenizer.decode(history.ids[a:b]).strip("\n")
+              for a, b in example.gold]
+      assert set(told) <= lines
+      keys = {key for key, line in drawn.entries if line in told}
+      assert all(key.casefold() in asked.casefold() for key in keys)
+      for key in keys:  # every line of a key that is asked for
+        assert {line for k, line in drawn.entries if k == key} <= set(told)
+      several += len(keys) > 1
+      lacking += not keys
+  assert several and lacking
+
+
 def test_a_block_is_worth_what_it_saves(lm, encoder, stores):
   """As measured with the block in the window, and without."""
   source = histories.TextHistories(stores["train"], lm.tokenizer, 1, 2048)
@@ -320,7 +346,7 @@ def test_windows_are_made_once_and_hold_what_the_policy_reads(
     finished, lm, encoder):
   files = sorted((finished.workdir / "windows" / "train").glob("*.npz"))
   assert {p.name.split("-")[0] for p in files} == {
-    "tales", "facts", "cloze", "reworded", "text"}
+    "tales", "facts", "cloze", "reworded", "listed", "text"}
   some = windows.WindowSet.load([p for p in files if "tales" in p.name])
   embed = np.asarray(lm.params["embed"], np.float32)
   inputs, targets = some.inputs(np.arange(2), embed), some.targets(
