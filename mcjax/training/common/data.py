@@ -27,6 +27,7 @@ from mcjax.parallel import places
 from mcjax.types import McjaxError
 
 SPLITS = ("train", "validation", "heldout")
+UNFINISHED = "unfinished"  # file in a store whose kinds are not all there yet
 _TRIED = 512  # tokens by which a tokenizer is told from another
 
 
@@ -201,10 +202,14 @@ def open_split(folder, split: str, kinds: Iterable[str] | None = None,
     lm: the base that is to read them; not looked at if None.
 
   Raises:
-    McjaxError: nothing prepared there, a kind is missing, or the tokens are
-      another tokenizer's.
+    McjaxError: nothing prepared there, or not to its end, a kind is missing, or
+      the tokens are another tokenizer's.
   """
   folder = places.local(folder or default_folder())
+  if (folder / UNFINISHED).exists():
+    raise McjaxError(
+      f"the text in {folder} is not complete: it is being prepared, or that "
+      "was stopped; run tools/prepare_data to its end")
   found = _kinds(folder, split)
   wanted = sorted(kinds) if kinds is not None else found
   missing = sorted(set(wanted) - set(found))

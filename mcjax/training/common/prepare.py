@@ -79,6 +79,8 @@ def prepare(lm, folder: pathlib.Path, books: pathlib.Path,
                      f"{', '.join(sorted({s.kind for s in known}))}")
   deduplicate = data.Deduplicator()
   records = []
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / data.UNFINISHED).touch()
   budget = np.inf
   if million_tokens is not None:
     budget = million_tokens * 1e6 * CHARS_PER_TOKEN
@@ -98,6 +100,7 @@ def prepare(lm, folder: pathlib.Path, books: pathlib.Path,
       records.append({"split": split, "kind": source.kind,
                       "documents": count, "tokens": tokens})
   _summarise(lm, folder, records, full=full, million_tokens=million_tokens)
+  (folder / data.UNFINISHED).unlink(missing_ok=True)
   return records
 
 

@@ -176,6 +176,28 @@ def test_prepare_writes_disjoint_splits(tmp_path, monkeypatch):
   assert {(r["split"], r["kind"]) for r in without} == {("heldout", "prose")}
 
 
+def test_a_store_that_is_not_complete_is_refused(tmp_path, monkeypatch):
+  """Some of its kinds are there already, others are not."""
+  kinds = [sources.Source("train", kind, lambda d: iter(
+    (f"{i}", f"{'word ' * 60} {i}") for i in range(60))) for kind in "ab"]
+  monkeypatch.setattr(sources, "all_sources", lambda books, full: kinds)
+  write = data.write_kind
+
+  def stopped(folder, split, kind, *rest):
+    if kind == "b":
+      raise KeyboardInterrupt
+    return write(folder, split, kind, *rest)
+
+  monkeypatch.setattr(data, "write_kind", stopped)
+  with pytest.raises(KeyboardInterrupt):
+    prepare.prepare(Lm, tmp_path, tmp_path / "none", 1.0)
+  with pytest.raises(McjaxError, match="not complete"):
+    data.open_split(tmp_path, "train")
+  monkeypatch.setattr(data, "write_kind", write)
+  prepare.prepare(Lm, tmp_path, tmp_path / "none", 1.0)
+  assert set(data.open_split(tmp_path, "train")) == {"a", "b"}
+
+
 def test_kinds_are_weighed_by_mixture_or_by_name(tmp_path, capsys):
   for kind in ("own", "notes"):
     data.write_kind(tmp_path, "train", kind, [("a", np.arange(300))], 512)
