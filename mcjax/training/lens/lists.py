@@ -25,6 +25,7 @@ _KEYS: Mapping[str, Callable[[np.random.Generator], str]] = {
   "code": names.code,
   "id": names.unique_id,
 }
+_ALIKE = ("joined", "id") * 2  # keys that share most of their parts with others
 _VALUES: Mapping[str, Callable[[np.random.Generator], str]] = {
   "number": lambda rng: str(rng.integers(10, 10 ** int(rng.integers(3, 9)))),
   "word": lambda rng: names.syllables(rng).lower(),
@@ -86,11 +87,12 @@ class Listed(NamedTuple):
 
 
 def draw(rng: np.random.Generator, missing: int = 8) -> Listed:
-  """A list of `FEWEST` to `MOST` entries, most often of few."""
+  """A list of `FEWEST` to `MOST` entries."""
   told, lookups = _FORMS[int(rng.integers(len(_FORMS)))]
   form = str(rng.choice(told))
-  key, value = (of[str(rng.choice(list(of)))] for of in (_KEYS, _VALUES))
-  count = int(np.exp(rng.uniform(np.log(FEWEST), np.log(MOST + 1))))
+  key = _KEYS[str(rng.choice([*_KEYS, *_ALIKE]))]
+  value = _VALUES[str(rng.choice(list(_VALUES)))]
+  count = int(rng.integers(FEWEST, MOST + 1))
   keys = list(dict.fromkeys(key(rng) for _ in range(count + missing)))
   keys, absent = keys[:-missing], keys[-missing:]
   several = rng.integers(2)  # in every second list some keys come again
