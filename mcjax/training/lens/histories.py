@@ -15,7 +15,8 @@
   listed     hundreds of entries of one form, looked up by key, one or several,
              together in the text or scattered over it
   (of these, too, some prompts are asked of other texts, in the same words, or
-  are natural questions about stories and meetings: nothing answers them)
+  are natural questions about stories and meetings, or about the world: nothing
+  answers them)
   text       text that is read on, some with another one in between: what a
              block is worth is measured (`effects.py`)
 
@@ -36,7 +37,7 @@ import numpy as np
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.training.common.data import TokenStore
 from mcjax.training.lens import facts as made_up
-from mcjax.training.lens import lists, other_words
+from mcjax.training.lens import lists, other_words, world
 from mcjax.training.lens.prompts import (
   Example,
   History,
@@ -288,7 +289,8 @@ class TextHistories:
       rng: what is drawn by.
     """
     talk = Talk(ids, self._tokenizer, rng)
-    foreign = [some for some in (others, self._strangers) if some]
+    foreign = [some for some in (others, self._strangers, self._world(ids))
+               if some]
     for i in rng.permutation(len(asked))[:count].tolist():
       text, places = asked[i]
       if foreign and rng.integers(_OTHERS) == 0:
@@ -347,16 +349,22 @@ class TextHistories:
       some = rng.permutation(count)[: int(rng.integers(2, 5))].tolist()
       talk.ask("facts", _joined([drawn[i].question for i in some], rng),
                [places[i] for i in sorted(some)], made_up.wrong_answer(rng))
+    lacking = [some for some in (
+      [made_up.draw(rng).question for _ in range(count)], self._strangers,
+      self._world(host)) if some]
     for _ in range(count // 3):
-      if rng.integers(2):
-        text = made_up.draw(rng).question
-        if self._strangers and rng.integers(2):
-          text = self._strangers[int(rng.integers(len(self._strangers)))]
+      if rng.integers(3):
+        some = lacking[int(rng.integers(len(lacking)))]
+        text = some[int(rng.integers(len(some)))]
         talk.ask("nothing", text, [], made_up.wrong_answer(rng))
       else:
         talk.ask("nothing", str(rng.choice(_IDLE)), [], made_up.reply(rng),
                  as_it_is=True)
     return talk.history()
+
+  def _world(self, ids: np.ndarray) -> list[str]:
+    """Questions about the world that a text [N] hardly answers."""
+    return world.lacking(words_of(self._tokenizer.decode(ids)))
 
   def reworded(self, number: int, count: int = 24) -> History:
     """Everyday facts among text, and questions in other words."""

@@ -27,6 +27,7 @@ from mcjax.training.lens import (
   other_words,
   prompts,
   windows,
+  world,
 )
 from mcjax.training.lens import run as lens_run
 from mcjax.training.lens import trainer as lens_trainer
@@ -266,6 +267,21 @@ def test_facts_in_other_words_share_no_telling_word_with_their_questions(
   for a, b in (span for e in history.examples for span in e.gold):
     assert lm.tokenizer.decode(history.ids[a:b]).strip() in {
       fact for fact, _ in other_words.facts("train")}
+
+
+def test_the_world_is_asked_about_only_where_a_text_lacks_it(lm, stores):
+  question = "How high is Mount Kilimanjaro?"
+  assert question in world.QUESTIONS
+  assert question in world.lacking({"high", "mount"})
+  assert question not in world.lacking({"high", "mount", "kilimanjaro"})
+  source = histories.TextHistories(stores["train"], lm.tokenizer, 3, 2048)
+  asked = [example for number in range(4) for example in source.facts(
+    number, 12).examples]
+  about = [example for example in asked if any(
+    question.casefold().rstrip("?. ")[8:]
+    in lm.tokenizer.decode(example.query).casefold()
+    for question in world.QUESTIONS)]
+  assert about and not any(example.gold for example in about)
 
 
 def test_a_key_is_looked_up_in_the_lines_that_hold_it(lm, stores):
