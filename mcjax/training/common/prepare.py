@@ -80,7 +80,8 @@ def prepare(lm, folder: pathlib.Path, books: pathlib.Path,
   deduplicate = data.Deduplicator()
   records = []
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / data.UNFINISHED).touch()
+  if not (folder / "store.json").exists():  # else its kinds are all there
+    (folder / data.UNFINISHED).touch()
   budget = np.inf
   if million_tokens is not None:
     budget = million_tokens * 1e6 * CHARS_PER_TOKEN

@@ -196,6 +196,10 @@ def test_a_store_that_is_not_complete_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(data, "write_kind", write)
   prepare.prepare(Lm, tmp_path, tmp_path / "none", 1.0)
   assert set(data.open_split(tmp_path, "train")) == {"a", "b"}
+  monkeypatch.setattr(data, "write_kind", stopped)
+  with pytest.raises(KeyboardInterrupt):  # what was complete stays so
+    prepare.prepare(Lm, tmp_path, tmp_path / "none", 1.0)
+  assert set(data.open_split(tmp_path, "train")) == {"a", "b"}
 
 
 def test_kinds_are_weighed_by_mixture_or_by_name(tmp_path, capsys):
