@@ -12,6 +12,7 @@ import numpy as np
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.training.lens import facts as made_up
 
+LENGTH = 32768  # tokens of a history, about
 _COMMON = 0.02  # share of the questions, from which on a word names nothing
 _LEADS = ("", "", "", "Please tell me: ", "I need to know ", "Remind me, ",
           "Do you remember ", "Can you say ", "Explain: ", "Quick question - ")

@@ -22,11 +22,11 @@ from mcjax.parallel import processes
 from mcjax.parallel.places import place
 from mcjax.settings import read_fields
 from mcjax.training.common.data import TokenStore
-from mcjax.training.lens import histories
+from mcjax.training.lens import questions
 from mcjax.training.lens.effects import Effects
 from mcjax.training.lens.histories import TextHistories
 from mcjax.training.lens.losses import LensObjective
-from mcjax.training.lens.prompts import History
+from mcjax.training.lens.prompts import LENGTH, History
 from mcjax.training.lens.trainer import LensTrainConfig, LensTrainer, evaluate
 from mcjax.training.lens.windows import WindowMaker, WindowSet
 from mcjax.types import McjaxError
@@ -59,7 +59,7 @@ class LensWindows:
   listed: int = 40
   text: int = 0
   validation: int = 8
-  length: int = histories.LENGTH
+  length: int = LENGTH
   window: int = 1024
   most: int = 0
 
@@ -252,10 +252,10 @@ def made_histories(
   asked = most or c.most or None
   strangers: list[str] = []
   for path in c.questions:
-    documents = histories.read_questions(path, split, tokenizer)
+    documents = questions.read_questions(path, split, tokenizer)
     strangers += [question for _, some in documents for question, *_ in some]
     every = itertools.chain.from_iterable(
-      histories.question_histories(documents, tokenizer, number)
+      questions.question_histories(documents, tokenizer, number)
       for number in range(1 if most else c.passes))
     kind = pathlib.Path(path).name.split("-")[0].split(".")[0]
     for i, history in enumerate(itertools.islice(every, asked)):

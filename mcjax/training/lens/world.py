@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 import re
 
 QUESTIONS = (
@@ -40,12 +39,10 @@ QUESTIONS = (
 _WORD = re.compile(r"\w{4,}")
 
 
-def lacking(words: set[str], questions: Iterable[str] = QUESTIONS
-            ) -> list[str]:
+def lacking(words: set[str]) -> list[str]:
   """Those of which some word of four letters or more is not among `words`.
 
   Args:
     words: of a text, in lower case.
-    questions: to choose from.
   """
-  return [q for q in questions if set(_WORD.findall(q.casefold())) - words]
+  return [q for q in QUESTIONS if set(_WORD.findall(q.casefold())) - words]

@@ -29,6 +29,7 @@ from mcjax.training.lens import (
   windows,
   world,
 )
+from mcjax.training.lens import questions as natural
 from mcjax.training.lens import run as lens_run
 from mcjax.training.lens import trainer as lens_trainer
 from mcjax.training.lens.losses import LensObjective
@@ -94,13 +95,13 @@ def finished(tmp_path_factory, lm, encoder, stores, questions):
 
 
 def test_a_question_knows_the_section_that_answers(lm, questions):
-  (ids, asked), _ = histories.read_questions(questions, "train", lm.tokenizer)
+  (ids, asked), _ = natural.read_questions(questions, "train", lm.tokenizer)
   question, [(a, b)], best, _ = asked[0]
   assert "KAI SOLHEIM" in lm.tokenizer.decode(ids[a:b])
   told = [lm.tokenizer.decode(ids[x:y]) for x, y in best]
   assert all(a <= x < y <= b for x, y in best)
   assert any("KAI SOLHEIM" in text for text in told), told
-  history = next(iter(histories.question_histories(
+  history = next(iter(natural.question_histories(
     [(ids, asked)], lm.tokenizer, 0)))
   for example in history.examples:
     assert example.asked and example.cursor == len(history.ids)
@@ -466,4 +467,4 @@ def test_a_blend_lies_between_the_start_and_what_was_trained(
 
 def test_a_missing_file_of_questions_is_named(lm, tmp_path):
   with pytest.raises(McjaxError, match="nothing.xz"):
-    histories.read_questions(tmp_path / "nothing.xz", "train", lm.tokenizer)
+    natural.read_questions(tmp_path / "nothing.xz", "train", lm.tokenizer)
