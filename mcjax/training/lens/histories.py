@@ -1,6 +1,5 @@
-"""Histories and what is asked of them, with the answer known by construction.
+"""Histories made of text, and prompts whose answer is known by construction.
 
-  (natural questions have a module of their own: `questions.py`)
   cloze      a sentence taken out of a text asks for the place it stood at; a
              heading, docstring or comment for what stands below it
   code       names that code defines and uses far away ask for the definition
@@ -18,7 +17,8 @@
   text       text that is read on, some with another one in between: what a
              block is worth is measured (`effects.py`)
 
-Every history is a function of (seed, number) alone.
+Every history is a function of (seed, number) alone. Natural questions about
+stories and meetings are in `questions.py`.
 """
 
 from __future__ import annotations
