@@ -27,6 +27,7 @@ from mcjax.types import BRANCHING
 REACH = 2  # blocks on each side that a block is read with
 _TRIGRAM_BITS = 256  # hashed trigrams of a word
 MARKS = ("said_by_user", "said_by_model", "special", "question_mark")
+_SAMPLE = 32  # runs of 32 blocks at most in which words are counted
 _MARGIN = 8  # tokens beside a block that complete its first and last word
 _MOST_BLOCKS = 1 << 14  # blocks whose words are kept
 _MOST_WORDS = 1 << 17  # words that are kept
@@ -199,7 +200,9 @@ class Matcher:
     """The words of query tokens [T] with prior weights [T].
 
     They are as rare as the blocks before `stop` say, all of them by default: a
-    prompt that is in the tree itself holds all of its words.
+    prompt that is in the tree itself holds all of its words. Words are counted
+    in a sample of these blocks, and what their tokens would say if they were
+    independent counts as one block more.
     """
     if len(self.table) > _MOST_WORDS:
       self.table.clear()
@@ -209,26 +212,29 @@ class Matcher:
     words = self.table.read(token_ids)
     numbers = self.table.numbers(words, token_ids)
     blocks = max(1, self._tree.num_nodes(1) if stop is None else stop)
+    seen, sampled = self._counted(numbers, stop)
     ids, weights = [], []
     # Sequences of tokens with their priors; 0 between two keeps them apart.
     spelled = [(token_ids, np.asarray(prior, np.float32))]
     known = total = 0.0
-    for (word, a, _), number in zip(words, numbers.tolist()):
+    for (word, a, _), number, times in zip(
+        words, numbers.tolist(), seen.tolist()):
       if number in ids:
         continue
-      held = 0.0
+      expected = 0.0
       for text in _forms(word):
         tokens = np.asarray(tokenizer.encode(text), np.int32)
         if not len(tokens):
           continue
         share = self._tree.block_frequency(np.unique(tokens), stop) / blocks
-        held += blocks * float(np.prod(share))  # as if they were independent
+        expected += float(np.prod(share))
         between = np.zeros(1, np.float32)
         spelled.append((np.concatenate([tokens[:1], tokens]), np.concatenate(
           [between, np.full(len(tokens), prior[a], np.float32)])))
+      held = blocks * (times + min(expected, 1.0)) / (sampled + 1)
       weight = max(0.0, float(prior[a]) * np.log((blocks + 1) / (held + 0.5)))
       total += weight
-      known += weight if held else 0.0
+      known += weight if expected else 0.0
       ids.append(number)
       weights.append(weight)
     sequence, priors = map(np.concatenate, zip(*spelled))
@@ -236,6 +242,26 @@ class Matcher:
       np.array(ids, np.int32), np.array(weights, np.float32),
       known / total if total else 0.0, sequence.astype(np.int32),
       lexical_rank.query_weights(self._tree, sequence, priors, stop))
+
+  def _counted(self, numbers: np.ndarray, stop: int | None
+               ) -> tuple[np.ndarray, int]:
+    """How many blocks of a sample hold words [n], and how many it has.
+
+    Up to 32k tokens that is every block, then every second run of 32 blocks,
+    every fourth and so on: while a history grows its sample grows with it.
+    """
+    last = self.blocks if stop is None else min(stop, self.blocks)
+    runs = -(-last // BRANCHING)
+    step = 1 << max(0, (runs - 1) // _SAMPLE).bit_length()
+    sample = np.arange(last)
+    sample = sample[sample // BRANCHING % step == 0]
+    lists = self._read(sample)
+    held = np.zeros(len(numbers), np.int64)
+    flat = np.concatenate([*lists, np.zeros(0, np.int32)])
+    owner = np.repeat(np.arange(len(lists)), [len(words) for words in lists])
+    for i, number in enumerate(numbers.tolist()):
+      held[i] = len(np.unique(owner[flat == number]))
+    return held, len(sample)
 
   def blocks_around(self, blocks: np.ndarray, stop: int | None = None
                     ) -> np.ndarray:
