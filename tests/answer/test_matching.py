@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mcjax.answer import matching
 from mcjax.answer.matching import MARKS, Matcher, WordTable
 from mcjax.testing import tiny_base, tree_reference
 from mcjax.tree.tree import MegaContextTree
@@ -11,18 +12,22 @@ LINES = ("the keeper of the light is old", "Rain fell on the HARBOUR all day",
          "nobody sails to the northern rocks", "a lamp burns, does it not?")
 
 
-@pytest.fixture(scope="module")
-def matcher():
+def matcher_of(text):
+  """Of a history of `text`, a token a character."""
   tokenizer = tiny_base.byte_tokenizer()
   rng = np.random.default_rng(0)
   table = WordTable(tokenizer, rng.normal(size=(300, 8)).astype(np.float32),
                     np.ones(300, np.float32))
-  text = "".join(f"{line:34.34}"[:31] + " " for line in LINES)
   tree = MegaContextTree.create(
     tiny_base.memory_url(), **tree_reference.BASE, vocab_size=300,
     encoder=tree_reference.TinyEncoder())
   tree.append(tokenizer.encode(text))
   return Matcher(tree, table)
+
+
+@pytest.fixture(scope="module")
+def matcher():
+  return matcher_of("".join(f"{line:34.34}"[:31] + " " for line in LINES))
 
 
 def query(matcher, text):
@@ -55,6 +60,24 @@ def test_rare_words_weigh_more_and_unknown_ones_are_told(matcher):
   assert q.weights[1] >= q.weights[0]
   assert query(matcher, "a harbour a").ids.tolist() == q.ids.tolist()
   assert query(matcher, "qqqq").known < 1
+
+
+@pytest.mark.parametrize("runs", [32, 2, 1])
+def test_a_number_among_numbers_is_rare(runs, monkeypatch):
+  monkeypatch.setattr(matching, "_SAMPLE", runs)  # 1: the first 32 of 100 blocks
+  numbers = np.random.default_rng(1).integers(10**6, 10**7, 100).tolist()
+  among = matcher_of("".join(f"{f'order {n} is ready':31} " for n in numbers))
+  order, number = query(among, f"order {numbers[70]}").weights
+  assert order < 0.1  # every block has it, and every digit
+  assert number > np.log(len(numbers) / 4)
+
+
+def test_what_no_sampled_block_holds_may_be_elsewhere(monkeypatch):
+  monkeypatch.setattr(matching, "_SAMPLE", 1)
+  among = matcher_of("".join(
+    f"{'seen once' if i == 40 else 'seen often':31} " for i in range(100)))
+  seen, once, often = query(among, "seen once often").weights
+  assert max(seen, often) < once
 
 
 def test_a_words_vector_is_that_of_its_tokens(matcher):

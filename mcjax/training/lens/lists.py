@@ -24,6 +24,7 @@ _KEYS: Mapping[str, Callable[[np.random.Generator], str]] = {
     [*names.two_words(rng), str(rng.integers(1, 100))]).lower(),
   "code": names.code,
   "id": names.unique_id,
+  "number": lambda rng: str(int(10 ** rng.uniform(3, 10))),
 }
 _ALIKE = ("joined", "id") * 2  # keys that share most of their parts with others
 _VALUES: Mapping[str, Callable[[np.random.Generator], str]] = {
