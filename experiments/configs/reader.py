@@ -28,7 +28,7 @@ def get_config():
   c.windows = configs.defaults(LensWindows, questions=(
     "../shared/data/fairytale-questions.jsonl.xz",
     "../shared/data/meeting-questions.jsonl.xz"),
-    passes=1, most=10, facts=40, cloze=8, code=0, reworded=10, listed=12,
+    passes=1, most=10, facts=40, cloze=8, code=0, reworded=10, listed=24,
     text=0, validation=3)
   c.fit = configs.defaults(ReaderFit)
   c.mixture = dict(fairytale=4.0, meeting=1.0, facts=2.0, cloze=1.0,

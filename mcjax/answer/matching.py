@@ -10,6 +10,7 @@ language.
 
 from __future__ import annotations
 
+import bisect
 import codecs
 from collections.abc import Callable, Sequence
 import re
@@ -131,11 +132,17 @@ class WordTable:
 
   def text(self, ids: np.ndarray) -> list[str]:
     """What each of token ids [T] adds to their text."""
-    known = self._pieces
-    for i in {*ids.tolist()} - known.keys():
+    return _decoded(self._bytes(ids))
+
+  def texts(self, parts: Sequence[np.ndarray]) -> list[str]:
+    """What each part of a sequence of token ids adds to its text."""
+    return _decoded([b"".join(self._bytes(ids)) for ids in parts])
+
+  def _bytes(self, ids: np.ndarray) -> list[bytes]:
+    known, listed = self._pieces, ids.tolist()
+    for i in {*listed}.difference(known):
       known[i] = self.tokenizer.token_bytes(i)
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-    return [decode(known[i]) for i in ids.tolist()]
+    return [known[i] for i in listed]
 
   def numbers(self, words: Sequence[tuple[str, int, int]], ids: np.ndarray
               ) -> np.ndarray:
@@ -184,6 +191,7 @@ class Matcher:
 
   def _clear(self) -> None:
     self._words: dict[int, np.ndarray] = {}
+    self._told: dict[int, list[frozenset[str]]] = {}
     self._marks: dict[int, np.ndarray] = {}
     self._keys: dict[int, np.ndarray] = {}
     self._gists: dict[int, np.ndarray] = {}
@@ -212,13 +220,12 @@ class Matcher:
     words = self.table.read(token_ids)
     numbers = self.table.numbers(words, token_ids)
     blocks = max(1, self._tree.num_nodes(1) if stop is None else stop)
-    seen, sampled = self._counted(numbers, stop)
+    seen, sampled = self._counted([word for word, _, _ in words], stop)
     ids, weights = [], []
     # Sequences of tokens with their priors; 0 between two keeps them apart.
     spelled = [(token_ids, np.asarray(prior, np.float32))]
     known = total = 0.0
-    for (word, a, _), number, times in zip(
-        words, numbers.tolist(), seen.tolist()):
+    for (word, a, _), number, times in zip(words, numbers.tolist(), seen):
       if number in ids:
         continue
       expected = 0.0
@@ -243,9 +250,9 @@ class Matcher:
       known / total if total else 0.0, sequence.astype(np.int32),
       lexical_rank.query_weights(self._tree, sequence, priors, stop))
 
-  def _counted(self, numbers: np.ndarray, stop: int | None
-               ) -> tuple[np.ndarray, int]:
-    """How many blocks of a sample hold words [n], and how many it has.
+  def _counted(self, words: Sequence[str], stop: int | None
+               ) -> tuple[list[int], int]:
+    """How many blocks of a sample hold each word, and how many it has.
 
     Up to 32k tokens that is every block, then every second run of 32 blocks,
     every fourth and so on: while a history grows its sample grows with it.
@@ -253,15 +260,30 @@ class Matcher:
     last = self.blocks if stop is None else min(stop, self.blocks)
     runs = -(-last // BRANCHING)
     step = 1 << max(0, (runs - 1) // _SAMPLE).bit_length()
-    sample = np.arange(last)
-    sample = sample[sample // BRANCHING % step == 0]
-    lists = self._read(sample)
-    held = np.zeros(len(numbers), np.int64)
-    flat = np.concatenate([*lists, np.zeros(0, np.int32)])
-    owner = np.repeat(np.arange(len(lists)), [len(words) for words in lists])
-    for i, number in enumerate(numbers.tolist()):
-      held[i] = len(np.unique(owner[flat == number]))
-    return held, len(sample)
+    sample = [told for run in range(0, runs, step)
+              for told in self._told_in(run, last)]
+    return [sum(word in told for told in sample) for word in words], len(sample)
+
+  def _told_in(self, run: int, last: int) -> list[frozenset[str]]:
+    """The case-folded words of each block before `last` of a run of 32."""
+    first = run * BRANCHING
+    count = min(BRANCHING, last - first)
+    if len(self._told.get(run, ())) < count:
+      if len(self._told) * BRANCHING > _MOST_BLOCKS:
+        self._told.clear()
+      start = first * BRANCHING
+      low, stop = max(0, start - _MARGIN), start + count * BRANCHING
+      ids = self._tree.tokens(low, min(self._tree.cursor, stop + _MARGIN))
+      pieces = self.table.texts(np.split(ids, np.arange(
+        start, stop + 1, BRANCHING) - low))
+      ends = np.cumsum(list(map(len, pieces))).tolist()
+      told: list[set[str]] = [set() for _ in range(count)]
+      for match in _WORD.finditer("".join(pieces)):
+        at = bisect.bisect_right(ends, match.start()) - 1
+        if 0 <= at < count:
+          told[at].add(match.group().casefold())
+      self._told[run] = [frozenset(words) for words in told]
+    return self._told[run][:count]
 
   def blocks_around(self, blocks: np.ndarray, stop: int | None = None
                     ) -> np.ndarray:
@@ -388,6 +410,11 @@ class Matcher:
     cuts = np.searchsorted(block, np.arange(first, last + 1))
     for b, x, y in zip(range(first, last), cuts[:-1], cuts[1:]):
       self._words[b] = numbers[x:y]
+
+
+def _decoded(pieces: Sequence[bytes]) -> list[str]:
+  decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+  return [decode(piece) for piece in pieces]
 
 
 def _rows(blocks: np.ndarray, known: dict[int, np.ndarray], read: Callable

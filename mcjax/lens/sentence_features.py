@@ -2,7 +2,8 @@
 
 A sentence is compared with the prompt word by word, as blocks are
 (`answer.matching`), by itself and with its neighbours, since an answer often
-stands beside the sentence that names what is asked for ("It is led by …").
+stands beside the sentence that names what is asked for ("It is led by …"), and
+by what it holds alone or beyond the best one, since several things may be asked.
 Nothing here knows a language or a tokenizer.
 """
 
@@ -21,7 +22,7 @@ from mcjax.types import BRANCHING
 _MATCHES = ("exact", "spelling", "meaning")
 _WHERE = ("own", "near", "before", "after")
 _RANKED = ("share", "wanted", "exact_own", "meaning_own", "exact_near", "key",
-           "joined_share")
+           "joined_share", "sole")
 # Of the prompt's words and those of the user's turn before it, together.
 _JOINED = ("exact_own", "exact_near", "meaning_own", "share", "key")
 _PLACES = {"first": 0, "behind_first": 1, "ahead_of_first": -1, "second": 2}
@@ -31,7 +32,7 @@ _LOOK = ("opening", "new", "length", "digits", "capitals", "quotes", "colon",
 NAMES = (
   *(f"{match}_{where}" for match in _MATCHES for where in _WHERE), "pairs",
   "strength", "strength_gap", "strength_before", "strength_after",
-  "share", "wanted",
+  "share", "wanted", "sole", "adds",
   *(f"{how}_{name}" for name in _RANKED for how in ("part", "gap", "rank")),
   "key", "key_before", "key_after", *(f"joined_{name}" for name in _JOINED),
   *_LOOK, "by_user", *_PLACES,
@@ -144,6 +145,10 @@ def _matching(matcher: Matcher, told: Sequence[Sentence], query: QueryWords,
   pair = np.minimum(weights[:-1], weights[1:])
   out["pairs"] = held["pairs"] @ pair / (pair.sum() + 1e-6)
   out["share"] = held["share"] @ weights / total
+  here = held["exact"]  # several things asked for stand in several sentences
+  out["sole"] = here / np.maximum(here.sum(axis=0), 1.0) @ weights / total
+  best = here[int(np.argmax(out["share"]))]
+  out["adds"] = np.maximum(here - best, 0.0) @ weights / total
   return out
 
 
