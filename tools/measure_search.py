@@ -15,7 +15,8 @@ import pathlib
 from absl import app, flags
 import numpy as np
 
-from mcjax.answer.matching import Matcher, QueryWords, WordTable
+from mcjax.answer.matching import Matcher, QueryWords
+from mcjax.answer.words import WordTable
 from mcjax.base import hub
 from mcjax.base.gguf_file import GgufFile
 from mcjax.base.tokenizer import Tokenizer

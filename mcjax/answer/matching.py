@@ -10,29 +10,21 @@ language.
 
 from __future__ import annotations
 
-import bisect
-import codecs
-from collections.abc import Callable, Sequence
-import re
+from collections.abc import Callable
 from typing import NamedTuple
-import zlib
 
 import numpy as np
 
 from mcjax.answer import turns
-from mcjax.base.tokenizer import Tokenizer
+from mcjax.answer.words import MARGIN, WordCounts, WordTable
 from mcjax.tree import lexical_rank
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING
 
 REACH = 2  # blocks on each side that a block is read with
-_TRIGRAM_BITS = 256  # hashed trigrams of a word
 MARKS = ("said_by_user", "said_by_model", "special", "question_mark")
-_SAMPLE = 32  # runs of 32 blocks at most in which words are counted
-_MARGIN = 8  # tokens beside a block that complete its first and last word
 _MOST_BLOCKS = 1 << 14  # blocks whose words are kept
 _MOST_WORDS = 1 << 17  # words that are kept
-_WORD = re.compile(r"\w+")
 
 
 class QueryWords(NamedTuple):
@@ -90,95 +82,6 @@ class Sentence(NamedTuple):
   tokens: int
 
 
-class WordTable:
-  """Words met so far, by number, with their trigrams and vectors.
-
-  Attributes:
-    tokenizer: of the base.
-    vectors, salience: see `__init__`.
-  """
-
-  def __init__(self, tokenizer: Tokenizer, vectors: np.ndarray,
-               salience: np.ndarray):
-    """Makes an empty table.
-
-    Args:
-      tokenizer: of the base.
-      vectors: [V, K] float32 or int8 of tokens.
-      salience: [V] float32 how much each counts in a word.
-    """
-    self.tokenizer = tokenizer
-    self.vectors, self.salience = vectors, salience
-    self._pieces: dict[int, bytes] = {}
-    self.clear()
-
-  def clear(self) -> None:
-    self._number: dict[str, int] = {}
-    self._bits = np.zeros((256, _TRIGRAM_BITS), np.float32)
-    self._meaning = np.zeros((256, self.vectors.shape[1]), np.float32)
-
-  def __len__(self) -> int:
-    return len(self._number)
-
-  def read(self, ids: np.ndarray) -> list[tuple[str, int, int]]:
-    """(case-folded word, first token, token behind) of token ids [T]."""
-    pieces = self.text(ids)
-    edges = np.cumsum([0, *map(len, pieces)])
-    found = []
-    for match in _WORD.finditer("".join(pieces)):
-      a, b = np.searchsorted(edges, match.span(), side="right").tolist()
-      found.append((match.group().casefold(), a - 1, max(a, b - 1)))
-    return found
-
-  def text(self, ids: np.ndarray) -> list[str]:
-    """What each of token ids [T] adds to their text."""
-    return _decoded(self._bytes(ids))
-
-  def texts(self, parts: Sequence[np.ndarray]) -> list[str]:
-    """What each part of a sequence of token ids adds to its text."""
-    return _decoded([b"".join(self._bytes(ids)) for ids in parts])
-
-  def _bytes(self, ids: np.ndarray) -> list[bytes]:
-    known, listed = self._pieces, ids.tolist()
-    for i in {*listed}.difference(known):
-      known[i] = self.tokenizer.token_bytes(i)
-    return [known[i] for i in listed]
-
-  def numbers(self, words: Sequence[tuple[str, int, int]], ids: np.ndarray
-              ) -> np.ndarray:
-    """Numbers [n] int32 of words read from `ids`, new ones are added."""
-    out = np.empty(len(words), np.int32)
-    for i, (word, a, b) in enumerate(words):
-      number = self._number.get(word)
-      out[i] = self._add(word, ids[a:b]) if number is None else number
-    return out
-
-  def _add(self, word: str, ids: np.ndarray) -> int:
-    number = len(self._number)
-    if number == len(self._bits):
-      self._bits = np.concatenate([self._bits, np.zeros_like(self._bits)])
-      self._meaning = np.concatenate(
-        [self._meaning, np.zeros_like(self._meaning)])
-    self._number[word] = number
-    framed = f"^{word}$"
-    for i in range(len(framed) - 2):
-      at = zlib.crc32(framed[i : i + 3].encode()) % _TRIGRAM_BITS
-      self._bits[number, at] = 1.0
-    vector = self.salience[ids] @ self.vectors[ids].astype(np.float32)
-    self._meaning[number] = vector / np.sqrt(np.sum(vector**2) + 1e-6)
-    return number
-
-  def spelling(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Jaccard likeness [A, B] of the trigrams of words a [A] and b [B]."""
-    x, y = self._bits[a], self._bits[b]
-    both = x @ y.T
-    return both / (x.sum(1)[:, None] + y.sum(1)[None] - both + 1e-6)
-
-  def meaning(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosines [A, B] of the vectors of words a [A] and b [B]."""
-    return np.clip(self._meaning[a] @ self._meaning[b].T, 0.0, 1.0)
-
-
 class Matcher:
   """Matches blocks of one tree with queries.
 
@@ -191,7 +94,7 @@ class Matcher:
 
   def _clear(self) -> None:
     self._words: dict[int, np.ndarray] = {}
-    self._told: dict[int, list[frozenset[str]]] = {}
+    self._counts = WordCounts(self._tree, self.table)
     self._marks: dict[int, np.ndarray] = {}
     self._keys: dict[int, np.ndarray] = {}
     self._gists: dict[int, np.ndarray] = {}
@@ -219,8 +122,9 @@ class Matcher:
     tokenizer = self.table.tokenizer
     words = self.table.read(token_ids)
     numbers = self.table.numbers(words, token_ids)
-    blocks = max(1, self._tree.num_nodes(1) if stop is None else stop)
-    seen, sampled = self._counted([word for word, _, _ in words], stop)
+    last = self.blocks if stop is None else min(stop, self.blocks)
+    blocks = max(1, last)
+    seen, sampled = self._counts.count([word for word, _, _ in words], last)
     ids, weights = [], []
     # Sequences of tokens with their priors; 0 between two keeps them apart.
     spelled = [(token_ids, np.asarray(prior, np.float32))]
@@ -249,41 +153,6 @@ class Matcher:
       np.array(ids, np.int32), np.array(weights, np.float32),
       known / total if total else 0.0, sequence.astype(np.int32),
       lexical_rank.query_weights(self._tree, sequence, priors, stop))
-
-  def _counted(self, words: Sequence[str], stop: int | None
-               ) -> tuple[list[int], int]:
-    """How many blocks of a sample hold each word, and how many it has.
-
-    Up to 32k tokens that is every block, then every second run of 32 blocks,
-    every fourth and so on: while a history grows its sample grows with it.
-    """
-    last = self.blocks if stop is None else min(stop, self.blocks)
-    runs = -(-last // BRANCHING)
-    step = 1 << max(0, (runs - 1) // _SAMPLE).bit_length()
-    sample = [told for run in range(0, runs, step)
-              for told in self._told_in(run, last)]
-    return [sum(word in told for told in sample) for word in words], len(sample)
-
-  def _told_in(self, run: int, last: int) -> list[frozenset[str]]:
-    """The case-folded words of each block before `last` of a run of 32."""
-    first = run * BRANCHING
-    count = min(BRANCHING, last - first)
-    if len(self._told.get(run, ())) < count:
-      if len(self._told) * BRANCHING > _MOST_BLOCKS:
-        self._told.clear()
-      start = first * BRANCHING
-      low, stop = max(0, start - _MARGIN), start + count * BRANCHING
-      ids = self._tree.tokens(low, min(self._tree.cursor, stop + _MARGIN))
-      pieces = self.table.texts(np.split(ids, np.arange(
-        start, stop + 1, BRANCHING) - low))
-      ends = np.cumsum(list(map(len, pieces))).tolist()
-      told: list[set[str]] = [set() for _ in range(count)]
-      for match in _WORD.finditer("".join(pieces)):
-        at = bisect.bisect_right(ends, match.start()) - 1
-        if 0 <= at < count:
-          told[at].add(match.group().casefold())
-      self._told[run] = [frozenset(words) for words in told]
-    return self._told[run][:count]
 
   def blocks_around(self, blocks: np.ndarray, stop: int | None = None
                     ) -> np.ndarray:
@@ -401,8 +270,8 @@ class Matcher:
     return [self._words[b] for b in blocks.tolist()]
 
   def _read_run(self, first: int, last: int) -> None:
-    low = max(0, first * BRANCHING - _MARGIN)
-    high = min(self._tree.cursor, last * BRANCHING + _MARGIN)
+    low = max(0, first * BRANCHING - MARGIN)
+    high = min(self._tree.cursor, last * BRANCHING + MARGIN)
     ids = self._tree.tokens(low, high)
     words = self.table.read(ids)
     numbers = self.table.numbers(words, ids)
@@ -410,11 +279,6 @@ class Matcher:
     cuts = np.searchsorted(block, np.arange(first, last + 1))
     for b, x, y in zip(range(first, last), cuts[:-1], cuts[1:]):
       self._words[b] = numbers[x:y]
-
-
-def _decoded(pieces: Sequence[bytes]) -> list[str]:
-  decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-  return [decode(piece) for piece in pieces]
 
 
 def _rows(blocks: np.ndarray, known: dict[int, np.ndarray], read: Callable

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mcjax.answer.matching import MARKS, Matcher, QueryWords, WordTable
+from mcjax.answer.matching import MARKS, Matcher, QueryWords
 from mcjax.answer.reading import Reader
+from mcjax.answer.words import WordTable
 from mcjax.focus.policy import WISH, HostPolicy, age_scores, with_payment
 from mcjax.tree.journal import touched
 from mcjax.tree.search import TreeSearch, by_words

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from mcjax.answer import turns
-from mcjax.answer.matching import Matcher, QueryWords, WordTable
+from mcjax.answer.matching import Matcher, QueryWords
 from mcjax.answer.reading import Reader, chosen
+from mcjax.answer.words import WordTable
 from mcjax.base.load import BaseLM
 from mcjax.config import Config
 from mcjax.focus.policy import STAY, WISH, age_scores, with_payment

@@ -2,8 +2,8 @@
 
 A sentence is compared with the prompt word by word, as blocks are
 (`answer.matching`), by itself and with its neighbours, since an answer often
-stands beside the sentence that names what is asked for ("It is led by …"), and
-by what it holds alone or beyond the best one, since several things may be asked.
+stands beside the sentence that names what is asked for ("It is led by …"). What
+it alone holds, or beyond the best one, tells where several things are asked.
 Nothing here knows a language or a tokenizer.
 """
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from mcjax.answer.matching import Matcher, QueryWords, WordTable
+from mcjax.answer.matching import Matcher, QueryWords
 from mcjax.answer.reading import Reader
+from mcjax.answer.words import WordTable
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.lens.keyer import LensKeyer
 from mcjax.tree.journal import FORGOTTEN

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from mcjax.answer import matching
-from mcjax.answer.matching import MARKS, Matcher, WordTable
+from mcjax.answer import words
+from mcjax.answer.matching import MARKS, Matcher
+from mcjax.answer.words import WordTable
 from mcjax.testing import tiny_base, tree_reference
 from mcjax.tree.tree import MegaContextTree
 
@@ -64,7 +65,7 @@ def test_rare_words_weigh_more_and_unknown_ones_are_told(matcher):
 
 @pytest.mark.parametrize("runs", [32, 2, 1])
 def test_a_number_among_numbers_is_rare(runs, monkeypatch):
-  monkeypatch.setattr(matching, "_SAMPLE", runs)  # 1: the first 32 of 100 blocks
+  monkeypatch.setattr(words, "SAMPLE", runs)  # 1: 32 of 100 blocks
   numbers = np.random.default_rng(1).integers(10**6, 10**7, 100).tolist()
   among = matcher_of("".join(f"{f'order {n} is ready':31} " for n in numbers))
   order, number = query(among, f"order {numbers[70]}").weights
@@ -73,7 +74,7 @@ def test_a_number_among_numbers_is_rare(runs, monkeypatch):
 
 
 def test_what_no_sampled_block_holds_may_be_elsewhere(monkeypatch):
-  monkeypatch.setattr(matching, "_SAMPLE", 1)
+  monkeypatch.setattr(words, "SAMPLE", 1)
   among = matcher_of("".join(
     f"{'seen once' if i == 40 else 'seen often':31} " for i in range(100)))
   seen, once, often = query(among, "seen once often").weights

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from mcjax.answer import sentences, turns
-from mcjax.answer.matching import Matcher, WordTable
+from mcjax.answer.matching import Matcher
 from mcjax.answer.reading import Reader
+from mcjax.answer.words import WordTable
 from mcjax.testing import tiny_base, tree_reference
 from mcjax.tree.tree import MegaContextTree
 

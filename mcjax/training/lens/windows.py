@@ -18,7 +18,8 @@ import uuid
 from etils import epath
 import numpy as np
 
-from mcjax.answer.matching import Matcher, WordTable
+from mcjax.answer.matching import Matcher
+from mcjax.answer.words import WordTable
 from mcjax.base.load import BaseLM
 from mcjax.gist.encoder import GistEncoder
 from mcjax.lens import features as lens_features
