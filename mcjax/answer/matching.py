@@ -111,9 +111,9 @@ class Matcher:
     """The words of query tokens [T] with prior weights [T].
 
     They are as rare as the blocks before `stop` say, all of them by default: a
-    prompt that is in the tree itself holds all of its words. Words are counted
-    in a sample of these blocks, and what their tokens would say if they were
-    independent counts as one block more.
+    prompt that is in the tree itself holds all of its words. A word is at
+    most as frequent as its tokens would say if they were independent, and as a
+    count in a sample of these blocks says, where that counts as one block more.
     """
     if len(self.table) > _MOST_WORDS:
       self.table.clear()
@@ -142,7 +142,7 @@ class Matcher:
         between = np.zeros(1, np.float32)
         spelled.append((np.concatenate([tokens[:1], tokens]), np.concatenate(
           [between, np.full(len(tokens), prior[a], np.float32)])))
-      held = blocks * (times + min(expected, 1.0)) / (sampled + 1)
+      held = blocks * min(expected, (times + expected) / (sampled + 1))
       weight = max(0.0, float(prior[a]) * np.log((blocks + 1) / (held + 0.5)))
       total += weight
       known += weight if expected else 0.0
