@@ -115,6 +115,7 @@ class Matcher:
     most as frequent as its tokens would say if they were independent, and as a
     count in a sample of these blocks says, where that counts as one block more.
     """
+    self._renew()
     if len(self.table) > _MOST_WORDS:
       self.table.clear()
       self._words.clear()

@@ -81,6 +81,20 @@ def test_what_no_sampled_block_holds_may_be_elsewhere(monkeypatch):
   assert max(seen, often) < once
 
 
+def test_what_was_taken_back_is_not_counted():
+  among = matcher_of(f"{'day and night':31} " * 40)
+  tree, tokenizer = among._tree, among.table.tokenizer
+  before = query(among, "storm day").weights
+  mark = tree.mark()
+  tree.append(tokenizer.encode(f"{'storm at night':31} " * 20))
+  assert query(among, "storm day").weights[0] < before[0]
+  assert tree.back_to(mark)
+  np.testing.assert_array_equal(query(among, "storm day").weights, before)
+  tree.append(tokenizer.encode(f"{'day and night':31} " * 20))
+  storm, day = query(among, "storm day").weights
+  assert storm > before[0] and day < 0.1
+
+
 def test_a_words_vector_is_that_of_its_tokens(matcher):
   same = query(matcher, "light").ids
   np.testing.assert_allclose(
