@@ -123,7 +123,7 @@ class Matcher:
     tokenizer = self.table.tokenizer
     words = self.table.read(token_ids)
     numbers = self.table.numbers(words, token_ids)
-    last = self.blocks if stop is None else min(stop, self.blocks)
+    last = self._blocks_before(stop)
     blocks = max(1, last)
     seen, sampled = self._counts.count([word for word, _, _ in words], last)
     ids, weights = [], []
@@ -163,9 +163,10 @@ class Matcher:
     """
     near = blocks[:, None] + np.arange(-REACH, REACH + 1)
     near = np.unique(near)
-    known = self._tree.num_nodes(1)
-    last = known if stop is None else min(stop, known)
-    return near[(near >= 0) & (near < last)]
+    return near[(near >= 0) & (near < self._blocks_before(stop))]
+
+  def _blocks_before(self, stop: int | None) -> int:
+    return self.blocks if stop is None else min(stop, self.blocks)
 
   def match(self, blocks: np.ndarray, query: QueryWords) -> Matches:
     """Matches of blocks [U], sorted, with the query's words."""

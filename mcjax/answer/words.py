@@ -17,7 +17,6 @@ from mcjax.types import BRANCHING
 SAMPLE = 32  # runs of 32 blocks at most in which words are counted
 MARGIN = 8  # tokens beside a block that complete its first and last word
 _TRIGRAM_BITS = 256  # hashed trigrams of a word
-_MOST_BLOCKS = 1 << 14  # blocks whose words are kept
 _WORD = re.compile(r"\w+")
 
 
@@ -114,8 +113,9 @@ class WordCounts:
   """Counts how many blocks of one tree hold words, in a sample of them.
 
   Up to 32k tokens that is every block, then every second run of 32 blocks,
-  every fourth and so on: while a history grows its sample grows with it. Keeps
-  what it has read for as long as the tree only grows.
+  every fourth and so on: while a history grows its sample grows with it. What
+  was read is kept, 16 runs more whenever a history doubles; a tree that was
+  written anew needs new counts.
   """
 
   def __init__(self, tree: MegaContextTree, table: WordTable):
@@ -140,8 +140,6 @@ class WordCounts:
     first = run * BRANCHING
     count = min(BRANCHING, last - first)
     if len(self._told.get(run, ())) < count:
-      if len(self._told) * BRANCHING > _MOST_BLOCKS:
-        self._told.clear()
       start = first * BRANCHING
       low, stop = max(0, start - MARGIN), start + count * BRANCHING
       ids = self._tree.tokens(low, min(self._tree.cursor, stop + MARGIN))
