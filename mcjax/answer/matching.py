@@ -106,6 +106,11 @@ class Matcher:
     if self._revision != self._tree.revision:
       self._clear()
 
+  def count_words(self) -> None:
+    """Counts words in a sample of the blocks; else the next query would."""
+    self._renew()
+    self._counts.count((), self.blocks)
+
   def query(self, token_ids: np.ndarray, prior: np.ndarray,
             stop: int | None = None) -> QueryWords:
     """The words of query tokens [T] with prior weights [T].

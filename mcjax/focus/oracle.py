@@ -13,6 +13,7 @@ from mcjax.config import Config
 from mcjax.focus import allocator as focus_allocator
 from mcjax.focus.policy import age_scores
 from mcjax.focus.similarity import Similarity
+from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING, McjaxError
 from mcjax.window.context_lm import ContextLM
 from mcjax.window.counterfactual import Candidate, edit_losses
@@ -85,6 +86,10 @@ class Oracle:
           _SCALE * (loss - base - _FREE_LOSS)
         )
     return scores
+
+  def take_in(self, tree: MegaContextTree, context: ContextLM) -> None:
+    """As `Similarity`."""
+    self._similar.take_in(tree, context)
 
   def warm_up(self, context: ContextLM) -> None:
     """Nothing beyond the window's own shapes."""

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING
 from mcjax.window.context_lm import ContextLM
 from mcjax.window.focus_view import FocusView
@@ -44,6 +45,10 @@ class Policy(Protocol):
 
   def score(self, view: FocusView) -> np.ndarray:
     """Signed score in [-1, 1] per entry, [E] float32."""
+    ...
+
+  def take_in(self, tree: MegaContextTree, context: ContextLM) -> None:
+    """Reads what a prompt will need of a long text that came to `tree`."""
     ...
 
   def warm_up(self, context: ContextLM) -> None:
@@ -108,6 +113,9 @@ class HostPolicy:
   def sources(self) -> Sequence[tuple[int, int]]:
     """Nothing is read."""
     return ()
+
+  def take_in(self, tree: MegaContextTree, context: ContextLM) -> None:
+    """Nothing to read."""
 
   def warm_up(self, context: ContextLM) -> None:
     """Nothing to do."""

@@ -20,6 +20,7 @@ from mcjax.tree.journal import touched
 from mcjax.tree.search import TreeSearch, by_words
 from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING
+from mcjax.window.context_lm import ContextLM
 from mcjax.window.focus_view import FocusView
 
 _RIVAL = 0.6  # share of the best block's that another must hold
@@ -112,15 +113,24 @@ class Similarity(HostPolicy):
     order = np.lexsort([-found, -share])[: self._spans]
     return [(int(found[i]), float(share[i])) for i in order]
 
+  def take_in(self, tree: MegaContextTree, context: ContextLM) -> None:
+    """Counts words; else the first prompt would."""
+    self._turn_to(tree, context)
+    self._matcher.count_words()
+
+  def _turn_to(self, tree: MegaContextTree, context: ContextLM) -> None:
+    """Begins anew for another history."""
+    if tree is self._tree:
+      return
+    tokenizer = context.lm.tokenizer
+    none = np.zeros((tree.vocab_size, 1), np.float32)
+    self._tree, self._query_ids = tree, None
+    self._matcher = Matcher(tree, WordTable(tokenizer, none, none[:, 0]))
+    self._reader = Reader(tree, tokenizer, self._matcher)
+
   def _prepare(self, view: FocusView) -> None:
     """Starts a search; the words of a query stay as first seen."""
-    if view.tree is not self._tree:
-      tokenizer = view.context_lm.lm.tokenizer
-      none = np.zeros((view.tree.vocab_size, 1), np.float32)
-      table = WordTable(tokenizer, none, none[:, 0])
-      self._tree, self._query_ids = view.tree, None
-      self._matcher = Matcher(view.tree, table)
-      self._reader = Reader(view.tree, tokenizer, self._matcher)
+    self._turn_to(view.tree, view.context_lm)
     self._asked, self._stop = view.asked, view.query_start
     blocks = view.tree.num_nodes(1)
     if view.query_ids is self._query_ids and blocks == self._blocks:

@@ -266,13 +266,22 @@ class LensNetPolicy:
     return chosen(dict(zip(spans, likely.tolist())), self._read_tokens,
                   self._read_share)
 
+  def take_in(self, tree: MegaContextTree, context: ContextLM) -> None:
+    """Counts words; else the first prompt would."""
+    del context
+    self._turn_to(tree)
+    self._matcher.count_words()
+
+  def _turn_to(self, tree: MegaContextTree) -> None:
+    """Begins anew for another history."""
+    if tree is not self._tree:
+      self._tree, self._query_ids = tree, None
+      self._matcher = Matcher(tree, self._table)
+      self._reader = Reader(tree, self._table.tokenizer, self._matcher)
+
   def _prepare(self, view: FocusView) -> None:
     """Begins anew for another history, query or blocks."""
-    if view.tree is not self._tree:
-      self._tree = view.tree
-      self._matcher = Matcher(view.tree, self._table)
-      self._reader = Reader(view.tree, self._table.tokenizer, self._matcher)
-      self._query_ids = None
+    self._turn_to(view.tree)
     last = view.query_start // BRANCHING
     self._stop = view.query_start
     if view.query_ids is not self._query_ids:

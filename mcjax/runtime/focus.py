@@ -88,6 +88,7 @@ class Focus:
       window.append_tokens(window.take_slots(count))
     else:
       self.cold_start(count)
+      self._policy.take_in(self.tree, self.context)
 
   def cold_start(self, least: int = 0) -> None:
     """Retiles the whole history by distance only.

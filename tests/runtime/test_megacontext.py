@@ -64,6 +64,9 @@ class NothingMatters:
   def score(self, view):
     return np.full(len(view.entries), -0.9, np.float32)
 
+  def take_in(self, tree, context):
+    del tree, context
+
   def warm_up(self, context):
     del context
 

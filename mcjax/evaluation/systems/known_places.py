@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mcjax.focus.policy import age_scores, with_payment
+from mcjax.tree.tree import MegaContextTree
 from mcjax.types import BRANCHING
 from mcjax.window.context_lm import ContextLM
 from mcjax.window.focus_view import FocusView
@@ -48,6 +49,9 @@ class KnownPlaces:
       inside = (start < high) & (stop > low)
       scores[inside] = wanted[inside]
     return with_payment(view, scores)
+
+  def take_in(self, tree: MegaContextTree, context: ContextLM) -> None:
+    """Nothing to read."""
 
   def warm_up(self, context: ContextLM) -> None:
     """Nothing to compile."""
