@@ -40,8 +40,8 @@ class Effects:
   """Follows texts with the base, and measures blocks.
 
   Args:
-    lm: the base; it sees raw text alone.
-    encoder: the GistNet of the trees.
+    lm: the base.
+    encoder: the GistNet of the trees; gists are seen as its card says.
     policy: leads the window.
     window: slots of the window.
   """
@@ -49,7 +49,7 @@ class Effects:
   def __init__(self, lm, encoder, policy: LensNetPolicy, window: int = 1024):
     self._policy, self._encoder = policy, encoder
     self._config = Config(window=window)
-    self._context = ContextLM(lm, self._config, show_gists=False)
+    self._context = ContextLM.reading(lm, self._config, encoder)
     policy.bind(encoder, self._config)
     policy.warm_up(self._context)
 

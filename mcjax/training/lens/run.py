@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import tqdm
 
+from mcjax.base.load import BaseLM
 from mcjax.base.tokenizer import Tokenizer
 from mcjax.gist.encoder import GistEncoder
 from mcjax.lens import network as lensnet
@@ -118,6 +119,15 @@ class NoGists:
     """Zeros [n, D] for gists [n, 32, D]."""
     del level
     return np.zeros((len(gists), self.d_model), np.float32)
+
+  def gists_seen(self, window: int) -> int:
+    """None."""
+    del window
+    return 0
+
+  def reader(self, lm: BaseLM) -> BaseLM:
+    """The base as it is."""
+    return lm
 
 
 class LensRun:
