@@ -1,7 +1,8 @@
 """Histories made of text, and prompts whose answer is known by construction.
 
-  cloze      a sentence taken out of a text asks for the place it stood at; a
-             heading, docstring or comment for what stands below it
+  cloze      a sentence taken out of a text asks for the place it stood at, one
+             that is quoted for the place where it stands; a heading, docstring
+             or comment for what stands below it
   code       names that code defines and uses far away ask for the definition
   facts      made-up facts, asked for in other words, one by one and several
              at once, among distractors, in plain text and in turns of a chat;
@@ -10,7 +11,7 @@
              prompts that ask for nothing
   reworded   everyday facts in plain text, asked for in other words throughout
   listed     hundreds of entries of one form, looked up by key, one or several,
-             together in the text or scattered over it
+             together in a text, scattered over it, or with no text around
   (of these, too, some prompts are asked of other texts, in the same words, or
   are natural questions about stories and meetings, or about the world: nothing
   answers them)
@@ -58,6 +59,9 @@ _IDLE = ("Thanks!", "Thank you very much.", "Go on.", "Please continue.", "ok",
          "That was helpful.", "Danke!", "I see.", "Good morning.", "sure",
          "What do you think?", "haha", "No, that is wrong.", "Bye.")
 _TITLE = re.compile(r'\s*(#|"""|/\*\*|//|=+ \w)')  # of what stands below
+_QUOTES = ('"{}"', 'Where does it say "{}"?', 'What comes after "{}"?',
+           "Which passage is this from: {}", 'who wrote "{}"',
+           "Go on from here: {}", 'In welchem Text steht "{}"?')
 _BELOW = 96  # tokens below a title that it tells about
 _DEFINES = re.compile(
   r"(?m)^\s*(?:def|class|function|struct|interface|fn|func)\s+(\w{3,})")
@@ -271,9 +275,12 @@ class TextHistories:
     room = max(self._length // 8, self._length - sum(map(len, lines)))
     host = np.concatenate([self._document(rng, room // 2) for _ in range(2)])
     low, high = 0, len(host) + 1
-    if rng.integers(4) == 0:  # one list in four stands together
+    together = rng.integers(4)
+    if together == 0:  # one list in four stands together
       low = int(rng.integers(len(host)))
       high = low + 1
+    elif together == 1:  # one is all there is
+      host, high = host[:0], 1
     cuts = np.sort(rng.integers(low, high, len(lines)))
     parts, at, total = [], 0, 0
     places: dict[str, list[tuple[int, int]]] = {}
@@ -349,12 +356,18 @@ class TextHistories:
       encoded = self._tokenizer.encode(
         piece if piece.endswith("\n") else piece + " ")
       if i in taken:
-        gaps.append((taken[i], (
+        gaps.append((self._quoted(taken[i], rng), (
           total, total + len(encoded) + (_BELOW if title else 0))))
       parts.append(encoded)
       total += len(encoded)
     gaps = [(t, (a, min(b, total))) for t, (a, b) in gaps if a < total]
     return np.concatenate(parts).astype(np.int32), gaps
+
+  def _quoted(self, piece: str, rng) -> str:
+    """A piece of text as a prompt quotes it: as it is, or asked about."""
+    if rng.integers(2):
+      return piece
+    return str(rng.choice(_QUOTES)).format(piece)
 
   def _told(self, fact: made_up.Fact, chat: bool, repeats: bool, rng):
     """Ids of a fact as it is told, and the span of what tells it in them.

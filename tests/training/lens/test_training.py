@@ -119,6 +119,21 @@ def test_what_is_taken_out_of_a_text_stood_where_it_says(lm, stores):
       assert 0 <= a < b <= len(history.ids)
 
 
+def test_a_quotation_asks_for_the_passage_that_it_repeats(lm, stores):
+  source = histories.TextHistories(stores["train"], lm.tokenizer, 3, 2048)
+  quoted = 0
+  for number in range(8):
+    history = source.cloze(number)
+    for example in history.examples:
+      asked = lm.tokenizer.decode(example.query)
+      found = re.search(r'(?:says?|after|wrote|steht) "(.{12,})"', asked)
+      if found and example.gold:
+        [(a, b)] = example.gold
+        told = lm.tokenizer.decode(history.ids[a:b])
+        quoted += found[1].casefold() in told.casefold()
+  assert quoted
+
+
 @pytest.mark.parametrize("kind", ["cloze", "facts", "reworded", "listed"])
 def test_some_prompts_are_about_what_the_history_lacks(lm, stores, kind):
   """Natural questions about other texts, and others like those it answers."""
@@ -288,14 +303,16 @@ def test_the_world_is_asked_about_only_where_a_text_lacks_it(lm, stores):
 def test_a_key_is_looked_up_in_the_lines_that_hold_it(lm, stores):
   """All of its lines and no other, and none for a key that has no line."""
   source = histories.TextHistories(stores["train"], lm.tokenizer, 3, 2048)
-  several = lacking = 0
-  for number in range(6):
+  several = lacking = bare = 0
+  for number in range(12):
     rng = np.random.default_rng([3, 7, number])
     drawn = lists.draw(rng)
     assert len(drawn.entries) <= lists.MOST
     lines = {line for _, line in drawn.entries}
     assert not set(drawn.missing) & {key for key, _ in drawn.entries}
     history = source.listed(number, 16)
+    first = lm.tokenizer.decode(history.ids[:32]).split("\n")[0]
+    bare += any(line.startswith(first) for line in lines)
     for example in history.examples:
       asked = lm.tokenizer.decode(example.query)
       told = [lm.tokenizer.decode(history.ids[a:b]).strip("\n")
@@ -308,6 +325,7 @@ def test_a_key_is_looked_up_in_the_lines_that_hold_it(lm, stores):
       several += len(keys) > 1
       lacking += not keys
   assert several and lacking
+  assert 0 < bare < 12, "some lists have no text around them"
 
 
 def test_a_block_is_worth_what_it_saves(lm, encoder, stores):
