@@ -62,7 +62,7 @@ class Config:
     recent_tokens: newest tokens at L0 at cold start; 0 fills what the window
       has room for.
     gists_per_level: nodes kept at each level at cold start, nearest first;
-      where the LM sees no gists and recent_tokens is 0, as few as can be.
+      where recent_tokens is 0, no more than the LM sees.
     protect_tokens: newest tokens that are never collapsed; of those before a
       question none.
     renew_tokens: newest tokens run again after an expand, so that they read

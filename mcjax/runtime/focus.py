@@ -107,7 +107,7 @@ class Focus:
     half = config.window // (2 * BRANCHING) * BRANCHING
     recent = max(config.recent_tokens or BRANCHING, min(least, half))
     per_level = config.gists_per_level
-    if not config.recent_tokens:  # gists that the LM does not see: few
+    if not config.recent_tokens:  # no more than the LM sees
       per_level = min(per_level, self.context.gists_wanted)
     nodes = self._tiling(recent, per_level)
     while len(nodes) > room and (per_level or recent > BRANCHING):
