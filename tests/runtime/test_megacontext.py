@@ -55,6 +55,20 @@ def test_generation_is_greedy_over_the_whole_short_history(make, tiny_lm):
   assert len(set(out.token_ids.tolist())) > 3
 
 
+@pytest.mark.parametrize("tokens", [1_000, 3_000, 40_000])
+def test_a_window_is_full_of_newest_text_after_an_ingest(make, tokens):
+  """With nothing asked, the coarsest tiling and newest text in the rest."""
+  mc = make(recent_tokens=0)
+  mc.ingest(tiny_base.text(tokens, 1))
+  window = mc._loop.context.window
+  assert 0 <= mc.config.window - len(window.entries) < BRANCHING
+  raw = window.entries.level == 0
+  newest = np.flatnonzero(~raw)[-1] + 1
+  assert raw[newest:].all()
+  others = len(raw) - len(raw[newest:]) - mc.config.sink_tokens
+  assert others < 3 * BRANCHING, "gists of the rest"
+
+
 class NothingMatters:
   """A policy that gives everything up."""
 
