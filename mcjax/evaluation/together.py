@@ -26,7 +26,8 @@ def run(suites: Mapping[str, Mapping[str, Any]], folder,
         only: Sequence[str] = ()) -> None:
   """Runs every suite in its own folder; what is finished is not run again.
 
-  A suite that fails is left out of the report and named at the end.
+  Of another commit it is, as far as its cells ask for other settings or
+  weights. A suite that fails is left out of the report and named at the end.
 
   Args:
     suites: {name of a suite: its settings}.
@@ -57,7 +58,9 @@ def _run_one(name: str, values: Mapping[str, Any], folder: pathlib.Path
              ) -> None:
   done = folder / _DONE
   asked = json.loads(json.dumps(dict(values)))
-  if done.exists() and json.loads(done.read_text("utf-8"))["config"] == asked:
+  commit = environment()["commit"]
+  before = json.loads(done.read_text("utf-8")) if done.exists() else {}
+  if (before.get("config"), before.get("commit")) == (asked, commit):
     progress(f"{name} is finished")
     return
   done.unlink(missing_ok=True)
@@ -65,7 +68,7 @@ def _run_one(name: str, values: Mapping[str, Any], folder: pathlib.Path
   begin, cpu = time.time(), time.process_time()
   runner.run(name, values, folder)
   done.write_text(json.dumps({
-    "config": asked, "seconds": round(time.time() - begin, 1),
+    "config": asked, "commit": commit, "seconds": round(time.time() - begin, 1),
     "cpu_seconds": round(time.process_time() - cpu, 1)}), encoding="utf-8")
 
 

@@ -54,6 +54,9 @@ def test_what_is_finished_is_not_run_again(run, monkeypatch):
   together.run(suites, folder, ["visible"])
   with pytest.raises(McjaxError, match="did you mean config.suites.visible"):
     together.run(suites, folder, ["visibel"])
+  monkeypatch.setattr(together, "environment", lambda: {"commit": "another"})
+  with pytest.raises(TypeError):  # that of another commit is
+    together.run(suites, folder, ["visible"])
 
 
 @needs_browser

@@ -51,6 +51,27 @@ def of_mean(values: Sequence[float] | np.ndarray,
   return Interval(float(x.mean()), float(low), float(high), len(x))
 
 
+def of_ratio(values: Sequence[float], others: Sequence[float],
+             groups: Sequence[Hashable] | None = None, seed: int = 0
+             ) -> Interval | None:
+  """Mean of values over that of others, both drawn together; see `of_mean`.
+
+  None where the others' mean is zero; draws in which it is are left out.
+  """
+  a, b = np.asarray(values, np.float64), np.asarray(others, np.float64)
+  if not b.sum():
+    return None
+  names = list(range(len(a)) if groups is None else groups)
+  number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+  group = np.array([number[name] for name in names], np.int64)
+  tops, bottoms = (np.bincount(group, x, len(number)) for x in (a, b))
+  rng = np.random.default_rng(seed)
+  draws = rng.integers(len(number), size=(_DRAWS, len(number)))
+  over, under = tops[draws].sum(1), bottoms[draws].sum(1)
+  low, high = np.percentile(over[under > 0] / under[under > 0], [2.5, 97.5])
+  return Interval(float(a.sum() / b.sum()), float(low), float(high), len(a))
+
+
 def of_difference(values: Sequence[float], others: Sequence[float],
                   groups: Sequence[Hashable] | None = None, seed: int = 0
                   ) -> Interval | None:

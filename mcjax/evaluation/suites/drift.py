@@ -118,7 +118,7 @@ def _profile(out: Report, settings: Settings, cells) -> None:
       found = of_mean(values[:, a:b].mean(axis=1))
       name = f"refresh {label}: drift of tokens {a}-{b}"
       columns.append(found and out.add_interval(
-        name, found.value, found.low, found.high, "nats", 4))
+        name, found.value, found.low, found.high, "nats", 4, found.n))
     rows.append([label, len(values), *columns])
   out.tables.append(Table(
     "Splice minus exact by tokens since the refocus, nats (95 % bootstrap over "

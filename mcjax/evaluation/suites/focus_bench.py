@@ -114,7 +114,8 @@ class Settings(TextSettings):
   def quick(cls, **changes) -> Settings:
     """A first look: every part, a little of each, without answers."""
     small: dict[str, Any] = dict(
-      policies=("similarity", "recency", "random", "oracle"), history=16384,
+      policies=("lensnet", "similarity", "recency", "random", "oracle"),
+      history=16384,
       histories=1, needs=4, answers=False, retriever=False, documents=1,
       document_history=2048, windows=1, candidates=8, horizon=32, lead=32,
       scored=32, shifts=1, shift_history=8192, topic=1024,

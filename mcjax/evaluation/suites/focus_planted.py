@@ -14,6 +14,7 @@ import uuid
 import numpy as np
 
 from mcjax.evaluation.data import planted, reworded
+from mcjax.evaluation.report.intervals import Interval, of_difference, of_mean
 from mcjax.evaluation.report.writer import Chart, Report, Table
 from mcjax.evaluation.suites.focus_bench import Bench, history_of, identity
 from mcjax.evaluation.systems.known_places import KnownPlaces
@@ -25,6 +26,8 @@ KEY_FLOPS = 128  # per node: a dot product with a key of 64 dimensions
 _COLUMNS = ("policy", "hit@budget", "answered", "of those answered in front",
             "nodes / step", "bytes read / step", "edits / step",
             "search ÷ decode step, FLOPs")
+
+_PAIRED = _COLUMNS[1:3]  # compared with the first policy, fact by fact
 
 Retriever = Callable[[list[str], list[str]], np.ndarray]
 
@@ -197,17 +200,28 @@ def _table(bench: Bench, report: Report, length: int,
            cells: list[dict[str, dict]]) -> dict[str, dict[str, float]]:
   """Adds one length's table; returns {arm: {figure: value}}."""
   front = _joined(cells, "in front", "answered")
+  first = bench.settings.policies[0]
   rows, out = [], {}
   for arm in cells[0]:
     values: dict[str, float | None] = dict.fromkeys(_COLUMNS[1:])
-    for column, what in zip(_COLUMNS[1:3], ("hit", "answered")):
-      flags = _joined(cells, arm, what)
-      values[column] = float(np.mean(flags)) if flags else None
-    answered = _joined(cells, arm, "answered")
+    shown: dict[str, str | None] = {}  # shares, with intervals
+    flags = {"hit@budget": _joined(cells, arm, "hit"),
+             "answered": _joined(cells, arm, "answered")}
     if any(front):
-      values[_COLUMNS[3]] = float(np.mean(
-        [a for a, f in zip(answered, front, strict=True) if f]
-      ))
+      flags[_COLUMNS[3]] = [a for a, f in zip(
+        flags["answered"], front, strict=True) if f]
+    for column, mine in flags.items():
+      name = f"planted/{length}/{arm}/{column}"
+      found = of_mean(mine)
+      if found is not None:
+        values[column] = found.value
+        shown[column] = _shown(report, name, found)
+    for column, what in zip(_PAIRED, ("hit", "answered")):
+      theirs = _joined(cells, first, what)
+      if arm != first and len(theirs) == len(flags[column]) > 0:
+        shown[f"− {first}: {column}"] = _shown(
+          report, f"planted/{length}/{arm}/{column}/minus/{first}",
+          of_difference(flags[column], theirs))
     if "nodes" in cells[0][arm]:
       for column, what in zip(_COLUMNS[4:7], ("nodes", "bytes", "edits")):
         values[column] = float(np.mean([c[arm][what] for c in cells]))
@@ -216,10 +230,11 @@ def _table(bench: Bench, report: Report, length: int,
         / bench.lm.config.flops_per_token
       )
     for column, value in values.items():
-      if value is not None:
-        unit = "share" if column in _COLUMNS[1:4] + _COLUMNS[7:] else "1"
+      if value is not None and column not in shown:
+        unit = "share" if column in _COLUMNS[7:] else "1"
         report.add(f"planted/{length}/{arm}/{column}", value, unit)
-    rows.append([arm, *values.values()])
+    rows.append([arm, *(shown.get(c, v) for c, v in values.items()), *(
+      shown.get(f"− {first}: {column}") for column in _PAIRED)])
     out[arm] = values
   raw = _joined(cells, bench.settings.policies[0], "raw")
   report.add(f"planted/{length}/facts", len(raw), "questions")
@@ -227,9 +242,17 @@ def _table(bench: Bench, report: Report, length: int,
   report.tables.append(Table(
     f"{len(raw)} planted facts, history {length:,} tokens, window "
     f"{bench.settings.window}, budget {np.mean(raw):.0f} raw tokens",
-    _COLUMNS, rows,
+    (*_COLUMNS, *(f"− {first}: {column}" for column in _PAIRED)), rows,
   ))
   return out
+
+
+def _shown(report: Report, name: str, found: Interval | None) -> str | None:
+  """Adds a share with its interval; a cell for a table."""
+  if found is None:
+    return None
+  return report.add_interval(name, found.value, found.low, found.high, "share",
+                             2, found.n)
 
 
 def _growth(bench: Bench, report: Report, summaries) -> None:

@@ -322,4 +322,4 @@ def _interval(report: Report, name: str, values) -> str | None:
     return None
   report.add(f"{name}/n", found.n, "samples")
   return report.add_interval(name, found.value, found.low, found.high, "share",
-                             2)
+                             2, found.n)

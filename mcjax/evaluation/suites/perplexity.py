@@ -276,7 +276,7 @@ def _mean(report: Report, name: str, values) -> str | None:
     return None
   report.add(f"{name}/n", found.n, "documents")
   return report.add_interval(name, found.value, found.low, found.high,
-                             "nats per token")
+                             "nats per token", n=found.n)
 
 
 def _difference(report: Report, name: str, values, others) -> str | None:
@@ -284,7 +284,7 @@ def _difference(report: Report, name: str, values, others) -> str | None:
   if found is None:
     return None
   return report.add_interval(name, found.value, found.low, found.high,
-                             "nats per token", 4)
+                             "nats per token", 4, found.n)
 
 
 # --- the systems -------------------------------------------------------------

@@ -21,7 +21,14 @@ import numpy as np
 from mcjax.base.load import BaseLM
 from mcjax.evaluation.data import natural, scoring
 from mcjax.evaluation.data.natural import History, Question
-from mcjax.evaluation.report.writer import Report, cell, make_folder, watched
+from mcjax.evaluation.report.intervals import of_ratio
+from mcjax.evaluation.report.writer import (
+  Report,
+  Table,
+  cell,
+  make_folder,
+  watched,
+)
 from mcjax.evaluation.suites.side_by_side import Column, add_table
 from mcjax.evaluation.systems import make, system
 from mcjax.evaluation.systems.loop_system import LoopSystem
@@ -278,7 +285,8 @@ def _report(report: Report, s: Settings, histories, outcomes, declined, floors
 
 def _report_answers(report: Report, s: Settings, outcomes, declined, floors
                     ) -> None:
-  best = outcomes.get("evidence")
+  alone = "evidence+turn" if "evidence+turn" in outcomes else "evidence"
+  best = outcomes.get(alone)
   for rows in (*outcomes.values(), *floors.values()):
     for row, top in zip(rows, best or ()):
       row["relative_f1"] = row["f1"] - top["f1"]
@@ -291,9 +299,26 @@ def _report_answers(report: Report, s: Settings, outcomes, declined, floors
     Column("forwarded", "tokens forwarded", "tokens", digits=0),
     Column("seconds", "seconds", "s", digits=2)), outcomes | floors,
     s.reference)
+  if best:
+    rows = [[name, *(_ratio(report, f"answers/{name}/{key}/over/{alone}",
+                            mine, best, key) for key in ("answered", "f1"))]
+            for name, mine in outcomes.items() if name != alone]
+    report.tables.append(Table(
+      f"Answers over those of {alone}",
+      ("system", "answered", "token F1"), rows))
   if s.others:
     add_table(report, "Questions that nothing in the history answers",
               "unanswerable", (
                 Column("declines", "says it does not know", compare=True),
                 Column("answerable", "how sure it is of an answer")),
               declined, s.reference)
+
+
+def _ratio(report: Report, name: str, mine, best, key: str) -> str | None:
+  found = of_ratio([float(row[key]) for row in mine],
+                   [float(row[key]) for row in best],
+                   [row["group"] for row in mine])
+  if found is None:
+    return None
+  return report.add_interval(name, found.value, found.low, found.high, "share",
+                             2, found.n)

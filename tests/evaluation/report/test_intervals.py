@@ -41,3 +41,13 @@ def test_what_is_missing_is_left_out():
 def test_the_same_seed_gives_the_same_interval():
   values = np.random.default_rng(2).normal(size=30)
   assert intervals.of_mean(values) == intervals.of_mean(values)
+
+
+def test_a_ratio_is_of_means_drawn_together():
+  some, others = [1.0, 0.0, 2.0, 1.0], [1.0, 1.0, 2.0, 4.0]
+  found = intervals.of_ratio(some, others)
+  assert found.value == 0.5 and found.n == 4
+  assert found.low < 0.5 < found.high
+  same = intervals.of_ratio(others, others, ["a", "a", "b", "b"])
+  assert same[:3] == (1.0, 1.0, 1.0)
+  assert intervals.of_ratio([1.0], [0.0]) is None

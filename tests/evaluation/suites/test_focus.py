@@ -173,8 +173,9 @@ def test_a_killed_run_goes_on(planted_run, monkeypatch):
   report.write(folder)
   found = json.loads((folder / "results.json").read_text())["figures"]
   assert found["planted/6000/oracle/hit@budget"] == {
-    "value": 1.0, "unit": "share"
+    "value": 1.0, "unit": "share", "n": 4, "interval": [1.0, 1.0]
   }
+  assert found["planted/6000/oracle/hit@budget/minus/similarity"]["n"] == 4
 
 
 @pytest.mark.parametrize("in_a_row, rounds", [(False, 1), (True, 1), (True, 2)])
