@@ -1,5 +1,6 @@
 """Counterfactual losses against the window with the edit made."""
 
+import numpy as np
 import pytest
 
 from mcjax.config import Config
@@ -58,3 +59,24 @@ def test_an_edit_costs_what_it_would_in_earnest(tiny_lm, tree, action, entry):
   assert losses[0] == pytest.approx(_nll(edited, tree, ahead), abs=1e-4)
   assert base == pytest.approx(_nll(context, tree, ahead), abs=1e-4)
   assert abs(losses[0] - base) > 1e-4
+
+
+def test_a_slope_is_what_a_little_less_of_an_entry_costs(tiny_lm, tree):
+  """As differences say where an entry's values are a little smaller."""
+  ahead = tree.tokens(CURSOR, CURSOR + BRANCHING)
+  context = _context(tiny_lm, tree, raw=(2,))
+  slopes = counterfactual.slot_gradients(context, tree, ahead)
+  entries, step = context.window.entries, 0.05
+  assert slopes.shape == (len(entries),)
+  for at in (2, 20, len(entries) - 2):
+    cost = []
+    for gain in (1 - step, 1 + step):
+      changed = _context(tiny_lm, tree, raw=(2,))
+      slot = int(changed.window.entries.slot[at])
+      state = changed.state
+      changed.state = state._replace(
+        values=state.values.at[..., slot, :].multiply(gain))
+      cost.append(counterfactual.edit_losses(changed, tree, [], ahead)[0])
+    assert slopes[at] == pytest.approx(
+      (cost[0] - cost[1]) / (2 * step), rel=0.02, abs=2e-6)
+  assert np.abs(slopes).max() > 1e-4

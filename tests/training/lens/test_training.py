@@ -328,8 +328,9 @@ def test_a_key_is_looked_up_in_the_lines_that_hold_it(lm, stores):
   assert 0 < bare < 12, "some lists have no text around them"
 
 
-def test_a_block_is_worth_what_it_saves(lm, encoder, stores):
+def test_a_block_is_worth_what_it_saves(lm, encoder, stores, monkeypatch):
   """As measured with the block in the window, and without."""
+  monkeypatch.setattr(effects, "_RAW", 2)  # others are estimated
   source = histories.TextHistories(stores["train"], lm.tokenizer, 1, 2048)
   history = source.text(0, 2)
   policy = lensnet_policy.load_lensnet(lm, gistnet=encoder)
@@ -344,10 +345,13 @@ def test_a_block_is_worth_what_it_saves(lm, encoder, stores):
     before = len(window.entries)
     found = measured.label(rows, features, np.zeros(len(rows)),
                            example.future, rng)
-    tried = np.flatnonzero(np.isfinite(found))
-    assert {int(s) for s in rows.state[tried]} >= {RAW, BURIED}
+    known = np.flatnonzero(np.isfinite(found))
+    assert {int(s) for s in rows.state[known]} >= {RAW, BURIED}
     assert len(window.entries) == before, "nothing changes"
-    context, at = measured._context, tried[rows.state[tried] == BURIED][0]
+    legal = measured._loop.view().can_collapse[rows.entry]
+    raw = np.flatnonzero((rows.state == RAW) & legal)
+    assert np.isfinite(found[raw]).all() and len(raw) > effects._RAW
+    context, at = measured._context, known[rows.state[known] == BURIED][0]
     base, [loss] = edit_losses(context, tree, [Candidate(
       EXPAND, int(rows.entry[at]), int(rows.block[at]))], example.future)
     assert found[at] == pytest.approx(np.clip(
