@@ -36,8 +36,8 @@ from mcjax.window.working_context import COLLAPSE, EXPAND, WorkingContext
 # of 896 is 0.006 (docs/trials/text.md).
 _SLOTS = 0.0015
 _SCALE = 10.0  # a label of 1 is 0.1 nats a token of the next 64, or more
-# What a raw block saves by splicing, over its first-order estimate: the median slope of
-# the one on the other in 12 windows, 312 blocks (docs/trials/text.md).
+# What a raw block saves by splicing over its first-order estimate, the median
+# slope of 12 windows (docs/trials/text.md).
 _SLOPE = 0.87
 _TOGETHER = 4  # candidates in one batch
 _BEST = {"score": 6, "repeats": 4, "times_near": 4, "key_near": 2}
@@ -88,7 +88,7 @@ class Effects:
             future: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Labels [R] in [-1, 1] of some rows of the window; NaN for the others.
 
-    Those of `_tried` are exact, those of other raw blocks first-order estimates.
+    Those of `_tried` are exact, other raw blocks' are first-order estimates.
 
     Args:
       rows: of the window, see `lens.features.window_rows`.
