@@ -65,12 +65,6 @@ class LensKeyer:
     """[V] float32 how much a token counts in a key."""
     return self._salience
 
-  @classmethod
-  def of_heads(cls, params: Mapping, config: lensnet.LensNetConfig, lm: BaseLM
-               ) -> LensKeyer:
-    """As the key heads have it, whether or not there is a table."""
-    return cls({"keys": params["keys"]}, config, lm)
-
   def encode_keys(self, token_ids: np.ndarray, gists: np.ndarray | None = None
                   ) -> np.ndarray:
     """int32 [n, T] -> int8 [n, K]; the gists are not looked at; -1 is none."""

@@ -189,12 +189,6 @@ class TreeSearch:
     self._frontier = kept
     heapq.heapify(self._frontier)
 
-  def widen(self, k: int) -> None:
-    """Goes on until the `k` best are certain, more than before."""
-    self._k = k
-    self._top = heapq.nlargest(k, self._found)
-    heapq.heapify(self._top)
-
   @property
   def certified(self) -> bool:
     """Whether `best(k)` is exactly that of all blocks."""

@@ -95,21 +95,6 @@ def test_equals_brute_force_when_it_may_go_on(n, seed, k, max_nodes):
   assert search.touched == touched
 
 
-@pytest.mark.parametrize("first, then", [(1, 5), (4, 300)])
-def test_a_search_that_is_widened_goes_on_where_it_was(first, then):
-  tree, score = tree_of(40_000), query_of(3)
-  search = TreeSearch(tree, score, k=first)
-  search.run(10**6)
-  touched = search.touched
-  search.widen(then)
-  search.run(10**6)
-  every = brute_force(tree, score, 1250)
-  assert search.best(then) == [(b, s) for b, s in every if s > 0][:then]
-  whole = TreeSearch(tree, score, k=then)
-  whole.run(10**6)
-  assert touched < search.touched == whole.touched
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 1300))
 def test_stop_block_hides_the_newest_blocks(seed, stop):

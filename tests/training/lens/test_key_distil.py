@@ -81,7 +81,7 @@ def test_a_keyer_reads_the_table_as_the_training_does(tiny_lm):
   padded[0, :32] = texts.blocks[0]
   np.testing.assert_array_equal(
     keyer.encode_keys(padded)[0], keyer.encode_keys(texts.blocks[:1])[0])
-  heads = lens_keyer.LensKeyer.of_heads(params, config, tiny_lm)
+  heads = lens_keyer.LensKeyer({"keys": params["keys"]}, config, tiny_lm)
   assert heads.key_dim == 8 and heads.fingerprint != keyer.fingerprint
 
 
