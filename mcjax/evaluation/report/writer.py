@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mcjax.evaluation.report import charts, page
 from mcjax.evaluation.report.charts import Chart, HeatMap
+from mcjax.evaluation.report.intervals import Interval
 from mcjax.types import McjaxError
 
 Item = TypeVar("Item")
@@ -105,6 +106,24 @@ class Report:
     self.add(f"{name}/low", low, unit)
     self.add(f"{name}/high", high, unit)
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+  def add_found(self, name: str, found: Interval | None, unit: str = "share",
+                digits: int = 2, counted: str = "") -> str | None:
+    """Adds a mean with its interval; returns a cell for a table.
+
+    Args:
+      name: of the figure.
+      found: the mean; None where nothing was measured, then nothing is added.
+      unit: of the figure.
+      digits: behind the point, in the cell.
+      counted: what the mean is of; given, NAME/n is a figure of that unit.
+    """
+    if found is None:
+      return None
+    if counted:
+      self.add(f"{name}/n", found.n, counted)
+    return self.add_interval(name, found.value, found.low, found.high, unit,
+                             digits, found.n)
 
   def write(self, folder: str | os.PathLike) -> pathlib.Path:
     """Writes results.json, results.md, plots and report.html.

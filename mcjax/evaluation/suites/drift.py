@@ -115,10 +115,9 @@ def _profile(out: Report, settings: Settings, cells) -> None:
     values = np.array(saved["profile"])
     columns = []
     for a, b in edges:
-      found = of_mean(values[:, a:b].mean(axis=1))
-      name = f"refresh {label}: drift of tokens {a}-{b}"
-      columns.append(found and out.add_interval(
-        name, found.value, found.low, found.high, "nats", 4, found.n))
+      columns.append(out.add_found(
+        f"refresh {label}: drift of tokens {a}-{b}",
+        of_mean(values[:, a:b].mean(axis=1)), "nats", 4))
     rows.append([label, len(values), *columns])
   out.tables.append(Table(
     "Splice minus exact by tokens since the refocus, nats (95 % bootstrap over "

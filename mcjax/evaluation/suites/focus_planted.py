@@ -14,7 +14,7 @@ import uuid
 import numpy as np
 
 from mcjax.evaluation.data import planted, reworded
-from mcjax.evaluation.report.intervals import Interval, of_difference, of_mean
+from mcjax.evaluation.report.intervals import of_difference, of_mean
 from mcjax.evaluation.report.writer import Chart, Report, Table
 from mcjax.evaluation.suites.focus_bench import Bench, history_of, identity
 from mcjax.evaluation.systems.known_places import KnownPlaces
@@ -203,39 +203,26 @@ def _table(bench: Bench, report: Report, length: int,
   first = bench.settings.policies[0]
   rows, out = [], {}
   for arm in cells[0]:
-    values: dict[str, float | None] = dict.fromkeys(_COLUMNS[1:])
-    shown: dict[str, str | None] = {}  # shares, with intervals
-    flags = {"hit@budget": _joined(cells, arm, "hit"),
-             "answered": _joined(cells, arm, "answered")}
-    if any(front):
-      flags[_COLUMNS[3]] = [a for a, f in zip(
-        flags["answered"], front, strict=True) if f]
-    for column, mine in flags.items():
-      name = f"planted/{length}/{arm}/{column}"
-      found = of_mean(mine)
-      if found is not None:
-        values[column] = found.value
-        shown[column] = _shown(report, name, found)
+    prefix = f"planted/{length}/{arm}"
+    answered = _joined(cells, arm, "answered")
+    known = [a for a, f in zip(answered, front, strict=True) if f]
+    means = dict(zip(_COLUMNS[1:4], map(of_mean, (
+      _joined(cells, arm, "hit"), answered, known))))
+    shares = [report.add_found(f"{prefix}/{column}", found)
+              for column, found in means.items()]
+    paired = []
     for column, what in zip(_PAIRED, ("hit", "answered")):
-      theirs = _joined(cells, first, what)
-      if arm != first and len(theirs) == len(flags[column]) > 0:
-        shown[f"− {first}: {column}"] = _shown(
-          report, f"planted/{length}/{arm}/{column}/minus/{first}",
-          of_difference(flags[column], theirs))
-    if "nodes" in cells[0][arm]:
-      for column, what in zip(_COLUMNS[4:7], ("nodes", "bytes", "edits")):
-        values[column] = float(np.mean([c[arm][what] for c in cells]))
-      values[_COLUMNS[7]] = (
-        values[_COLUMNS[4]] * cells[0][arm]["node_flops"]
-        / bench.lm.config.flops_per_token
-      )
-    for column, value in values.items():
-      if value is not None and column not in shown:
-        unit = "share" if column in _COLUMNS[7:] else "1"
-        report.add(f"planted/{length}/{arm}/{column}", value, unit)
-    rows.append([arm, *(shown.get(c, v) for c, v in values.items()), *(
-      shown.get(f"− {first}: {column}") for column in _PAIRED)])
-    out[arm] = values
+      mine, theirs = (_joined(cells, a, what) for a in (arm, first))
+      found = None
+      if arm != first and len(theirs) == len(mine):
+        found = of_difference(mine, theirs)
+      paired.append(report.add_found(f"{prefix}/{column}/minus/{first}", found))
+    cost = _cost(bench, cells, arm)
+    for column, value in cost.items():
+      unit = "share" if column == _COLUMNS[7] else "1"
+      report.add(f"{prefix}/{column}", value, unit)
+    rows.append([arm, *shares, *map(cost.get, _COLUMNS[4:]), *paired])
+    out[arm] = cost | {c: found.value for c, found in means.items() if found}
   raw = _joined(cells, bench.settings.policies[0], "raw")
   report.add(f"planted/{length}/facts", len(raw), "questions")
   report.add(f"planted/{length}/budget", float(np.mean(raw)), "tokens")
@@ -247,12 +234,15 @@ def _table(bench: Bench, report: Report, length: int,
   return out
 
 
-def _shown(report: Report, name: str, found: Interval | None) -> str | None:
-  """Adds a share with its interval; a cell for a table."""
-  if found is None:
-    return None
-  return report.add_interval(name, found.value, found.low, found.high, "share",
-                             2, found.n)
+def _cost(bench: Bench, cells: list[dict[str, dict]], arm: str
+          ) -> dict[str, float]:
+  """{column: value} of an arm's search; nothing where it has none."""
+  if "nodes" not in cells[0][arm]:
+    return {}
+  out = {column: float(np.mean([c[arm][what] for c in cells]))
+         for column, what in zip(_COLUMNS[4:7], ("nodes", "bytes", "edits"))}
+  flops = out[_COLUMNS[4]] * cells[0][arm]["node_flops"]
+  return out | {_COLUMNS[7]: flops / bench.lm.config.flops_per_token}
 
 
 def _growth(bench: Bench, report: Report, summaries) -> None:
@@ -264,12 +254,12 @@ def _growth(bench: Bench, report: Report, summaries) -> None:
   for arm in short:
     row = [arm]
     for column in columns:
-      a, b = short[arm][column], long[arm][column]
+      a, b = short[arm].get(column), long[arm].get(column)
       row.append(b / a if a and b is not None else None)
       if row[-1] is not None:
         report.add(f"planted/growth/{arm}/{column}", row[-1], "1")
     rows.append(row)
-    if short[arm][_COLUMNS[4]]:
+    if short[arm].get(_COLUMNS[4]):
       lines[arm] = (lengths, [short[arm][_COLUMNS[4]],
                               long[arm][_COLUMNS[4]]])
   report.tables.append(Table(

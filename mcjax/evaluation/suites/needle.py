@@ -279,10 +279,12 @@ def _by_group(report: Report, s: Settings, length: int, systems, main: str
     for kind in groups:
       mine = [o.get(main, float("nan")) for o in outcomes
               if group(o["task"]) == kind]
-      cells.append(_interval(report, f"{length}/{kind}/{name}/{main}", mine))
+      cells.append(report.add_found(f"{length}/{kind}/{name}/{main}",
+                                    of_mean(mine), counted="samples"))
     for task in s.tasks:
-      _interval(report, f"{length}/{task}/{name}/{main}", [
-        o.get(main, float("nan")) for o in outcomes if o["task"] == task])
+      report.add_found(f"{length}/{task}/{name}/{main}", of_mean([
+        o.get(main, float("nan")) for o in outcomes if o["task"] == task]),
+        counted="samples")
     rows.append([name, *cells])
   report.tables.append(Table(
     f"By kind of task, {length:,} tokens", ("system", *groups), rows))
@@ -292,9 +294,10 @@ def _depths(report: Report, s: Settings, found, main: str) -> None:
   rows = []
   for length, systems in found.items():
     for name, outcomes in systems.items():
-      cells = [_interval(
-        report, f"{length}/{PASSKEY}/{name}/depth {depth}/{main}",
-        [o[main] for o in outcomes if o["depth"] == depth and main in o])
+      cells = [report.add_found(
+        f"{length}/{PASSKEY}/{name}/depth {depth}/{main}",
+        of_mean([o[main] for o in outcomes
+                 if o["depth"] == depth and main in o]), counted="samples")
         for depth in s.depths]
       rows.append([f"{length:,}", name, *cells])
   report.tables.append(Table(
@@ -314,12 +317,3 @@ def _share(outcomes, depth: float, main: str) -> float | None:
   found = of_mean([o[main] for o in outcomes
                    if o["depth"] == depth and main in o])
   return None if found is None else found.value
-
-
-def _interval(report: Report, name: str, values) -> str | None:
-  found = of_mean(values)
-  if found is None:
-    return None
-  report.add(f"{name}/n", found.n, "samples")
-  return report.add_interval(name, found.value, found.low, found.high, "share",
-                             2, found.n)

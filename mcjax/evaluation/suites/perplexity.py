@@ -271,20 +271,13 @@ def _by_position(report: Report, s: Settings, rows: Sequence[dict]) -> None:
 
 
 def _mean(report: Report, name: str, values) -> str | None:
-  found = of_mean(values)
-  if found is None:
-    return None
-  report.add(f"{name}/n", found.n, "documents")
-  return report.add_interval(name, found.value, found.low, found.high,
-                             "nats per token", n=found.n)
+  return report.add_found(
+    name, of_mean(values), "nats per token", 3, "documents")
 
 
 def _difference(report: Report, name: str, values, others) -> str | None:
-  found = of_difference(values, others)
-  if found is None:
-    return None
-  return report.add_interval(name, found.value, found.low, found.high,
-                             "nats per token", 4, found.n)
+  return report.add_found(
+    name, of_difference(values, others), "nats per token", 4)
 
 
 # --- the systems -------------------------------------------------------------

@@ -315,10 +315,6 @@ def _report_answers(report: Report, s: Settings, outcomes, declined, floors
 
 
 def _ratio(report: Report, name: str, mine, best, key: str) -> str | None:
-  found = of_ratio([float(row[key]) for row in mine],
-                   [float(row[key]) for row in best],
-                   [row["group"] for row in mine])
-  if found is None:
-    return None
-  return report.add_interval(name, found.value, found.low, found.high, "share",
-                             2, found.n)
+  return report.add_found(name, of_ratio(
+    [float(row[key]) for row in mine], [float(row[key]) for row in best],
+    [row["group"] for row in mine]))

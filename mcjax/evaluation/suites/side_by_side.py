@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
-from mcjax.evaluation.report.intervals import Interval, of_difference, of_mean
+from mcjax.evaluation.report.intervals import of_difference, of_mean
 from mcjax.evaluation.report.writer import Report, Table
 
 
@@ -54,16 +54,16 @@ def add_table(report: Report, title: str, prefix: str,
     cells: list[str | int | None] = [name, len(outcomes)]
     for column in columns:
       mine, groups = _values(outcomes, column.key), _groups(outcomes, group)
-      cells.append(_cell(report, f"{prefix}/{name}/{column.key}", column,
-                         of_mean(mine, groups)))
+      figure = f"{prefix}/{name}/{column.key}"
+      shape = column.unit, column.digits, "outcomes"
+      cells.append(report.add_found(figure, of_mean(mine, groups), *shape))
       if column.compare:
         theirs = _values(systems.get(reference, ()), column.key)
         found = None
         if name != reference and len(theirs) == len(mine):
           found = of_difference(mine, theirs, groups)
-        cells.append(_cell(
-          report, f"{prefix}/{name}/{column.key}/minus/{reference}", column,
-          found))
+        cells.append(report.add_found(
+          f"{figure}/minus/{reference}", found, *shape))
     rows.append(cells)
   report.tables.append(Table(title, titles, rows))
 
@@ -75,12 +75,3 @@ def _values(outcomes: Rows, key: str) -> list[float]:
 
 def _groups(outcomes: Rows, group: str) -> list[Hashable]:
   return [o.get(group, i) for i, o in enumerate(outcomes)]
-
-
-def _cell(report: Report, name: str, column: Column, found: Interval | None
-          ) -> str | None:
-  if found is None:
-    return None
-  report.add(f"{name}/n", found.n, "outcomes")
-  return report.add_interval(name, found.value, found.low, found.high,
-                             column.unit, column.digits, found.n)

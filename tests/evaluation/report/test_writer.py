@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mcjax.evaluation.report import charts
+from mcjax.evaluation.report import charts, intervals
 from mcjax.evaluation.report import writer as report
 from mcjax.types import McjaxError
 
@@ -26,6 +26,19 @@ def test_a_report_says_what_made_it(tmp_path):
   text = (tmp_path / "new" / "results.md").read_text()
   assert "| plain | 1,234 |" in text and "| loop | – |" in text
   assert "- A note." in text and found["commit"] in text
+
+
+def test_a_mean_becomes_figures_and_a_cell():
+  out = report.Report("x", {})
+  found = intervals.of_mean([0.0, 1.0])
+  assert out.add_found("rate", found) == "0.50 [0.00, 1.00]"
+  assert out.figures["rate"] == report.Figure(0.5, "share", 2, (0.0, 1.0))
+  assert "rate/n" not in out.figures
+  assert out.add_found("loss", found, "nats", 3, "texts") == (
+    "0.500 [0.000, 1.000]")
+  assert out.figures["loss/n"] == report.Figure(2, "texts")
+  assert out.add_found("missing", None, counted="texts") is None
+  assert not any(name.startswith("missing") for name in out.figures)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
