@@ -66,7 +66,8 @@ _HAYSTACKS = {  # task: haystack, key kind, value kind, keys, values, queries
   "niah_multivalue": ("essay", "words", "numbers", 1, 4, 1),
   "niah_multiquery": ("essay", "words", "numbers", 1, 1, 4),
 }
-TASKS = (*_HAYSTACKS, "vt", "cwe", "fwe", "qa_1", "qa_2")
+NEEDLES = tuple(_HAYSTACKS)  # tasks whose answers are told one by one
+TASKS = (*NEEDLES, "vt", "cwe", "fwe", "qa_1", "qa_2")
 ANSWER_TOKENS = {**dict.fromkeys(_HAYSTACKS, 128), "vt": 30, "cwe": 120,
                  "fwe": 50, "qa_1": 32, "qa_2": 32}
 

@@ -7,7 +7,7 @@ and in what is read; `evidence_only` asks for that alone and runs no base LM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import pathlib
 import shutil
@@ -20,7 +20,6 @@ from mcjax.evaluation.data import hidden_facts, ruler, scoring
 from mcjax.evaluation.data.ruler import Sample
 from mcjax.evaluation.report.intervals import of_mean
 from mcjax.evaluation.report.writer import (
-  HeatMap,
   Report,
   Table,
   cell,
@@ -28,10 +27,12 @@ from mcjax.evaluation.report.writer import (
   progress,
   watched,
 )
+from mcjax.evaluation.suites import needle_depths
+from mcjax.evaluation.suites.needle_depths import Hit
 from mcjax.evaluation.suites.side_by_side import Column, add_table
 from mcjax.evaluation.systems import make, system
 from mcjax.evaluation.systems.models import Models, ModelSettings
-from mcjax.evaluation.systems.system import Spans, System
+from mcjax.evaluation.systems.system import Look, Spans, System
 from mcjax.types import McjaxError
 
 PASSKEY = "passkey"
@@ -157,7 +158,7 @@ def _ask_all(asked: System, lm: BaseLM, s: Settings, task: str, length: int
     ids, evidence = encode(lm, sample)
     asked.ingest(ids)
     try:
-      row = _ask(asked, s, task, sample, evidence)
+      row = _ask(asked, s, task, sample, evidence, len(ids))
     finally:
       asked.close()
     out.append({"task": task, "depth": depth, "length": len(ids), **row})
@@ -205,8 +206,8 @@ def encode(lm: BaseLM, sample: Sample) -> tuple[np.ndarray, Spans]:
   return np.concatenate(parts).astype(np.int32), system.merged(spans)
 
 
-def _ask(asked: System, s: Settings, task: str, sample: Sample, evidence: Spans
-         ) -> dict:
+def _ask(asked: System, s: Settings, task: str, sample: Sample,
+         evidence: Spans, length: int) -> dict:
   row: dict = {}
   if s.evidence_only:
     seen = asked.look(sample.question, evidence=evidence)
@@ -215,20 +216,49 @@ def _ask(asked: System, s: Settings, task: str, sample: Sample, evidence: Spans
     out = asked.answer(sample.question, limit, evidence=evidence)
     seen = out.look
     row = {"text": out.text, "forwarded": out.forwarded,
-           "seconds": out.seconds, "score": score(task, out.text, sample)}
+           "seconds": out.seconds,
+           "score": score(task, out.text, sample.answers)}
+  row["view_tokens"] = system.size(seen.view)
+  row["read_tokens"] = system.size(seen.read)
+  places = []
+  for answers, spans in parts(task, sample, evidence):
+    place = {"depth": float(np.mean([a for a, _ in spans])) / length,
+             **_recalls(seen, spans)}
+    if "text" in row:
+      place["score"] = score(task, row["text"], answers)
+    places.append(place)
+  return {**row, **_recalls(seen, evidence), "places": places}
+
+
+def _recalls(seen: Look, evidence: Spans) -> dict[str, float]:
+  """The shares of the evidence's tokens in the window and in what is read."""
   whole = system.size(evidence)
-  for name, spans in (("view", seen.view), ("read", seen.read)):
-    row[f"{name}_tokens"] = system.size(spans)
-    if whole:
-      row[f"{name}_recall"] = system.shared(spans, evidence) / whole
-  return row
+  return {f"{name}_recall": system.shared(spans, evidence) / whole
+          for name, spans in (("view", seen.view), ("read", seen.read))
+          if whole}
 
 
-def score(task: str, text: str, sample: Sample) -> float:
+def parts(task: str, sample: Sample, evidence: Spans
+          ) -> list[tuple[Sequence[str], Spans]]:
+  """What is looked for, each with the tokens that tell it.
+
+  Every needle of RULER's tells a value of its own; the facts of a question
+  tell one together. Nothing where the places are not of such a kind.
+  """
+  if task in hidden_facts.TASKS:
+    return [(sample.answers, evidence)]
+  if task not in ruler.NEEDLES:
+    return []
+  told = sorted(zip(sample.evidence, sample.answers))
+  return [((answer,), (span,))
+          for (_, answer), span in zip(told, evidence, strict=True)]
+
+
+def score(task: str, text: str, answers: Sequence[str]) -> float:
   """The task's score of an answer, in [0, 1]."""
   if task in ruler.TASKS:
-    return ruler.score(task, text, sample.answers)
-  return float(scoring.holds(text, sample.answers))
+    return ruler.score(task, text, answers)
+  return float(scoring.holds(text, answers))
 
 
 def group(task: str) -> str:
@@ -256,13 +286,15 @@ def _report(report: Report, s: Settings, found) -> None:
     add_table(report, f"All tasks, {length:,} tokens ({tasks})",
               f"{length}/all", columns, systems, s.reference, group="task")
     _by_group(report, s, length, systems, main)
-  if PASSKEY in s.tasks:
-    _depths(report, s, found, main)
+  _depths(report, s, found, main)
   report.notes += [
     f"By kind of task and depth: {main.replace('_', ' ')}. RULER's scores are "
     "its string match; facts in books and pass keys: the answer's words stand "
     "in a row. Evidence: share of the tokens of the sentences that answer; "
     "where words are counted there is none.",
+    "By depth, 0 the beginning: every needle of RULER's for itself, by where "
+    "it happened to lie; of facts in books the mean depth of those that answer."
+    " Brackets there: over samples.",
     "Facts in books are BABILong-style: bAbI's test part in other books; qa1 "
     "is made of qa6's stories.",
     "Brackets: 95 % bootstrap over samples, in the first tables over tasks; "
@@ -291,29 +323,30 @@ def _by_group(report: Report, s: Settings, length: int, systems, main: str
 
 
 def _depths(report: Report, s: Settings, found, main: str) -> None:
-  rows = []
-  for length, systems in found.items():
-    for name, outcomes in systems.items():
-      cells = [report.add_found(
-        f"{length}/{PASSKEY}/{name}/depth {depth}/{main}",
-        of_mean([o[main] for o in outcomes
-                 if o["depth"] == depth and main in o]), counted="samples")
-        for depth in s.depths]
-      rows.append([f"{length:,}", name, *cells])
-  report.tables.append(Table(
-    "Pass key by depth",
-    ("tokens", "system", *(f"depth {d:g}" for d in s.depths)), rows))
-  for name in s.systems:
-    values = [[_share(systems.get(name, ()), depth, main) for depth in s.depths]
-              for systems in found.values()]
-    if any(v is not None for row in values for v in row):
-      report.heat_maps.append(HeatMap(
-        f"Pass key, {name}: {main.replace('_', ' ')}", "depth", "tokens",
-        [f"{d:g}" for d in s.depths], [f"{length:,}" for length in found],
-        values))
+  """Tables and heat maps of what is found, by where it lay."""
+  if PASSKEY in s.tasks:
+    needle_depths.add(
+      report, "Pass key", PASSKEY, {str(d): f"{d:g}" for d in s.depths},
+      _hits(found, main, lambda o: [(s.depths.index(o["depth"]), o)]
+            if o["task"] == PASSKEY else []), main)
+  kinds = {"Needles": [t for t in s.tasks if t in ruler.NEEDLES],
+           "Facts in books": [t for t in s.tasks if t in hidden_facts.TASKS]}
+  for title, tasks in kinds.items():
+    if tasks:
+      needle_depths.add(
+        report, title, title.lower(), needle_depths.QUARTERS,
+        _hits(found, main, lambda o, tasks=tasks: [
+          (needle_depths.quarter(p["depth"]), p) for p in o.get("places", ())]
+          if o["task"] in tasks else []), main, title.lower())
 
 
-def _share(outcomes, depth: float, main: str) -> float | None:
-  found = of_mean([o[main] for o in outcomes
-                   if o["depth"] == depth and main in o])
-  return None if found is None else found.value
+def _hits(found, main: str, places: Callable[[dict], Iterable[tuple[int, dict]]]
+          ) -> dict[int, dict[str, list[Hit]]]:
+  """{length: {system: needles}}; `places` are an outcome's columns and rows."""
+  return {
+    length: {
+      name: [Hit(column, row[main], number)
+             for number, outcome in enumerate(outcomes)
+             for column, row in places(outcome) if main in row]
+      for name, outcomes in systems.items()}
+    for length, systems in found.items()}

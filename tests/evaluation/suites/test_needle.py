@@ -5,7 +5,9 @@ import pytest
 
 from mcjax.evaluation.data import hidden_facts, ruler
 from mcjax.evaluation.data.ruler import Sample
-from mcjax.evaluation.suites import needle
+from mcjax.evaluation.report.writer import Report
+from mcjax.evaluation.suites import needle, needle_depths
+from mcjax.evaluation.suites.needle_depths import Hit
 from mcjax.evaluation.systems.models import Models
 from mcjax.gist.encoder import load_gistnet
 from mcjax.testing import tiny_base
@@ -47,6 +49,13 @@ def test_every_task_is_scored_and_its_evidence_found(models, tmp_path):
   for task in SETTINGS.tasks:
     assert f"2400/{task}/bm25/score" in figures
   assert figures["2400/passkey/bm25/depth 1.0/score/n"] == 1
+  for kind in ("needles", "facts in books"):
+    counts = [figures.get(f"2400/{kind}/bm25/depth {d}/score/n", 0)
+              for d in needle_depths.QUARTERS]
+    assert sum(counts) == 1, "a needle lies in one quarter"
+  assert [m.title for m in report.heat_maps if "bm25" in m.title] == [
+    "Pass key, bm25: score", "Needles, bm25: score",
+    "Facts in books, bm25: score"]
   assert not (tmp_path / "trees").exists()
   text = (tmp_path / "results.md").read_text()
   assert "Pass key by depth" in text and "facts in books" in text
@@ -70,6 +79,34 @@ def test_evidence_spans_of_tokens_are_exact(models):
   text = [models.lm.tokenizer.decode(ids[a:b].tolist()) for a, b in spans]
   assert text == sample.told() == ["FACT one.", "FACT two."]
   assert models.lm.tokenizer.decode(ids.tolist()) == sample.context
+
+
+def test_every_needle_has_its_own_place_and_answer(models):
+  sample = ruler.needles(
+    ruler.Draws(), 50, "repeat", "words", "numbers", 1, 1, 4)
+  ids, spans = needle.encode(models.lm, sample)
+  found = needle.parts("niah_multiquery", sample, spans)
+  assert len(found) == 4
+  for (answer,), ((start, stop),) in found:
+    assert answer in models.lm.tokenizer.decode(ids[start:stop].tolist())
+  assert needle.parts("qa2", sample, spans) == [(sample.answers, spans)]
+  assert not needle.parts("vt", sample, spans)
+  assert [needle_depths.quarter(d) for d in (0, 0.24, 0.25, 0.99, 1)] == [
+    0, 0, 1, 3, 3]
+
+
+def test_a_map_tells_what_was_found_where():
+  out = Report("needle", {})
+  hits = {4096: {"a": [Hit(0, 1.0, 0), Hit(0, 0.0, 0), Hit(3, 1.0, 1)],
+                 "b": []},
+          8192: {"a": [Hit(1, 0.0, 0)]}}
+  needle_depths.add(
+    out, "Needles", "needles", needle_depths.QUARTERS, hits, "score")
+  (shown,) = out.heat_maps
+  assert shown.rows == ["4,096", "8,192"]
+  assert shown.values == [[0.5, None, None, 1.0], [None, 0.0, None, None]]
+  assert out.figures["4096/needles/a/depth 0-0.25/score/n"].value == 2
+  assert out.tables[0].rows[1] == ["4,096", "b", None, None, None, None]
 
 
 def test_the_same_seed_gives_the_same_samples(models):
