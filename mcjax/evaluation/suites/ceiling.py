@@ -81,9 +81,13 @@ class Settings(TextSettings):
     Reading and sampling, then forward and backward of every step; a backward
     pass through frozen weights counts as one forward pass.
     """
-    far = self.setting.far
+    return self.forwarded(steps) / self.setting.far
+
+  def forwarded(self, steps: int) -> int:
+    """Tokens and gists that the base runs on for `steps`, as in `passes`."""
     fitted = 2 * steps * (self.batch * self.continued + self.blocks)
-    return (far + self.continuations * self.continued + fitted) / far
+    sampled = self.continuations * self.continued
+    return self.setting.far + sampled + fitted
 
 
 def run(settings: Settings, folder) -> Report:
@@ -184,16 +188,18 @@ def _report(result: Report, s: Settings, variants, kl, kinds) -> None:
       for h, summary in found.items()]
     number = (0, *s.steps).index(steps)
     if "shuffled" in name:
-      rows.append((name, None, None, *cells))
+      rows.append((name, None, None, None, *cells))
       continue
     cost = s.passes(steps) if steps else 0.0
     result.add(f"kl/{name}", kl[number], "nats per token")
+    forwarded = s.forwarded(steps) if steps else 0
     result.add(f"passes/{name}", cost)
-    rows.append((name, cost, kl[number], *cells))
+    result.add(f"forwarded/{name}", forwarded, "tokens")
+    rows.append((name, cost, forwarded, kl[number], *cells))
   documents = found[s.horizons[0]]["documents"]
   result.tables.append(Table(
     f"Recovered by {s.blocks} gists ({documents} documents)",
-    ("gists", "passes of the base", "KL on samples",
+    ("gists", "passes of the base", "tokens forwarded", "KL on samples",
      *(f"H={h}" for h in s.horizons)), rows))
   last = f"{max(s.steps)} steps"
   rows = []

@@ -89,6 +89,9 @@ def run(settings: Settings, folder) -> Report:
     out.add(f"refresh {label}: edits per refocus", saved["edits"], "edits")
     out.add(f"refresh {label}: expands per refocus", saved["expands"],
             "expands")
+    if "forwarded" in saved:
+      out.add(f"refresh {label}: tokens forwarded", saved["forwarded"],
+              "tokens")
   out.tables.append(Table(
     f"NLL of splice minus exact, {settings.horizon} tokens, "
     f"W={settings.window}",
@@ -96,6 +99,9 @@ def run(settings: Settings, folder) -> Report:
      "mean size", "exact NLL"), rows,
   ))
   _profile(out, settings, cells)
+  out.notes.append(
+    "The figures “tokens forwarded” count all that the base ran on, exact "
+    "rebuilds too.")
   out.notes.append(
     f"Edits per refocus: {cells[settings.refresh[0]]['edits']:.2f}; gists "
     f"are {'visible' if cells[settings.refresh[0]]['visible'] else 'masked'}."
@@ -166,6 +172,7 @@ def _measure(settings: Settings, models: Models, folder, every: int) -> dict:
   tree.close()
   return {"drift": drift, "exact": exact, "profile": profile,
           "visible": loop.context.show_gists,
+          "forwarded": loop.context.tokens_run,
           "edits": counters["edits"] / steps,
           "expands": counters["expands"] / steps}
 

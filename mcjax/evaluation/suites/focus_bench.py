@@ -7,7 +7,7 @@ goes on where it stopped. Ingested histories are kept there too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -295,6 +295,21 @@ def add_mean(report: Report, name: str, values, unit: str,
   array = np.asarray(values, np.float64)
   return add_interval(report, name, lambda rows: float(array[rows].mean()),
                       len(array), unit, digits)
+
+
+def add_forwarded(report: Report, prefix: str, cells: Sequence[Mapping],
+                  ) -> float | None:
+  """Adds PREFIX/tokens forwarded, the mean of cells that counted them.
+
+  Returns:
+    The mean; None where a cell was kept by a version that did not count.
+  """
+  counts = [c["forwarded"] for c in cells if "forwarded" in c]
+  if len(counts) < len(cells):
+    return None
+  mean = float(np.mean(counts))
+  report.add(f"{prefix}/tokens forwarded", mean, "tokens")
+  return mean
 
 
 def add_interval(report: Report, name: str, statistic, documents: int,

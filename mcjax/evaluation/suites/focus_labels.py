@@ -19,6 +19,7 @@ from mcjax.config import Config
 from mcjax.evaluation.report.writer import Report, Table
 from mcjax.evaluation.suites.focus_bench import (
   Bench,
+  add_forwarded,
   add_interval,
   add_mean,
   digest,
@@ -54,8 +55,9 @@ def measure(bench: Bench, report: Report) -> None:
     documents.append(bench.kept(
       f"labels-{number}", key,
       lambda ids=ids: _document(bench, bench.timeline(ids), names),
-    )["windows"])
-  _report(bench, report, documents, names)
+    ))
+  add_forwarded(report, "labels", documents)
+  _report(bench, report, [d["windows"] for d in documents], names)
 
 
 def _document(bench: Bench, ids: np.ndarray, names: list[str]) -> dict:
@@ -80,7 +82,8 @@ def _document(bench: Bench, ids: np.ndarray, names: list[str]) -> dict:
       if (step + 1) % s.spacing == 0:
         out.append(_window(loop, config, measured, ahead, s.candidates, rng))
       loop.refocus(need=BRANCHING, continuation=ids[at:])
-  return {"windows": out}
+    forwarded = loop.context.tokens_run
+  return {"windows": out, "forwarded": forwarded}
 
 
 def _window(loop: FocusLoop, config: Config, measured: dict[str, Policy],
@@ -257,5 +260,7 @@ def _report(bench: Bench, report: Report, documents, names: list[str]) -> None:
     "affordable edits in hindsight among those tried − gain of those the "
     "allocator chooses from the scores. Where gists are masked, edits among "
     "gists gain nothing. The oracle knows the next 32 tokens and tries its own "
-    "candidates only. Brackets: 95 % bootstrap over documents."
+    "candidates only. The figure “tokens forwarded”: tokens that the base ran "
+    "on for a document, all edits tried. Brackets: 95 % bootstrap over "
+    "documents."
   )

@@ -25,7 +25,7 @@ CHUNK = 64  # tokens of a retriever's chunk
 KEY_FLOPS = 128  # per node: a dot product with a key of 64 dimensions
 _COLUMNS = ("policy", "hit@budget", "answered", "of those answered in front",
             "nodes / step", "bytes read / step", "edits / step",
-            "search ÷ decode step, FLOPs")
+            "search ÷ decode step, FLOPs", "tokens forwarded")
 
 _PAIRED = _COLUMNS[1:3]  # compared with the first policy, fact by fact
 
@@ -79,7 +79,8 @@ def measure(bench: Bench, report: Report,
     f"window, the sink apart, in chunks of {CHUNK}. The oracle is told where "
     "the fact is. Search cost: nodes per step times FLOPs per node "
     f"({KEY_FLOPS} unless the policy says), over the FLOPs of one decoded "
-    "token; a step comes every 32 tokens."
+    "token; a step comes every 32 tokens. forwarded: tokens that the base ran "
+    "on for a question."
   )
 
 
@@ -119,22 +120,22 @@ def _story(bench: Bench, length: int, count: int, number: int,
     )
   if s.answers:
     out["in front"] = bench.kept(
-      f"{story.name}-front", key, lambda: {
-        "answered": [_ask_with(bench, n.fact, n) for n in needs]
-      },
+      f"{story.name}-front", key, lambda: _answers(
+        [_ask_with(bench, n.fact, n) for n in needs])
     )
   return out
 
 
 def _ask_all(bench: Bench, story: Story, policy) -> dict:
   s, asked = bench.settings, list(zip(story.needs, story.places))
-  hits, answers, raw = [], [], []
+  hits, answers, raw, forwarded = [], [], [], []
   limit = s.answer_tokens if s.answers else 1
   with bench.opened(bench.tree(story.timeline), policy) as mc:
     mc._loop.warm_up()
     for need, place in asked * (s.rounds if s.in_a_row else 1):
       if isinstance(policy, KnownPlaces):
         policy.places = (place,)
+      before = mc._loop.context.tokens_run
       if s.in_a_row:  # joins the history in memory alone
         out = mc._generate(need.question, limit)
       else:
@@ -144,11 +145,12 @@ def _ask_all(bench: Bench, story: Story, policy) -> dict:
       tokens = sum(e.level == 0 and e.start < len(story.timeline)
                    for e in out.focus)
       raw.append(tokens - mc.config.sink_tokens)
+      forwarded.append(mc._loop.context.tokens_run - before)
     counters = dict(mc.telemetry.counters)
   steps = max(1, counters.get("refocus_steps", 0))
   last = slice(-len(asked), None)
   return {
-    "hit": hits[last], "raw": raw[last],
+    "hit": hits[last], "raw": raw[last], "forwarded": forwarded[last],
     **({"answered": answers[last]} if s.answers else {}),
     "nodes": counters.get("nodes_touched", 0) / steps,
     "bytes": counters.get("bytes_read", 0) / steps,
@@ -164,35 +166,41 @@ def _retrieve(bench: Bench, story: Story, retriever: Retriever,
   chunks = [ids[a : a + CHUNK] for a in range(0, len(ids), CHUNK)]
   texts = [bench.lm.tokenizer.decode(c.tolist()) for c in chunks]
   scores = retriever(texts, [n.question for n in story.needs])
-  out: dict = {"hit": []}
+  hits, asked = [], []
   for need, (start, stop), row, budget in zip(
     story.needs, story.places, scores, budgets
   ):
     count = max(1, budget // CHUNK)
     best = np.sort(np.argsort(-row, kind="stable")[:count]).tolist()
     needed = range(start // CHUNK, (stop - 1) // CHUNK + 1)
-    out["hit"].append(set(needed) <= set(best))
+    hits.append(set(needed) <= set(best))
     if bench.settings.answers:
       context = "\n".join(texts[i] for i in best)
-      out.setdefault("answered", []).append(_ask_with(bench, context, need))
-  return out
+      asked.append(_ask_with(bench, context, need))
+  return {"hit": hits, **(_answers(asked) if asked else {})}
 
 
-def _ask_with(bench: Bench, context: str, need: planted.Need) -> bool:
-  """Whether the base answers with just `context` before the question."""
+def _answers(asked: list[tuple[bool, int]]) -> dict[str, list]:
+  """What `_ask_with` returned, question by question, as an arm's outcome."""
+  return {"answered": [a for a, _ in asked], "forwarded": [n for _, n in asked]}
+
+
+def _ask_with(bench: Bench, context: str, need: planted.Need
+              ) -> tuple[bool, int]:
+  """Whether the base answers with just `context` before, and tokens run."""
   url = f"memory://{uuid.uuid4()}/tree"
   with MegaContext.create(url, bench.lm, bench.config("recency"),
                           bench.encoder) as mc:
     mc.ingest(context + "\n")
     out = mc.generate(need.question, bench.settings.answer_tokens)
-    return _holds(out.text, need.answer)
+    return _holds(out.text, need.answer), mc._loop.context.tokens_run
 
 
 def _holds(text: str, answer: str) -> bool:
   return answer.lower() in text.lower()
 
 
-def _joined(cells: list[dict[str, dict]], arm: str, what: str) -> list[bool]:
+def _joined(cells: list[dict[str, dict]], arm: str, what: str) -> list:
   return [x for cell in cells for x in cell.get(arm, {}).get(what, [])]
 
 
@@ -221,7 +229,9 @@ def _table(bench: Bench, report: Report, length: int,
     for column, value in cost.items():
       unit = "share" if column == _COLUMNS[7] else "1"
       report.add(f"{prefix}/{column}", value, unit)
-    rows.append([arm, *shares, *map(cost.get, _COLUMNS[4:]), *paired])
+    rows.append([arm, *shares, *map(cost.get, _COLUMNS[4:8]), report.add_found(
+      f"{prefix}/{_COLUMNS[8]}", of_mean(_joined(cells, arm, "forwarded")),
+      "tokens", 0), *paired])
     out[arm] = cost | {c: found.value for c, found in means.items() if found}
   raw = _joined(cells, bench.settings.policies[0], "raw")
   report.add(f"planted/{length}/facts", len(raw), "questions")

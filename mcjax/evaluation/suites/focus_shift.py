@@ -13,6 +13,7 @@ import numpy as np
 from mcjax.evaluation.report.writer import Chart, Report, Table
 from mcjax.evaluation.suites.focus_bench import (
   Bench,
+  add_forwarded,
   add_mean,
   digest,
   history_of,
@@ -117,7 +118,9 @@ def _follow(bench: Bench, passage: Passage, policy: Policy) -> dict:
         **_counts(loop, passage, mc.config.sink_tokens),
         "edits": mc.telemetry.counters["edits"] - edits,
       })
+    forwarded = loop.context.tokens_run
   return {
+    "forwarded": forwarded,
     "steps": steps, "shift": (passage.shift - passage.start) // BRANCHING,
     "back": (passage.back - passage.start) // BRANCHING,
   }
@@ -189,19 +192,20 @@ def _report(bench: Bench, report: Report, series) -> None:
         report, f"shift/{name}/{column}", [f[column] for f in found], unit,
         0 if unit == "tokens" else 2,
       ))
-    rows.append(row)
+    rows.append([*row, add_forwarded(report, f"shift/{name}", cells)])
   report.tables.append(Table(
     f"Topic shift and return, {len(next(iter(series.values())))} pairs of "
     "documents",
     ("policy", *(c if c.startswith("edits") else f"tokens {c}"
                  if "topic" not in c and c.startswith("of ")
-                 else f"share {c}" for c in columns)), rows,
+                 else f"share {c}" for c in columns), "tokens forwarded"), rows,
   ))
   report.notes.append(
     "shift: share = raw tokens of the topic at hand among all raw tokens, the "
     f"sink and the newest {RECENT} apart, which are raw in any case; tokens = "
     f"change of A's and B's earlier raw tokens within {WITHIN} refocus steps. "
-    "The oracle is told the topic. Brackets: 95 % bootstrap over pairs."
+    "The oracle is told the topic. Forwarded: tokens that the base ran on. "
+    "Brackets: 95 % bootstrap over pairs."
   )
   for start, topic, title in (
     ("shift", "second", "After the topic shift"),

@@ -13,6 +13,7 @@ import numpy as np
 from mcjax.evaluation.report.writer import Report, Table
 from mcjax.evaluation.suites.focus_bench import (
   Bench,
+  add_forwarded,
   add_mean,
   digest,
   identity,
@@ -51,7 +52,7 @@ def _score(bench: Bench, timeline: np.ndarray, policy: Policy | None) -> dict:
   """Mean NLL of the scored tokens; without a policy, of a sliding window."""
   s = bench.settings
   if policy is None:
-    nll = sliding_window_nll(
+    nll, forwarded = sliding_window_nll(
       bench.lm, bench.config("recency"), timeline, s.document_history
     )
     used = 1.0
@@ -61,12 +62,15 @@ def _score(bench: Bench, timeline: np.ndarray, policy: Policy | None) -> dict:
       loop = mc._loop
       loop.warm_up()
       loop.cold_start()
+      before = loop.context.tokens_run
       nll = loop.score(timeline[s.document_history :])
+      forwarded = loop.context.tokens_run - before
       steps = [r["utilisation"] for r in mc.telemetry.records
                if r["kind"] == "refocus"]
       used = float(np.mean(steps[len(steps) // 2 :]))
   counted = nll[s.lead :]
-  return {"nll": float(counted.mean()), "tokens": len(counted), "used": used}
+  return {"nll": float(counted.mean()), "tokens": len(counted), "used": used,
+          "forwarded": forwarded}
 
 
 def _report(bench: Bench, report: Report, found, count: int) -> None:
@@ -87,15 +91,17 @@ def _report(bench: Bench, report: Report, found, count: int) -> None:
         report, f"text/{name}/minus sliding window",
         losses[name] - losses[_SLIDING], "nats per token", 4,
       )
-    rows.append([name, float(losses[name].mean()), difference, used])
+    cost = add_forwarded(report, f"text/{name}", cells)
+    rows.append([name, float(losses[name].mean()), difference, used, cost])
   report.tables.append(Table(
     f"Natural text, {count} documents, {s.scored} tokens each behind "
     f"{s.document_history + s.lead:,}, window {s.window} for every arm",
-    ("arm", "NLL, nats a token", "minus sliding window", "window in use"),
-    rows,
+    ("arm", "NLL, nats a token", "minus sliding window", "window in use",
+     "tokens forwarded"), rows,
   ))
   report.notes.append(
     "text: below zero, the loop predicts better than the newest tokens and the "
-    "sink in as many slots. Brackets: 95 % bootstrap over documents of the "
+    "sink in as many slots. forwarded: tokens that the base ran on for a "
+    "document. Brackets: 95 % bootstrap over documents of the "
     "paired difference."
   )

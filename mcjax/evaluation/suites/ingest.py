@@ -59,11 +59,11 @@ def run(settings: Settings, folder) -> Report:
   theirs = texts.text(lm.tokenizer, settings.rag_tokens, settings.text)
   known = len(lm.tokenizer.encode(theirs))
   embedders = {b: rag.Embedder(batch=b) for b in settings.batches}
-  tree_seconds, phases = [], {}
+  tree_seconds, phases, forwarded = [], {}, 0
   index_seconds = {b: [] for b in embedders}
   for repeat in range(-1, settings.repeats):  # the first one compiles
     progress(f"ingest: repeat {repeat + 1} of {settings.repeats}")
-    seconds, phases = _ingest(
+    seconds, phases, forwarded = _ingest(
       models, Config(window=settings.window), folder / "tree", ours
     )
     for batch, embedder in embedders.items():
@@ -84,6 +84,7 @@ def run(settings: Settings, folder) -> Report:
   bert = _bert_flops(embedders[best])
   out.add("GistNet: FLOPs per token", flops, "FLOP")
   out.add(f"{rag.MODEL}: FLOPs per word piece", bert, "FLOP")
+  out.add("tree: tokens forwarded", forwarded, "tokens")
   for name, share in phases.items():
     out.add(f"tree: share of {name}", share, "ratio")
   out.tables.append(Table(
@@ -92,13 +93,14 @@ def run(settings: Settings, folder) -> Report:
     [["MegaContext tree on disk", rate, flops / 1e6, ratio],
      [f"RAG index, {rag.MODEL}, batch {best}", rag_rate, bert / 1e6, 1.0]],
   ))
+  out.notes.append(f"The tree took {forwarded:,} token-forwards of the base.")
   out.write(folder)
   return out
 
 
 def _ingest(models: Models, config: Config, place, text: str
-            ) -> tuple[float, dict[str, float]]:
-  """Seconds per token into a fresh tree, and the shares of its parts."""
+            ) -> tuple[float, dict[str, float], int]:
+  """Seconds per token into a fresh tree, its parts' shares, tokens run."""
   if place.exists():
     shutil.rmtree(place)
   with models.create(str(place), config) as mc:
@@ -106,13 +108,14 @@ def _ingest(models: Models, config: Config, place, text: str
     stats = mc.ingest(text)
     seconds = time.perf_counter() - begin
     gist = mc.telemetry.seconds["gist"]
+    forwarded = mc._loop.context.tokens_run
   shutil.rmtree(place)
   begin = time.perf_counter()
   models.lm.tokenizer.encode(text)
   tokenise = time.perf_counter() - begin
   shares = {"tokenising": tokenise / seconds,
             "gists, keys and storage": gist / seconds}
-  return seconds / stats.tokens, shares
+  return seconds / stats.tokens, shares, forwarded
 
 
 def _bert_flops(embedder: rag.Embedder) -> int:

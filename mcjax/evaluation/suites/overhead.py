@@ -257,6 +257,7 @@ def _count(out: Report, settings, lm, facts, times) -> None:
     rows.append([name, flops / 1e6, extra, moved / 1e6, flops * rate / 1e9,
                  100 * flops * rate / flops_peak, moved * rate / 1e9,
                  100 * moved * rate / bytes_peak])
+    out.add(f"{name}: tokens forwarded per token", 1 + extra, "tokens")
     out.add(f"{name}: FLOPs per token", flops, "FLOP")
     out.add(f"{name}: bytes per token", moved, "bytes")
   out.add("device: matrix product", flops_peak, "FLOP/s")

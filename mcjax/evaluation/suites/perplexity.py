@@ -192,7 +192,8 @@ def _report_frontier(report: Report, s: Settings, rows: Sequence[dict],
   for window in s.windows:
     raw = means[f"{window}/raw/0"]
     table.append([window, "raw only", window - static_window.SINK, 0,
-                  _mean(report, f"frontier/{window}/raw", raw), None, None])
+                  _mean(report, f"frontier/{window}/raw", raw), None, None,
+                  _forwarded(report, s, window, "raw", 0)])
     for count in s.gists:
       for arm in ("masked", "visible", "fitted", "shuffled"):
         mine = means.get(f"{window}/{arm}/{count}")
@@ -209,11 +210,12 @@ def _report_frontier(report: Report, s: Settings, rows: Sequence[dict],
           _mean(report, name, mine),
           _difference(report, f"{name}/minus/raw", mine, raw),
           None if arm == "masked" else _difference(
-            report, f"{name}/minus/masked", mine, hidden)])
+            report, f"{name}/minus/masked", mine, hidden),
+          _forwarded(report, s, window, arm, count)])
   report.tables.append(Table(
     f"The frontier: NLL of {s.scored} tokens behind windows of equal slots",
     ("slots", "window", "raw tokens", "gists", "NLL, nats a token",
-     "− raw only", "− the same, gists hidden"), table))
+     "− raw only", "− the same, gists hidden", "tokens forwarded"), table))
   report.add("frontier/windows at which a visible gist pays",
              ", ".join(f"{w} slots with {c}" for w, c in pays) or "none")
   _by_position(report, s, rows)
@@ -223,8 +225,10 @@ def _report_frontier(report: Report, s: Settings, rows: Sequence[dict],
     "hidden (masked): the gists take their slots and are not attended to. "
     f"fitted: {s.steps} steps of Adam so that the base reads the raw tokens as "
     "it does behind the text that the gists stand for. shuffled: the gists in "
-    "another order, at the largest number alone. A visible gist pays for its "
-    "slot where − raw only lies below zero with its interval: "
+    "another order, at the largest number alone. forwarded: tokens and gists "
+    "that the base runs on for a document, a fit's passes back as well. A "
+    "visible gist pays for its slot where − raw only lies below zero with "
+    "its interval: "
     + (", ".join(f"{w} slots with {c} gists" for w, c in pays) or "nowhere")
     + ".")
   lines: dict[str, tuple[list, list]] = {}
@@ -239,6 +243,16 @@ def _report_frontier(report: Report, s: Settings, rows: Sequence[dict],
   report.charts.append(Chart(
     "What a slot is worth", "slots of the window", "nats a token", lines,
     log_x=True))
+
+
+def _forwarded(report: Report, s: Settings, window: int, arm: str, count: int
+               ) -> int:
+  """Adds the figure of what the base runs on for a document; see the note."""
+  steps = s.steps if arm == "fitted" else 0
+  found = static_window.forwarded(window, count, s.scored, steps)
+  name = f"{arm}/{count}" if count else arm
+  report.add(f"frontier/{window}/{name}/forwarded", found, "tokens")
+  return found
 
 
 def _edges(s: Settings) -> list[tuple[int, int]]:

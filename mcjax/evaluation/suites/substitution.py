@@ -101,7 +101,8 @@ def evaluate(lm: BaseLM, encoder: gistnet.GistEncoder, settings: Settings,
     progress(f"measuring {name}")
     excerpts = recovery.pick_excerpts(stores, setting.length, documents, s.seed)
     bench = recovery.Bench(lm, excerpts, setting, cache=cache)
-    _compare(result, name, bench.measure(encoder), excerpts.kinds, s.horizons)
+    _compare(result, name, bench.measure(encoder), excerpts.kinds, s.horizons,
+             setting)
   unrelated = recovery.Setting(
     blocks=s.unrelated_gists, near=s.near, sink=True, horizon=max(s.horizons))
   if recovery.holds(stores, unrelated.length):
@@ -114,7 +115,8 @@ def evaluate(lm: BaseLM, encoder: gistnet.GistEncoder, settings: Settings,
     "recovered = (drop − variant) / (drop − full) of mean losses: 1 is full "
     "context, 0 is none. Brackets: 95 % bootstrap over documents. mean, last: "
     "the mean of a span's embeddings, its last token; shuffled: the gists of "
-    "another document.",
+    "another document. forwarded: tokens and gists that the base runs on for "
+    "an excerpt.",
     "L1: a vector for 32 tokens, "
     f"{s.blocks} of them. L2: one vector for 1,024 tokens. Text directly "
     "after the gists is scored, or after that many recent raw tokens."]
@@ -147,7 +149,8 @@ def _cost(result: Report, lm: BaseLM, encoder: gistnet.GistEncoder) -> None:
         count, "", "") for name, count in layers.items())]))
 
 
-def _compare(result: Report, name: str, losses, kinds, horizons) -> None:
+def _compare(result: Report, name: str, losses, kinds, horizons,
+             setting: recovery.Setting) -> None:
   """Adds a setting's figures and tables: every variant, every kind."""
   summaries = {h: recovery.summarise(recovery.over_horizon(losses, h), kinds)
                for h in horizons}
@@ -155,7 +158,7 @@ def _compare(result: Report, name: str, losses, kinds, horizons) -> None:
   rows, by_kind = [], []
   for variant in recovery.VARIANTS:
     if variant not in losses:
-      rows.append((variant, *[_ALONE] * len(horizons)))
+      rows.append((variant, *[_ALONE] * len(horizons), None))
       continue
     cells = []
     for h, summary in summaries.items():
@@ -167,15 +170,17 @@ def _compare(result: Report, name: str, losses, kinds, horizons) -> None:
         text += "; " + result.add_interval(
           f"{name}/H={h}/recovered/{variant}", **found)
       cells.append(text)
-    rows.append((variant, *cells))
+    forwarded = setting.forwarded(variant)
+    result.add(f"{name}/forwarded/{variant}", forwarded, "tokens")
+    rows.append((variant, *cells, forwarded))
   deltas = []
   for h, summary in summaries.items():
     deltas.append(result.add_interval(
       f"{name}/H={h}/delta_nll", **summary["delta"], unit="nats per token"))
-  rows.append(("ΔNLL, gist − full", *deltas))
+  rows.append(("ΔNLL, gist − full", *deltas, None))
   result.tables.append(Table(
     f"{name}: nats per token; recovered ({count} documents)",
-    ("variant", *(f"H={h}" for h in horizons)), rows))
+    ("variant", *(f"H={h}" for h in horizons), "tokens forwarded"), rows))
   for kind in sorted(set(kinds)):
     by_kind.append((kind, kinds.count(kind), *(
       result.add_interval(f"{name}/H={h}/recovered/gist/{kind}",

@@ -78,7 +78,7 @@ class Contestants:
   """Every way to the first token; each call returns seconds.
 
   Attributes:
-    tokens_run: token-forwards that a length and a question took.
+    forwarded: tokens that the base ran on in the last call.
   """
 
   def __init__(self, settings: Settings, models: Models,
@@ -90,7 +90,7 @@ class Contestants:
     self._embedder = rag.Embedder()
     self._peers: dict[str, Any] = {}
     self._indices: dict[int, rag.Index] = {}
-    self.tokens_run: dict[tuple[int, str], int] = {}
+    self.forwarded = 0
     longest = max(settings.lengths)
     ids = texts.tokens(lm.tokenizer, longest, settings.text)
     self._texts = {
@@ -127,6 +127,7 @@ class Contestants:
     return np.concatenate([ids[: n - len(self._prompt)], self._prompt])
 
   def _first_token(self, ids: np.ndarray) -> None:
+    self.forwarded = len(ids)
     chunk = baselines.CHUNK
     size = -(-len(ids) // chunk) * chunk
     dtype = self.lm.params["embed"].dtype
@@ -146,7 +147,9 @@ class Contestants:
       self._peers[name] = self._load_peer(name)
       self._peers[name].prefill(self._ids(n)[:64])
     begin = time.perf_counter()
-    self._peers[name].prefill(self._ids(n))
+    ids = self._ids(n)
+    self._peers[name].prefill(ids)
+    self.forwarded = len(ids)
     return time.perf_counter() - begin
 
   def _load_peer(self, name: str):
@@ -193,6 +196,7 @@ class Contestants:
     mc = self._models.create(str(place), self._config)
     mc.ingest(self._texts[n])
     seconds = _answer(mc) - begin
+    self.forwarded = mc.telemetry.counters["lm_tokens"]
     mc.close()
     shutil.rmtree(place)
     return seconds
@@ -213,7 +217,7 @@ class Contestants:
     begin = time.perf_counter()
     mc = self._models.open(str(place), self._config)
     seconds = _answer(mc, question) - begin
-    self.tokens_run[n, question] = mc.telemetry.counters["lm_tokens"]
+    self.forwarded = mc.telemetry.counters["lm_tokens"]
     mc.close()
     shutil.rmtree(place)
     return seconds
@@ -245,6 +249,8 @@ def run(settings: Settings, folder) -> Report:
     out.notes += found["notes"]
   times = {n: found["times"] for n, found in cells.items()}
   _tabulate(out, settings, times)
+  _add_forwarded(out, {n: found.get("forwarded", {})
+                       for n, found in cells.items()})
   out.charts.append(report.Chart(
     f"Time to the first token, W={settings.window}", "tokens of the document",
     "seconds", _series(times), log_x=True, log_y=True))
@@ -256,7 +262,7 @@ def _measure(settings: Settings, field: Contestants, n: int) -> dict:
   """Seconds of every contestant and repeat, at one length."""
   arms = field.arms(n)
   times: dict[str, list[float]] = {name: [] for name in arms}
-  notes = []
+  notes, forwarded = [], {}
   for repeat in range(-1, settings.repeats):  # the first one compiles
     for name, arm in list(arms.items()):
       slow = name in (_TORCH, _LLAMA)
@@ -269,12 +275,10 @@ def _measure(settings: Settings, field: Contestants, n: int) -> dict:
         del arms[name], times[name]
         continue
       progress(f"ttft {n:,}: {name} {seconds:.2f} s")
+      forwarded[name] = field.forwarded
       if repeat >= 0:
         times[name].append(seconds)
-  for question in (_QUESTION, _ANSWERED):
-    notes.append(f"N={n:,}: {field.tokens_run[n, question]} token-forwards "
-                 f"for “{question}”")
-  return {"times": times, "notes": notes}
+  return {"times": times, "notes": notes, "forwarded": forwarded}
 
 
 def _tabulate(out: Report, settings: Settings, times) -> None:
@@ -309,6 +313,21 @@ def _tabulate(out: Report, settings: Settings, times) -> None:
     "Ratios", ("what", "ratio"),
     [[k, v.value] for k, v in out.figures.items() if v.unit == "ratio"],
   ))
+
+
+def _add_forwarded(out: Report, counts: dict[int, dict[str, int]]) -> None:
+  """Adds what every contestant's base ran on until the first token."""
+  names = list(dict.fromkeys(name for arms in counts.values() for name in arms))
+  for n, arms in counts.items():
+    for name, count in arms.items():
+      out.add(f"{name}: tokens forwarded at {n}", count, "tokens")
+  out.tables.append(Table(
+    "Tokens that the base runs on until the first token",
+    ("contestant", *(f"N={n:,}" for n in counts)),
+    [[name, *(arms.get(name) for arms in counts.values())] for name in names]))
+  out.notes.append(
+    f"All are asked “{_QUESTION}”, MegaContext also “{_ANSWERED}”, which the "
+    "standard library answers.")
 
 
 def _series(times) -> dict[str, tuple[list, list]]:

@@ -61,23 +61,33 @@ def run(settings: Settings, folder) -> Report:
   result.add("gistnet", encoder.fingerprint)
   result.add("trained", str(encoder.trained))
   losses: dict[str, list[float]] = {"masked": [], "visible": []}
+  forwarded: dict[str, list[int]] = {arm: [] for arm in losses}
   for number, ids in enumerate(excerpts.ids):
     progress(f"document {number + 1} of {len(excerpts.ids)}")
     for arm, found in losses.items():
-      found.append(_score(models, s, arm, ids))
+      loss, count = _score(models, s, arm, ids)
+      found.append(loss)
+      forwarded[arm].append(count)
   _report(result, {k: np.array(v) for k, v in losses.items()}, excerpts.kinds)
+  for arm, counts in forwarded.items():
+    result.add(f"{arm}/tokens forwarded", float(np.mean(counts)), "tokens")
+  result.tables.append(Table(
+    "Tokens that the base runs on for a document", ("arm", "tokens forwarded"),
+    [[arm, float(np.mean(counts))] for arm, counts in forwarded.items()]))
   result.write(pathlib.Path(folder))
   return result
 
 
-def _score(models: Models, s: Settings, arm: str, ids) -> float:
-  """Mean loss of the end of `ids` [history + scored], nats per token."""
+def _score(models: Models, s: Settings, arm: str, ids) -> tuple[float, int]:
+  """Mean loss of the end of `ids` [history + scored] in nats; tokens run."""
   config = Config(window=s.window, policy=s.policy, gist_attention=arm)
   url = f"memory://{uuid.uuid4()}/tree"
   decode = models.lm.tokenizer.decode
   with models.create(url, config) as mc:
     mc.ingest(decode(ids[: s.history].tolist()))
-    return float(mc.score(decode(ids[s.history :].tolist())).mean())
+    before = mc._loop.context.tokens_run
+    loss = mc.score(decode(ids[s.history :].tolist())).mean()
+    return float(loss), mc._loop.context.tokens_run - before
 
 
 def _report(result: Report, losses, kinds) -> None:

@@ -301,8 +301,8 @@ class _Text:
 
 
 def sliding_window_nll(lm: BaseLM, config: Config, token_ids: np.ndarray,
-                       start: int) -> np.ndarray:
-  """NLL [T - start] in nats of ids [start:] behind a sliding window.
+                       start: int) -> tuple[np.ndarray, int]:
+  """NLL [T - start] in nats of ids [start:] behind a sliding window, and cost.
 
   `config.window` slots hold the first `sink_tokens` and the newest tokens, the
   block being scored included; positions are relative to the window, keys and
@@ -313,6 +313,9 @@ def sliding_window_nll(lm: BaseLM, config: Config, token_ids: np.ndarray,
     config: window and sink.
     token_ids: [T] int32.
     start: first token scored, at least 1.
+
+  Returns:
+    The losses, and how many tokens the base ran on.
   """
   context = ContextLM(lm, config, show_gists=False)
   text = _Text(np.asarray(token_ids, np.int32))
@@ -326,4 +329,4 @@ def sliding_window_nll(lm: BaseLM, config: Config, token_ids: np.ndarray,
     context.load_unready(text)
     context.sync(renew=len(chunk) + 1)
     out.append(context.newest_nll(chunk))
-  return np.concatenate(out)
+  return np.concatenate(out), context.tokens_run

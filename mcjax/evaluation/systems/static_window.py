@@ -77,6 +77,22 @@ def nll(lm: BaseLM, parts: Parts, gists: np.ndarray | None = None
     raw, len(parts.ahead)))
 
 
+def forwarded(window: int, gists: int, scored: int, steps: int = 0) -> int:
+  """Tokens and gists that the base runs on for one text at a window.
+
+  Args:
+    window: slots.
+    gists: of them.
+    scored: tokens.
+    steps: of `fitted`, which reads the text raw once before them; a step runs
+      forward and back, and back counts as once.
+  """
+  count = window + scored
+  if steps:
+    count += needed(window, gists) + 2 * steps * window
+  return count
+
+
 def written(encoder: GistEncoder, parts: Parts) -> np.ndarray:
   """The GistNet's gists [G, D] float32 of the far tokens."""
   return encoder.encode_tokens(parts.far.reshape(-1, BRANCHING))

@@ -183,8 +183,9 @@ class SlidingWindow(TextSystem):
       before = np.concatenate([before[: self.sink], before[-self.window :]])
     both = np.concatenate([before, ids])
     start = max(1, len(before))
-    self.reader.forwarded += len(both)
-    found = baselines.sliding_window_nll(self.reader.lm, config, both, start)
+    found, forwarded = baselines.sliding_window_nll(
+      self.reader.lm, config, both, start)
+    self.reader.forwarded += forwarded
     missing = np.full(start - len(before), np.nan, np.float32)
     return np.concatenate([missing, found])
 

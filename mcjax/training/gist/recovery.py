@@ -82,6 +82,11 @@ class Setting:
     """Tokens of one excerpt."""
     return self.lead + self.far + self.near + self.horizon + 1
 
+  def forwarded(self, variant: str) -> int:
+    """Tokens and gists that the base runs on for an excerpt in a variant."""
+    middle = {"full": self.far, "drop": 0}.get(variant, self.blocks)
+    return self.length - 1 - self.far + middle
+
 
 @dataclasses.dataclass(frozen=True)
 class Excerpts:

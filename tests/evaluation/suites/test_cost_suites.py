@@ -100,6 +100,7 @@ def test_drift(tmp_path, text):
   fresh = found["refresh every 2 steps: drift after 4 steps"]["value"]
   assert abs(fresh) < 1e-4
   assert "refresh never: drift of tokens 0-1/low" in found
+  assert found["refresh never: tokens forwarded"]["value"] > 4 * 32
   before = (tmp_path / "refresh-0.json").stat().st_mtime_ns
   drift.run(settings, tmp_path)  # what is known is not measured again
   assert (tmp_path / "refresh-0.json").stat().st_mtime_ns == before
@@ -109,7 +110,9 @@ def test_ingest(tmp_path, text, monkeypatch):
   monkeypatch.setattr(rag, "Embedder", _Embedder)
   settings = ingest.Settings.quick(tokens=1024, rag_tokens=512, text=text)
   ingest.run(settings, tmp_path)
-  assert _figures(tmp_path)["ingest relative to RAG index"]["value"] > 0
+  found = _figures(tmp_path)
+  assert found["ingest relative to RAG index"]["value"] > 0
+  assert found["tree: tokens forwarded"]["value"] == 0
   assert not (tmp_path / "tree").exists()
 
 
@@ -126,6 +129,9 @@ def test_ttft(tmp_path, text, monkeypatch):
   for name in ("MegaContext, from text", "MegaContext, from its tree"):
     assert found[f"{name}: TTFT at 700"]["value"] > 0
   assert "full attention: TTFT at 700" not in found
+  assert found["full attention: tokens forwarded at 300"]["value"] == 300
+  loop = found["MegaContext, from its tree: tokens forwarded at 700"]["value"]
+  assert 0 < loop <= 700
   assert found["RAG, from text: TTFT at 300"]["value"] > 0
   monkeypatch.setattr(ttft, "_measure", pytest.fail)
   ttft.run(settings, tmp_path)  # what is known is not measured again

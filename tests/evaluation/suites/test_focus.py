@@ -199,6 +199,7 @@ def test_questions_in_a_row_join_the_history_in_memory(
 
   out = focus_planted._ask_all(bench, story, Watching())
   assert out["hit"] == [True, True]
+  assert min(out["forwarded"]) > 0 and len(out["forwarded"]) == 2
   assert len(set(seen)) == (2 * rounds if in_a_row else 1)
   assert min(seen) == len(timeline)  # the first question follows the text
   assert (max(seen) > len(timeline)) == in_a_row
@@ -340,7 +341,7 @@ def test_true_gains_rank_perfectly_and_have_least_regret(
 def test_a_sliding_window_is_the_plain_base_while_it_fits(tiny_lm):
   ids = np.random.default_rng(0).integers(0, 250, 300).astype(np.int32)
   config = focus_bench.Config(window=512)
-  nll = baselines.sliding_window_nll(tiny_lm, config, ids, 100)
+  nll, _ = baselines.sliding_window_nll(tiny_lm, config, ids, 100)
   np.testing.assert_allclose(
     nll, tiny_base.plain_nll(tiny_lm, ids)[100:], atol=1e-3
   )
@@ -349,7 +350,8 @@ def test_a_sliding_window_is_the_plain_base_while_it_fits(tiny_lm):
 def test_a_sliding_window_holds_the_sink_and_the_newest(tiny_lm):
   ids = np.random.default_rng(1).integers(0, 250, 832).astype(np.int32)
   config = focus_bench.Config(window=512)
-  nll = baselines.sliding_window_nll(tiny_lm, config, ids, 800)
+  nll, forwarded = baselines.sliding_window_nll(tiny_lm, config, ids, 800)
+  assert forwarded == 512  # one window, its newest block scored
   seen = np.concatenate([ids[:32], ids[832 - 480 :]])
   np.testing.assert_allclose(
     nll, tiny_base.plain_nll(tiny_lm, seen)[-32:], atol=1e-3
@@ -367,6 +369,10 @@ def test_arms_score_the_same_tokens(tiny_lm, stores, tmp_path):
     0, abs=1e-4
   )
   assert value["text/recency/nll"] > 1.0
+  counts = [value[f"text/{arm}/tokens forwarded"]
+            for arm in ("recency", "sliding window")]
+  # All is read once, and of every further block a token before it anew.
+  assert counts[0] >= counts[1] >= 192 + 32 + 96
 
 
 @pytest.mark.slow

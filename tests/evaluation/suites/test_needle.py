@@ -83,7 +83,7 @@ def test_evidence_spans_of_tokens_are_exact(models):
 
 def test_every_needle_has_its_own_place_and_answer(models):
   sample = ruler.needles(
-    ruler.Draws(), 50, "repeat", "words", "numbers", 1, 1, 4)
+    ruler.Draws(), 50, "repeat", "uuids", "numbers", 1, 1, 4)
   ids, spans = needle.encode(models.lm, sample)
   found = needle.parts("niah_multiquery", sample, spans)
   assert len(found) == 4

@@ -33,6 +33,11 @@ def test_a_window_is_cut_where_it_says(ids):
   np.testing.assert_array_equal(whole, ids[-len(whole) :])
   assert len(parts.far) == 16 * 32 and len(parts.ahead) == 32
   assert static_window.needed(128, 16) == len(whole) - 32 + 32
+  assert static_window.forwarded(128, 16, 32) == (
+    len(parts.sink) + 16 + len(parts.near) + len(parts.ahead))
+  read = len(parts.sink) + len(parts.far) + len(parts.near)
+  assert static_window.forwarded(128, 16, 32, steps=3) == (
+    128 + 32 + read + 3 * 2 * 128)
 
 
 def test_raw_losses_are_a_plain_forward(models, ids):
@@ -87,6 +92,8 @@ def test_the_report_says_where_gists_pay(models, tmp_path):
                "128/visible/16/minus/raw/high"):
     assert f"frontier/{name}" in figures
   assert figures["frontier/128/raw/n"] == 3
+  assert figures["frontier/128/visible/16/forwarded"] == 128 + 32
+  assert figures["frontier/128/fitted/16/forwarded"] > 3 * 2 * 128
   assert figures["systems/sink/nll/n"] == 3
   assert figures["systems/none/nll/minus/sink"] == pytest.approx(
     figures["systems/none/nll"] - figures["systems/sink/nll"], abs=1e-5)

@@ -67,6 +67,14 @@ def test_full_and_drop_equal_the_plain_decoder(tiny_lm, stores):
     assert means["drop"][row] == pytest.approx(plain(ids[96:]), abs=1e-4)
 
 
+def test_the_cost_of_a_variant_is_what_it_runs_on():
+  setting = sub.Setting(blocks=3, near=8, sink=True, horizon=20)
+  assert setting.forwarded("full") == 32 + 96 + 8 + 20
+  assert setting.forwarded("drop") == 32 + 8 + 20
+  for variant in ("mean", "last", "shuffled", "gist"):
+    assert setting.forwarded(variant) == 32 + 3 + 8 + 20
+
+
 def test_untrained_gists_are_the_last_token_control(tiny_lm, stores):
   losses = _bench(tiny_lm, stores).measure(gistnet.load_gistnet(tiny_lm))
   np.testing.assert_allclose(losses["gist"], losses["last"], rtol=1e-6)
@@ -113,7 +121,7 @@ def test_one_document_has_no_interval_and_no_other_text(tiny_lm, stores):
   losses = sub.Bench(tiny_lm, excerpts, _SETTING).measure(
     gistnet.load_gistnet(tiny_lm))
   report = Report("substitution", {})
-  substitution._compare(report, "L1", losses, excerpts.kinds, (16,))
+  substitution._compare(report, "L1", losses, excerpts.kinds, (16,), _SETTING)
   rows = {row[0]: row[1] for row in report.tables[0].rows}
   assert rows["shuffled"] == "not measured: needs two documents"
   figure = report.figures["L1/H=16/recovered/gist"].record()
