@@ -24,7 +24,6 @@ from mcjax.evaluation.report.writer import (
   Table,
   cell,
   make_folder,
-  progress,
   watched,
 )
 from mcjax.evaluation.suites import needle_depths
@@ -117,7 +116,9 @@ def measure(models: Models, s: Settings, folder,
     models, s.window, trees, chunk=s.chunk, seed=s.seed)
   found: dict[int, dict[str, list[dict]]] = {}
   for length in s.lengths:
-    systems = [name for name in s.systems if _holds(lm, name, length, s)]
+    answer = s.answer_tokens or max(ruler.ANSWER_TOKENS.values())
+    systems = [name for name in s.systems
+               if make.fits(lm, name, length + 2 * answer)]
     found[length] = {name: [] for name in systems}
     for task in s.tasks:
       for name in systems:
@@ -126,16 +127,6 @@ def measure(models: Models, s: Settings, folder,
   report = Report("needle", dataclasses.asdict(s))
   _report(report, s, found)
   return report
-
-
-def _holds(lm: BaseLM, name: str, length: int, s: Settings) -> bool:
-  """Whether a system can take a history of this length."""
-  longest = s.answer_tokens or max(ruler.ANSWER_TOKENS.values())
-  fits = length + 2 * longest <= lm.config.max_positions
-  if name == "full" and not fits:
-    progress(f"full attention: the base has {lm.config.max_positions} "
-             f"positions, none for {length:,} tokens")
-  return name != "full" or fits
 
 
 def _cell(folder: pathlib.Path, s: Settings, lm: BaseLM, maker: make.Maker,

@@ -128,17 +128,14 @@ def measure(models: Models, excerpts: recovery.Excerpts, s: Settings, folder
   if s.systems:
     _report_systems(report, s, kinds, {
       name: _system_cell(folder, models, s, name, excerpts.ids)
-      for name in s.systems if name != "full" or _fits(models, s)})
+      for name in s.systems
+      if make.fits(models.lm, name, s.history + s.scored + 1)})
   report.add("documents", len(kinds), "documents")
   report.notes.append(
     f"{len(kinds)} documents of {', '.join(sorted(set(kinds)))}; brackets: 95 "
     "% bootstrap over documents, differences document by document. Below zero "
     "is better.")
   return report
-
-
-def _fits(models: Models, s: Settings) -> bool:
-  return s.history + s.scored + 1 <= models.lm.config.max_positions
 
 
 def _key(s: Settings, ids: np.ndarray, **more) -> dict:

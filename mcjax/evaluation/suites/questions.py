@@ -49,7 +49,8 @@ class Settings(ModelSettings):
     data: the file of questions; looked for in shared/data beside the checkout
       if empty.
     split: train, validation or test.
-    systems: by name, see `mcjax.evaluation.systems.make`.
+    systems: by name, see `mcjax.evaluation.systems.make`; full attention only
+      where the base's positions reach.
     reference: of these; the others are compared with it, and get as many
       tokens of the history as it has in its window.
     window: slots or tokens of every system.
@@ -71,7 +72,8 @@ class Settings(ModelSettings):
   systems: tuple[str, ...] = (
     "megacontext", "megacontext+gists", "megacontext/similarity",
     "megacontext/recency", "megacontext/random", "megacontext/oracle", "bm25",
-    "dense", "fusion", "sliding", "sink", "evidence", "evidence+turn", "none")
+    "dense", "fusion", "sliding", "sink", "full", "evidence", "evidence+turn",
+    "none")
   reference: str = "megacontext"
   window: int = 1024
   history: int = 32768
@@ -133,7 +135,11 @@ def measure(models: Models, documents: Sequence[natural.Document], s: Settings,
     questions=s.questions, others=s.others, seed=s.seed)
   maker = maker or make.Maker(
     models, s.window, folder / "trees", chunk=s.chunk, seed=s.seed)
-  order = sorted(s.systems, key=lambda name: name != s.reference)
+  longest = max(_tokens(lm, s, history) for history in found)
+  order = sorted((name for name in s.systems if make.fits(lm, name, longest)),
+                 key=lambda name: name != s.reference)
+  if s.reference not in order:
+    raise McjaxError(f"reference: {s.reference} does not fit the base")
   outcomes: dict[str, list[dict]] = {name: [] for name in order}
   declined: dict[str, list[dict]] = {name: [] for name in order}
   for number, history in enumerate(found):
@@ -147,6 +153,15 @@ def measure(models: Models, documents: Sequence[natural.Document], s: Settings,
   floors = {} if s.evidence_only else _floors(found, frequent)
   _report(report, s, found, outcomes, declined, floors)
   return report
+
+
+def _tokens(lm: BaseLM, s: Settings, history: History) -> int:
+  """Tokens that a prompt with the whole history and its answer take at most."""
+  turns = [len(lm.tokenizer.chat_turn(q.text, first=False)[0])
+           for q in (*history.questions, *history.others)]
+  said = s.window // 4 if s.conversation else 0
+  return (len(history.ids) + said + max(turns, default=0) + s.answer_tokens
+          + system.ANSWER)
 
 
 def _cell(folder: pathlib.Path, s: Settings, lm: BaseLM, maker: make.Maker,
@@ -205,7 +220,7 @@ def _ask_other(asked: System, s: Settings, question: Question) -> dict:
   out = asked.answer(question.text, s.answer_tokens)
   return {"group": question.document, "question": question.text,
           "text": out.text, "declines": scoring.declines(out.text),
-          "answerable": out.answerable}
+          "forwarded": out.forwarded, "answerable": out.answerable}
 
 
 def _moves(seen: Look) -> dict:
@@ -278,6 +293,8 @@ def _report(report: Report, s: Settings, histories, outcomes, declined, floors
     "words: an answer stands there word by word, which not every one can.",
     "Brackets: 95 % bootstrap over documents; differences question by "
     "question.",
+    "invents: answers a question that nothing in the history answers, the rest "
+    "of those where it says that it does not know.",
     "edits: expands and collapses for a question. forwarded: tokens that the "
     "base ran on for it; taking in the history costs it none. Seconds are wall "
     "clock."]
@@ -307,10 +324,14 @@ def _report_answers(report: Report, s: Settings, outcomes, declined, floors
       f"Answers over those of {alone}",
       ("system", "answered", "token F1"), rows))
   if s.others:
+    for row in (row for rows in declined.values() for row in rows):
+      row["invents"] = not row["declines"]
     add_table(report, "Questions that nothing in the history answers",
               "unanswerable", (
                 Column("declines", "says it does not know", compare=True),
-                Column("answerable", "how sure it is of an answer")),
+                Column("invents", "invents an answer", compare=True),
+                Column("answerable", "how sure it is of an answer"),
+                Column("forwarded", "tokens forwarded", "tokens", digits=0)),
               declined, s.reference)
 
 

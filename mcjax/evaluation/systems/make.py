@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import pathlib
 import re
 
+from mcjax.base.load import BaseLM
 from mcjax.config import POLICIES, Config
+from mcjax.evaluation.report.writer import progress
 from mcjax.evaluation.systems import loop_system, retrieval, text_systems
 from mcjax.evaluation.systems.loop_system import LoopSystem
 from mcjax.evaluation.systems.models import Models
@@ -102,6 +104,23 @@ def check(name: str) -> None:
     raise McjaxError(
       f"no system {name!r}; known: {', '.join(NAMES)}, the last with a policy, "
       f"as {LOOP}/recency, +gists or +hidden; the others with {_TURN}")
+
+
+def fits(lm: BaseLM, name: str, tokens: int) -> bool:
+  """Whether a system can take a history; tells where full attention cannot.
+
+  Args:
+    lm: the base.
+    name: of the system.
+    tokens: of the history, a question and its answer.
+  """
+  has = lm.config.max_positions
+  whole = name.removesuffix(_TURN) == text_systems.FullAttention.name
+  if whole and tokens > has:
+    progress(f"{name}: left out, the base has {has:,} positions and "
+             f"{tokens:,} tokens must fit")
+    return False
+  return True
 
 
 def check_all(names: Sequence[str], reference: str) -> None:

@@ -68,7 +68,12 @@ def test_answers_floors_and_what_cannot_be_known(ran):
   folder, figures = ran
   assert figures["answers/most frequent: gold1/f1"] >= 0
   assert figures["answers/constant: I do not know./declines"] == 1
-  assert "unanswerable/bm25/declines" in figures
+  for name in ("bm25", "none"):
+    asked = f"unanswerable/{name}"
+    assert figures[f"{asked}/declines/n"] == figures[f"{asked}/invents/n"] == 2
+    assert figures[f"{asked}/invents"] == 1 - figures[f"{asked}/declines"]
+    assert figures[f"{asked}/invents/low"] <= figures[f"{asked}/invents/high"]
+    assert figures[f"{asked}/forwarded"] > 0
   assert figures["answers/sink/forwarded"] > 400
   text = (folder / "results.md").read_text()
   assert "fairytale validation" in text and "− megacontext/similarity" in text
@@ -93,6 +98,20 @@ def test_the_same_seed_finds_the_same(ran, models, tmp_path):
     if name.startswith("evidence/"):
       assert figure.value == figures[name], name
   assert not any(n.startswith("answers") for n in report.figures)
+
+
+def test_full_attention_is_asked_where_the_positions_reach(models, tmp_path):
+  lm, s = models.lm, questions.dataclasses.replace(
+    SETTINGS, evidence_only=True, systems=("sink", "full"), reference="sink")
+  assert lm.config.max_positions == 2048
+  for history, there in ((1000, True), (2000, False)):
+    report = questions.measure(
+      models, documents(), questions.dataclasses.replace(s, history=history),
+      tmp_path)
+    assert ("evidence/full/view_recall" in report.figures) == there
+  alone = questions.dataclasses.replace(s, reference="full")
+  with pytest.raises(McjaxError, match="full does not fit"):
+    questions.measure(models, documents(), alone, tmp_path)
 
 
 def test_a_conversation_goes_on(models, tmp_path):
