@@ -222,14 +222,16 @@ class TorchDecoder:
     if c.family != "llama" or c.qkv_bias or c.rope_scaling:
       raise McjaxError(f"no PyTorch baseline for a base of family {c.family}")
     self._torch, self._cache_type = torch, transformers.DynamicCache
+    angles: dict[str, Any] = {  # as version 4 takes them, and as version 5
+      "rope_theta": c.rope_theta,
+      "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
     config = transformers.LlamaConfig(
       vocab_size=c.vocab_size, hidden_size=c.d_model,
       intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
       num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
       head_dim=c.head_dim, tie_word_embeddings=c.tie_embeddings,
       max_position_embeddings=c.max_positions,
-      rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-      rms_norm_eps=c.rms_norm_eps,
+      rms_norm_eps=c.rms_norm_eps, **angles,
     )
     self.model = transformers.LlamaForCausalLM(config).eval()
     self.model.load_state_dict(_torch_weights(lm, torch), strict=False)
@@ -241,9 +243,7 @@ class TorchDecoder:
     with torch.inference_mode():
       self._cache = self._cache_type()
       ids = torch.from_numpy(np.asarray(token_ids, np.int64))[None]
-      out = self.model(
-        ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-      )
+      out = self._forward(ids, logits_to_keep=1)
       self._next = out.logits[:, -1].argmax(-1, keepdim=True)
       return out.logits[0, -1].float().numpy()
 
@@ -254,11 +254,15 @@ class TorchDecoder:
       token = self._next
       begin = time.perf_counter()
       for _ in range(count):
-        out = self.model(token, past_key_values=self._cache, use_cache=True)
+        out = self._forward(token)
         token = out.logits[:, -1].argmax(-1, keepdim=True)
       seconds = time.perf_counter() - begin
       self._cache.crop(-count)
     return seconds
+
+  def _forward(self, ids, **more) -> Any:
+    # The cache goes by its place: its name is not the same in all versions.
+    return self.model(ids, None, None, self._cache, use_cache=True, **more)
 
 
 def _torch_weights(lm: BaseLM, torch) -> dict:
