@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from untimed import untimed
 
 from mcjax.evaluation.data import planted, reworded
 from mcjax.evaluation.suites import (
@@ -205,6 +206,24 @@ def test_questions_in_a_row_join_the_history_in_memory(
   assert (max(seen) > len(timeline)) == in_a_row
   with bench.opened(bench.tree(timeline), KnownPlaces()) as mc:
     assert mc.cursor == len(timeline)
+
+
+@pytest.mark.parametrize("parts, counted", [
+  (("planted", "text"), {"planted/1500/in front", "text/random"}),
+  pytest.param(("labels", "shift"), {"labels", "shift/random"},
+               marks=pytest.mark.slow)])
+def test_the_same_seed_gives_the_same_figures(
+    tiny_lm, stores, tmp_path, parts, counted):
+  settings = settings_of(
+    parts=parts, policies=("similarity", "random"), history=1500, needs=2,
+    answers=True, answer_tokens=4,
+    document_history=1000, windows=1, spacing=1, candidates=8, horizon=32,
+    lead=32, scored=64, shifts=1, shift_history=1000, topic=320)
+  once, again = (
+    untimed(focus.measure(tiny_lm, stores, settings, tmp_path / name))
+    for name in "ab")
+  assert once == again
+  assert {f"{name}/tokens forwarded" for name in counted} <= once.keys()
 
 
 def test_an_ingest_goes_on_where_it_was_killed(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from untimed import untimed
 
 from mcjax.evaluation.data import hidden_facts, ruler
 from mcjax.evaluation.data.ruler import Sample
@@ -70,6 +71,15 @@ def test_where_the_evidence_is_needs_no_answers(models, tmp_path, monkeypatch):
   figures = values(needle.measure(models, few, tmp_path))
   assert figures["2400/passkey/evidence/depth 0.0/view_recall"] == 1
   assert not any("score" in name for name in figures)
+
+
+def test_the_same_seed_gives_the_same_figures(models, tmp_path):
+  few = needle.dataclasses.replace(
+    SETTINGS, tasks=("qa2", "passkey"), depths=(0.5,),
+    systems=("megacontext/similarity", "bm25", "evidence"))
+  once, again = (untimed(needle.measure(models, few, tmp_path / name))
+                 for name in "ab")
+  assert once == again and "2400/passkey/bm25/score" in once
 
 
 def test_evidence_spans_of_tokens_are_exact(models):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from untimed import untimed
 
 from mcjax.evaluation.suites import perplexity
 from mcjax.evaluation.systems import static_window
@@ -100,6 +101,8 @@ def test_the_report_says_where_gists_pay(models, tmp_path):
   assert "pays for its slot" in (tmp_path / "results.md").read_text()
   again = perplexity.measure(models, excerpts, SETTINGS, tmp_path)
   assert {k: v.value for k, v in again.figures.items()} == figures
+  anew = perplexity.measure(models, excerpts, SETTINGS, tmp_path / "anew")
+  assert untimed(anew) == untimed(report)
 
 
 def test_mistakes_are_told():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from untimed import untimed
 
 from mcjax.evaluation import runner
 from mcjax.evaluation.data import natural
@@ -43,11 +44,11 @@ def ran(models, tmp_path_factory):
   folder = tmp_path_factory.mktemp("questions")
   report = questions.measure(models, documents(), SETTINGS, folder, "gold1")
   report.write(folder)
-  return folder, {k: v.value for k, v in report.figures.items()}
+  return folder, {k: v.value for k, v in report.figures.items()}, report
 
 
 def test_told_systems_have_all_the_evidence(ran):
-  _, figures = ran
+  _, figures, _ = ran
   for name in ("evidence", "megacontext/oracle"):
     assert figures[f"evidence/{name}/view_recall"] == 1
     assert figures[f"evidence/{name}/view_found/low"] == 1
@@ -57,7 +58,7 @@ def test_told_systems_have_all_the_evidence(ran):
 
 
 def test_rivals_get_as_many_tokens_as_the_reference(ran):
-  _, figures = ran
+  _, figures, _ = ran
   wanted = figures["evidence/megacontext/similarity/view_tokens"]
   for name in ("sink", "bm25"):
     assert figures[f"equal/{name}/equal_tokens"] == wanted
@@ -65,7 +66,7 @@ def test_rivals_get_as_many_tokens_as_the_reference(ran):
 
 
 def test_answers_floors_and_what_cannot_be_known(ran):
-  folder, figures = ran
+  folder, figures, _ = ran
   assert figures["answers/most frequent: gold1/f1"] >= 0
   assert figures["answers/constant: I do not know./declines"] == 1
   for name in ("bm25", "none"):
@@ -81,7 +82,7 @@ def test_answers_floors_and_what_cannot_be_known(ran):
 
 def test_a_second_run_measures_nothing_and_says_the_same(
     ran, models, monkeypatch):
-  folder, figures = ran
+  folder, *_ = ran
   before = json.loads((folder / "results.json").read_text())["figures"]
   monkeypatch.setattr(questions, "_ask_all", pytest.fail)
   again = questions.measure(models, documents(), SETTINGS, folder, "gold1")
@@ -89,8 +90,13 @@ def test_a_second_run_measures_nothing_and_says_the_same(
   assert json.loads((folder / "results.json").read_text())["figures"] == before
 
 
-def test_the_same_seed_finds_the_same(ran, models, tmp_path):
-  _, figures = ran
+def test_the_same_seed_gives_the_same_figures(ran, models, tmp_path):
+  again = questions.measure(models, documents(), SETTINGS, tmp_path, "gold1")
+  assert untimed(again) == untimed(ran[2])
+
+
+def test_the_same_seed_finds_the_same_without_answers(ran, models, tmp_path):
+  _, figures, _ = ran
   few = questions.dataclasses.replace(
     SETTINGS, evidence_only=True, systems=SETTINGS.systems[-1:])
   report = questions.measure(models, documents(), few, tmp_path)
