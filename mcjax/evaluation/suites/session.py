@@ -15,6 +15,7 @@ from typing import Any
 from mcjax.evaluation.data import sessions
 from mcjax.evaluation.data.sessions import Session
 from mcjax.evaluation.report.writer import (
+  Chart,
   Report,
   Table,
   cell,
@@ -180,3 +181,9 @@ def _report(report: Report, s: Settings, session: Session, outcomes) -> None:
   report.tables.append(Table(
     f"{session.name}, turn by turn", ("turn", "kind", "question", *outcomes),
     rows))
+  for key, title in (("recall", "evidence in the raw window"),
+                     ("file", "share of the window that is the file")):
+    report.charts.append(Chart(
+      f"{session.name}, by turn: {title}", "turn", "share", {
+        name: ([o["turn"] for o in mine], [o[key] for o in mine])
+        for name, mine in outcomes.items()}))

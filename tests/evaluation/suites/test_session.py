@@ -1,5 +1,6 @@
 """The session suite: the right places, and a tiny session held."""
 
+import numpy as np
 import pytest
 
 from mcjax.evaluation.data import sessions
@@ -56,6 +57,10 @@ def test_a_session_is_held_and_reported(lm, tmp_path):
   assert figures["chat/evidence/found/n"] == 2
   assert figures["chat/megacontext/oracle/edits"] > 0
   assert figures["chat/sink/file"] < 0.2
+  evidence, file = report.charts
+  assert evidence.series["evidence"] == ([1, 2], [1.0, 1.0])
+  assert np.mean(file.series["sink"][1]) == pytest.approx(
+    figures["chat/sink/file"])
   text = (tmp_path / "results.md").read_text()
   assert "On which day do we sail" in text
   again = session.measure(models, [short], settings, tmp_path)
