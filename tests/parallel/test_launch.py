@@ -4,6 +4,7 @@ import os
 import pathlib
 import stat
 import subprocess
+import sys
 
 import pytest
 
@@ -45,6 +46,17 @@ def test_slurm_queues_a_stopped_run_again(echo, status, again):
   assert code == status
   assert said[0].endswith("train_gistnet --distributed --workdir=x")
   assert ("requeue 17" in said) == again
+
+
+def test_a_task_of_an_array_asks_for_its_shard(echo, tmp_path):
+  _, said = _run(echo, "slurm_sweep", "--workdir=x", SLURM_ARRAY_TASK_ID="3")
+  assert said == ["-m experiments.sweep --shard=3/8 --workdir=x"]
+  done = subprocess.run(  # one too many: the flags are read, nothing is run
+    [_LAUNCH / "slurm_sweep", "--config=evaluate/visible:quick",
+     "--grid=window=512,1024", f"--workdir={tmp_path / 'sweep'}"],
+    cwd=_LAUNCH.parents[1], capture_output=True, text=True, check=False,
+    env={**os.environ, "PYTHON": sys.executable, "SLURM_ARRAY_TASK_ID": "8"})
+  assert "--shard=8/8: want i/n" in done.stderr
 
 
 def test_a_pod_gets_the_command_on_every_host(echo):
