@@ -36,6 +36,7 @@ from mcjax.types import McjaxError
 
 PASSKEY = "passkey"
 TASKS = (*ruler.TASKS, *hidden_facts.TASKS, PASSKEY)
+_SAID = {"score": "score", "view_recall": "evidence in the raw window"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +270,7 @@ def _report(report: Report, s: Settings, found) -> None:
     Column("forwarded", "tokens forwarded", "tokens", digits=0),
     Column("seconds", "seconds", "s", digits=1)]
   columns += [Column("view_tokens", "raw tokens", "tokens", digits=0),
-              Column("view_recall", "evidence in the raw window", compare=True),
+              Column("view_recall", _SAID["view_recall"], compare=True),
               Column("read_recall", "in what is read", compare=True)]
   main = "view_recall" if s.evidence_only else "score"
   for length, systems in found.items():
@@ -279,7 +280,7 @@ def _report(report: Report, s: Settings, found) -> None:
     _by_group(report, s, length, systems, main)
   _depths(report, s, found, main)
   report.notes += [
-    f"By kind of task and depth: {main.replace('_', ' ')}. RULER's scores are "
+    f"By kind of task and depth: {_SAID[main]}. RULER's scores are "
     "its string match; facts in books and pass keys: the answer's words stand "
     "in a row. Evidence: share of the tokens of the sentences that answer; "
     "where words are counted there is none.",
@@ -319,7 +320,7 @@ def _depths(report: Report, s: Settings, found, main: str) -> None:
     needle_depths.add(
       report, "Pass key", PASSKEY, {str(d): f"{d:g}" for d in s.depths},
       _hits(found, main, lambda o: [(s.depths.index(o["depth"]), o)]
-            if o["task"] == PASSKEY else []), main)
+            if o["task"] == PASSKEY else []), main, _SAID[main])
   kinds = {"Needles": [t for t in s.tasks if t in ruler.NEEDLES],
            "Facts in books": [t for t in s.tasks if t in hidden_facts.TASKS]}
   for title, tasks in kinds.items():
@@ -328,7 +329,7 @@ def _depths(report: Report, s: Settings, found, main: str) -> None:
         report, title, title.lower(), needle_depths.QUARTERS,
         _hits(found, main, lambda o, tasks=tasks: [
           (needle_depths.quarter(p["depth"]), p) for p in o.get("places", ())]
-          if o["task"] in tasks else []), main, title.lower())
+          if o["task"] in tasks else []), main, _SAID[main], title.lower())
 
 
 def _hits(found, main: str, places: Callable[[dict], Iterable[tuple[int, dict]]]

@@ -32,7 +32,7 @@ def quarter(depth: float) -> int:
 
 
 def add(report: Report, title: str, kind: str, depths: Mapping[str, str],
-        hits: Mapping[int, Mapping[str, Sequence[Hit]]], main: str,
+        hits: Mapping[int, Mapping[str, Sequence[Hit]]], main: str, said: str,
         counted: str = "samples") -> None:
   """Adds a table, its figures, and a heat map of every system with a value.
 
@@ -43,6 +43,7 @@ def add(report: Report, title: str, kind: str, depths: Mapping[str, str],
     depths: {in a figure's name: in a title}, from the beginning to the end.
     hits: {tokens of the history: {system: its needles}}.
     main: the figure's name.
+    said: the same in words.
     counted: what n counts.
   """
   shares: dict[str, dict[int, list]] = {}
@@ -64,5 +65,5 @@ def add(report: Report, title: str, kind: str, depths: Mapping[str, str],
     values = [by_length.get(length, [None] * len(depths)) for length in hits]
     if any(v is not None for row in values for v in row):
       report.heat_maps.append(HeatMap(
-        f"{title}, {name}: {main.replace('_', ' ')}", "depth", "tokens",
+        f"{title}, {name}: {said}", "depth", "tokens",
         list(depths.values()), [f"{length:,}" for length in hits], values))

@@ -111,7 +111,8 @@ def test_a_map_tells_what_was_found_where():
                  "b": []},
           8192: {"a": [Hit(1, 0.0, 0)]}}
   needle_depths.add(
-    out, "Needles", "needles", needle_depths.QUARTERS, hits, "score")
+    out, "Needles", "needles", needle_depths.QUARTERS, hits, "score",
+    "score")
   (shown,) = out.heat_maps
   assert shown.rows == ["4,096", "8,192"]
   assert shown.values == [[0.5, None, None, 1.0], [None, 0.0, None, None]]
