@@ -1,7 +1,8 @@
 """Questions that share no telling word with the fact they ask for.
 
 Everyday facts, each asked about in other words, so that matching words does not
-find them. They belong to the evaluation: nothing is trained or chosen on them.
+find them. They belong to the evaluation: nothing is trained on them, and choices
+are made on those of the validation split.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 from mcjax.evaluation.data.planted import Need
 from mcjax.types import McjaxError
 
-_FACTS = (
+_TEST = (
   ("The ferry skipper retired to grow roses in his garden.",
    "What does the old boat captain do these days?", "rose"),
   ("Mum hid the birthday presents inside the washing machine.",
@@ -94,17 +95,108 @@ _FACTS = (
   ("The drought emptied the reservoir down to a tenth.",
    "How much water was left after months without rain?", "tenth"),
 )
+_VALIDATION = (
+  ("The florist delivers only to people who owe her an apology.",
+   "Under what condition does the woman with the bouquets come to the door?",
+   "apolog"),
+  ("A crow stole the foreman's spectacles.",
+   "Which animal took the supervisor's glasses?", "crow"),
+  ("The brewery cools its tanks with meltwater.",
+   "What keeps the beer from getting warm?", "meltwater"),
+  ("Our cousin drives a hearse at weekends.",
+   "What vehicle does that relative steer on Saturdays?", "hearse"),
+  ("The lecture was postponed since the beamer exploded.",
+   "Why must the students wait for the talk?", "beamer"),
+  ("The heiress keeps a crocodile in the pond.",
+   "What pet does the rich lady have in the garden?", "crocodile"),
+  ("The plaster came off after six weeks.",
+   "How long was the broken leg wrapped up?", "six"),
+  ("The bailiff took away the grand piano and left the stool.",
+   "Which item of furniture was not confiscated?", "stool"),
+  ("The weavers dye their cloth with onion skins.",
+   "Where do the fabrics get their colour from?", "onion"),
+  ("The quarry is worked by two men and a mule.",
+   "Who digs up the stone?", "mule"),
+  ("The ambassador was bitten by a swan.",
+   "What injured the diplomat?", "swan"),
+  ("The marathon was won by a chimney sweep.",
+   "Which trade has the fastest runner?", "chimney"),
+  ("The vicar repairs toasters in the vestry.",
+   "What household gadgets does the priest mend?", "toaster"),
+  ("The hostel locks its doors at eleven.",
+   "Until what hour can the guests get in?", "eleven"),
+  ("Lise paid for her ticket with a jar of honey.",
+   "What did the traveller give in exchange for the ride?", "honey"),
+  ("The glazier broke the mirror on his own birthday.",
+   "What did the craftsman smash while celebrating?", "mirror"),
+  ("The lake froze so hard that lorries crossed it.",
+   "What heavy traffic drove over the ice?", "lorries"),
+  ("The prospector carried his nuggets in a pepper mill.",
+   "In which utensil did the gold digger keep what he had found?", "pepper"),
+  ("The sawmill runs on the river's current.",
+   "What powers the machine that cuts timber?", "current"),
+  ("The governess taught fencing as well as French.",
+   "Which sport did the private tutor give lessons in?", "fencing"),
+  ("The donkey refused to walk past the barracks.",
+   "Near which place did the stubborn beast stop?", "barracks"),
+  ("The trout were poisoned by copper.",
+   "Which metal killed the fish?", "copper"),
+  ("The puppet maker lost two fingers to frostbite.",
+   "What cost the man who carves dolls a part of his hand?", "frost"),
+  ("The recruits peeled potatoes until midnight.",
+   "How did the new soldiers spend the evening?", "potato"),
+  ("The ferryman accepts buttons as fare.",
+   "With what may one pay for being rowed across?", "button"),
+  ("The cathedral's organ has mice in its bellows.",
+   "Which pests live in the church's instrument?", "mice"),
+  ("The census missed the people on the houseboats.",
+   "Who was not counted by the officials?", "houseboat"),
+  ("The treaty was signed on a billiard table.",
+   "On which piece of furniture did the nations make peace?", "billiard"),
+  ("The tram stops wherever one waves a hat.",
+   "How does a passenger make the driver halt?", "hat"),
+  ("The heir to the throne stammers in English only.",
+   "In which language does the prince have trouble speaking?", "English"),
+  ("The flood carried the bandstand to the next village.",
+   "What structure was washed away by the water?", "bandstand"),
+  ("The basket maker works by candlelight to save his eyes from glare.",
+   "What illumination does the man who weaves willow prefer?", "candle"),
+  ("The cleaner found the will behind the radiator.",
+   "Where was the testament discovered?", "radiator"),
+  ("The safe was opened with a hairpin.",
+   "What tool did the thieves use to get at the money?", "hairpin"),
+  ("The colonel's memoirs stop at his fortieth year.",
+   "Up to what age did the officer describe his life?", "fortieth"),
+  ("The cuckoo clock strikes thirteen at noon.",
+   "How often does the timepiece call in the middle of the day?", "thirteen"),
+  ("The dyke was mended with old mattresses.",
+   "What did they stuff the hole in the sea wall with?", "mattress"),
+  ("Ingrid drinks birch sap instead of coffee.",
+   "What does the woman have for breakfast in place of the usual hot drink?",
+   "birch"),
+  ("The herring arrive a fortnight late this year.",
+   "By how much are the silver shoals delayed?", "fortnight"),
+  ("The caravan was insulated with sheep's wool.",
+   "What keeps the mobile home warm in winter?", "wool"),
+)
 
 
-def draw(count: int, number: int, seed: int) -> list[Need]:
+def draw(count: int, number: int, seed: int, split: str = "test") -> list[Need]:
   """`count` needs of history `number`; no fact is in two histories.
+
+  Args:
+    count: of the history.
+    number: of the history.
+    seed: of the order.
+    split: "validation" has facts of its own, all others those to report on.
 
   Raises:
     McjaxError: there are not that many facts.
   """
-  order = np.random.default_rng(seed).permutation(len(_FACTS))
+  facts = _VALIDATION if split == "validation" else _TEST
+  order = np.random.default_rng(seed).permutation(len(facts))
   chosen = order[number * count : (number + 1) * count]
   if len(chosen) < count:
-    raise McjaxError(f"there are {len(_FACTS)} reworded facts: not enough for "
+    raise McjaxError(f"there are {len(facts)} reworded facts: not enough for "
                      f"{number + 1} histories of {count}")
-  return [Need(*_FACTS[i]) for i in chosen]
+  return [Need(*facts[i]) for i in chosen]

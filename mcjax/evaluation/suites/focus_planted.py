@@ -89,7 +89,7 @@ def _story(bench: Bench, length: int, count: int, number: int,
   """Outcomes of one history by arm: the policies, retriever and in front."""
   s = bench.settings
   if s.reworded:
-    needs = reworded.draw(count, number, s.seed)
+    needs = reworded.draw(count, number, s.seed, s.split)
   else:
     needs = planted.draw(count, s.seed * 1000 + number)
   facts = [bench.lm.tokenizer.encode(f" {n.fact}") for n in needs]

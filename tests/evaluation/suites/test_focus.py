@@ -21,6 +21,7 @@ from mcjax.evaluation.systems.known_places import KnownPlaces
 from mcjax.testing import tiny_base
 from mcjax.training.common.data import TokenStore
 from mcjax.training.common.ranks import ranks, spearman
+from mcjax.training.lens import other_words
 from mcjax.types import Entry, McjaxError
 from mcjax.window.counterfactual import Candidate, edit_losses
 from mcjax.window.working_context import COLLAPSE, EXPAND
@@ -84,10 +85,14 @@ def test_needs_are_reproducible_and_differ():
     assert need.answer in need.fact and need.answer not in need.question
 
 
-def test_reworded_questions_share_no_telling_word_with_their_facts():
-  needs = reworded.draw(20, 0, 3) + reworded.draw(20, 1, 3)
-  assert needs[:20] == reworded.draw(20, 0, 3)
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_reworded_questions_share_no_telling_word_with_their_facts(split):
+  needs = reworded.draw(20, 0, 3, split) + reworded.draw(20, 1, 3, split)
+  assert needs[:20] == reworded.draw(20, 0, 3, split)
   assert len({n.fact for n in needs}) == 40
+  others = {fact for some in ("train", "validation")
+            for fact, _ in other_words.facts(some)}
+  assert not {n.fact for n in needs} & others, "taught"
   for need in needs:
     fact, question = (
       set(re.findall(r"[a-z]{4,}", t.lower()))
@@ -96,7 +101,7 @@ def test_reworded_questions_share_no_telling_word_with_their_facts():
     assert need.answer.lower() in need.fact.lower()
     assert need.answer.lower() not in need.question.lower()
   with pytest.raises(McjaxError, match="there are 40 reworded facts"):
-    reworded.draw(20, 2, 3)
+    reworded.draw(20, 2, 3, split)
 
 
 def test_covered_needs_every_token_at_l0():
