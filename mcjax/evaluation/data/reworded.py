@@ -1,8 +1,8 @@
 """Questions that share no telling word with the fact they ask for.
 
 Everyday facts, each asked about in other words, so that matching words does not
-find them. They belong to the evaluation: nothing is trained on them, and choices
-are made on those of the validation split.
+find them. They belong to the evaluation: nothing is trained on them, and
+choices are made on those of the validation split.
 """
 
 from __future__ import annotations
