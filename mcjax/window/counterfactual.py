@@ -224,5 +224,5 @@ def slot_gradients(context: ContextLM, tree: MegaContextTree,
     context.lm.params, context.lm.config, context.state, stay.positions,
     stay.visible, ids, stay.own_positions[1:],
   )
-  context.tokens_run += len(ids)
+  context.tokens_run += 2 * len(ids)  # forwards and backwards
   return -np.asarray(slopes)[e.slot]

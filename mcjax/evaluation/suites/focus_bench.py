@@ -58,7 +58,7 @@ class Settings(TextSettings):
     rounds: planted, in a row: how often every question is asked; the last time
       counts.
     reworded: planted: everyday facts that are asked for in other words, instead
-      of made-up ones asked for in their own.
+      of made-up ones asked for in their own; the validation split has its own.
     retriever: planted: compare with an embedding retriever.
     documents: labels and text: documents per kind of text.
     document_history: labels and text: tokens before the first step.
@@ -297,7 +297,7 @@ def add_mean(report: Report, name: str, values, unit: str,
                       len(array), unit, digits)
 
 
-def add_forwarded(report: Report, prefix: str, cells: Sequence[Mapping],
+def add_forwarded(report: Report, prefix: str, cells: Sequence[Mapping]
                   ) -> float | None:
   """Adds PREFIX/tokens forwarded, the mean of cells that counted them.
 

@@ -16,7 +16,12 @@ import numpy as np
 from mcjax.evaluation.data import planted, reworded
 from mcjax.evaluation.report.intervals import of_difference, of_mean
 from mcjax.evaluation.report.writer import Chart, Report, Table
-from mcjax.evaluation.suites.focus_bench import Bench, history_of, identity
+from mcjax.evaluation.suites.focus_bench import (
+  Bench,
+  digest,
+  history_of,
+  identity,
+)
 from mcjax.evaluation.systems.known_places import KnownPlaces
 from mcjax.runtime.megacontext import MegaContext
 from mcjax.types import Entry
@@ -101,6 +106,7 @@ def _story(bench: Bench, length: int, count: int, number: int,
   story = Story(f"{name}-{length}-{number}", bench.timeline(ids), needs,
                 places)
   key = {"history": length, "number": number, "needs": count,
+         "told": digest(*(text for need in needs for text in need)),
          "answers": s.answers and s.answer_tokens, "in a row": s.in_a_row,
          **({"reworded": True} if s.reworded else {}),
          **({"rounds": s.rounds} if s.rounds > 1 else {})}
@@ -225,13 +231,15 @@ def _table(bench: Bench, report: Report, length: int,
       if arm != first and len(theirs) == len(mine):
         found = of_difference(mine, theirs)
       paired.append(report.add_found(f"{prefix}/{column}/minus/{first}", found))
+    forwarded = _joined(cells, arm, "forwarded")
+    if not all("forwarded" in cell[arm] for cell in cells):
+      forwarded = []  # a cell was kept by a version that did not count
     cost = _cost(bench, cells, arm)
     for column, value in cost.items():
       unit = "share" if column == _COLUMNS[7] else "1"
       report.add(f"{prefix}/{column}", value, unit)
     rows.append([arm, *shares, *map(cost.get, _COLUMNS[4:8]), report.add_found(
-      f"{prefix}/{_COLUMNS[8]}", of_mean(_joined(cells, arm, "forwarded")),
-      "tokens", 0), *paired])
+      f"{prefix}/{_COLUMNS[8]}", of_mean(forwarded), "tokens", 0), *paired])
     out[arm] = cost | {c: found.value for c, found in means.items() if found}
   raw = _joined(cells, bench.settings.policies[0], "raw")
   report.add(f"planted/{length}/facts", len(raw), "questions")

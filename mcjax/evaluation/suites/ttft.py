@@ -318,6 +318,8 @@ def _tabulate(out: Report, settings: Settings, times) -> None:
 def _add_forwarded(out: Report, counts: dict[int, dict[str, int]]) -> None:
   """Adds what every contestant's base ran on until the first token."""
   names = list(dict.fromkeys(name for arms in counts.values() for name in arms))
+  if not names:  # cells that were kept by a version that did not count
+    return
   for n, arms in counts.items():
     for name, count in arms.items():
       out.add(f"{name}: tokens forwarded at {n}", count, "tokens")
@@ -326,6 +328,7 @@ def _add_forwarded(out: Report, counts: dict[int, dict[str, int]]) -> None:
     ("contestant", *(f"N={n:,}" for n in counts)),
     [[name, *(arms.get(name) for arms in counts.values())] for name in names]))
   out.notes.append(
+    f"Tokens that the base runs on: without those that it decodes. "
     f"All are asked “{_QUESTION}”, MegaContext also “{_ANSWERED}”, which the "
     "standard library answers.")
 

@@ -4,8 +4,8 @@ A window of the base follows a text, led by the policy that training starts
 from. Every few steps the true next tokens are scored against the window as it
 is, with one far block more, and with one raw block less, as edits would have
 it. What the block saves, less what its slots would have saved as recent text,
-is its label. One backward pass estimates the same for every other raw block to
-first order. Other blocks have no label.
+is its label. One backward pass estimates the same to first order for every
+other raw block that may be collapsed. Other blocks have no label.
 """
 
 from __future__ import annotations

@@ -35,7 +35,11 @@ from mcjax.training.lens import trainer as lens_trainer
 from mcjax.training.lens.losses import LensObjective
 from mcjax.training.lens.trainer import LensTrainConfig
 from mcjax.types import BRANCHING, McjaxError
-from mcjax.window.counterfactual import Candidate, edit_losses
+from mcjax.window.counterfactual import (
+  Candidate,
+  edit_losses,
+  slot_gradients,
+)
 from mcjax.window.working_context import EXPAND
 
 SIZES = dict(width=8, heads=2, layers=1, feature_width=8, match_dim=8,
@@ -351,6 +355,13 @@ def test_a_block_is_worth_what_it_saves(lm, encoder, stores, monkeypatch):
     legal = measured._loop.view().can_collapse[rows.entry]
     raw = np.flatnonzero((rows.state == RAW) & legal)
     assert np.isfinite(found[raw]).all() and len(raw) > effects._RAW
+    slopes = slot_gradients(measured._context, tree, example.future)
+    near = effects._SLOPE * np.array([
+      slopes[a : a + BRANCHING].sum() for a in rows.entry[raw]])
+    near = np.clip(effects._SCALE * (near - effects._SLOTS), -1, 1)
+    alike = np.isclose(found[raw], near, atol=1e-4)
+    assert alike.sum() == len(raw) - effects._RAW, "the others are exact"
+    assert len(np.unique(near[alike])) > 1
     context, at = measured._context, known[rows.state[known] == BURIED][0]
     base, [loss] = edit_losses(context, tree, [Candidate(
       EXPAND, int(rows.entry[at]), int(rows.block[at]))], example.future)
