@@ -106,7 +106,7 @@ def _story(bench: Bench, length: int, count: int, number: int,
   story = Story(f"{name}-{length}-{number}", bench.timeline(ids), needs,
                 places)
   key = {"history": length, "number": number, "needs": count,
-         "told": digest(*(text for need in needs for text in need)),
+         "told": digest(*map(repr, needs)),
          "answers": s.answers and s.answer_tokens, "in a row": s.in_a_row,
          **({"reworded": True} if s.reworded else {}),
          **({"rounds": s.rounds} if s.rounds > 1 else {})}
